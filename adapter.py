@@ -1,0 +1,103 @@
+"""The semantic-anchor-guided transition adapter: what turns one latent state into the input of the next step.
+
+Paper, section "transition": the hidden state z_k cannot be fed back as it is, because the decoder's output space is not
+its input space.  One small mixture of experts (one for the whole model, not one per layer) maps it across, and the
+router looks at the *anchor*, a summary of the input taken at <disc_emb>, so that pictures, clips, pages and text may
+take different paths:
+
+    r  = softmax(W [z + anchor ; step_embedding(k)])            router over E experts
+    z' = z + shared(LN z) + sum_{e in top-k(r)} r_e expert_e(LN z)      weights are NOT renormalised after the top-k
+
+Every expert, the shared one too, is Linear(D, 2D) - GELU - Linear(2D, D).  All of them are stored in one tensor and
+run in one batched product, the shared one as expert 0 with weight 1; the top-k only decides the weights.  That computes
+experts which get weight zero, and in exchange never asks the device which ones were chosen.
+"""
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+MAX_STEPS = 32  # rows of the step table
+
+
+class TransitionAdapter(nn.Module):
+    """z_k -> the decoder input of latent step k.
+
+    kind: "moe" (the paper), "mlp" (the shared expert alone), "none" (identity: hidden states are fed back as they are).
+    experts, top_k, shared_expert, anchor, step_embedding: the paper's ablations, see the formula above.
+    router_bias: the formula has none; a checkpoint that stores one is loaded with it.
+    """
+
+    def __init__(self, dim, kind="moe", experts=4, top_k=2, shared_expert=True, anchor=True, step_embedding=True, router_bias=False):
+        super().__init__()
+        if kind not in ("moe", "mlp", "none"):
+            raise ValueError(f"adapter kind {kind!r}: needs 'moe', 'mlp' or 'none'")
+        if kind == "moe" and not 1 <= top_k <= experts:
+            raise ValueError(f"adapter top_k {top_k} of {experts} experts: needs 1 <= top_k <= experts")
+        self.kind, self.top_k, self.anchor = kind, top_k, anchor
+        self.experts = experts if kind == "moe" else 0  # E
+        self.shared_expert = kind == "mlp" or (kind == "moe" and shared_expert)
+        if kind == "none":
+            return
+        n = self.experts + self.shared_expert
+        self.ln = nn.LayerNorm(dim)
+        self.w1 = nn.Parameter(torch.randn(n, dim, 2 * dim) * 0.02)
+        self.b1 = nn.Parameter(torch.zeros(n, 1, 2 * dim))
+        self.w2 = nn.Parameter(torch.randn(n, 2 * dim, dim) * 1e-3)  # small: a new adapter starts near the identity
+        self.b2 = nn.Parameter(torch.zeros(n, 1, dim))
+        if self.experts:
+            self.step_embed = nn.Embedding(MAX_STEPS, dim) if step_embedding else None
+            self.router = nn.Linear(2 * dim if step_embedding else dim, experts, bias=router_bias)
+            nn.init.normal_(self.router.weight, std=0.02)
+
+    def forward(self, z, step, anchor):
+        """z, anchor (B, D), step a Python int -> next input (B, D), router probabilities (B, E) in float32."""
+        B = z.shape[0]
+        if self.kind == "none":
+            return z, z.new_zeros(B, 0, dtype=torch.float32)
+        probs, weights = z.new_zeros(B, 0, dtype=torch.float32), []
+        if self.shared_expert:
+            weights.append(torch.ones(B, 1, device=z.device))
+        if self.experts:
+            x = z + anchor if self.anchor else z
+            if self.step_embed is not None:
+                x = torch.cat([x, self.step_embed.weight[step].expand_as(z)], -1)  # (B, 2D)
+            probs = self.router(x).float().softmax(-1)
+            top, chosen = probs.topk(self.top_k)
+            weights.append(torch.zeros_like(probs).scatter(-1, chosen, top))
+        w = torch.cat(weights, -1)  # (B, n): 1 for the shared expert, r_e or 0 for the others
+        h = self.ln(z).expand(len(self.w1), B, -1)
+        h = F.gelu(torch.baddbmm(self.b1, h, self.w1))  # (n, B, 2D)
+        h = torch.baddbmm(self.b2, h, self.w2)  # (n, B, D)
+        return z + torch.einsum("bn,nbd->bd", w.to(h.dtype), h), probs
+
+
+def balance_loss(mean_probs):
+    """mean_probs (K, E), r averaged over the batch -> mean_e (mean_b r_e - 1/E)^2, averaged over the K steps (paper)."""
+    K, E = mean_probs.shape
+    return (mean_probs - 1 / E).pow(2).mean() if K and E else mean_probs.new_zeros(())
+
+
+# The released checkpoints keep every expert as two nn.Linear, which store the transpose of our stacked tensors.
+def to_released(state, shared_expert):
+    """Our adapter's state dict -> the released names, without their `latent_moe_transition.` prefix."""
+    out = {k: v for k, v in state.items() if k.split(".")[0] in ("ln", "step_embed", "router")}
+    for i in range(len(state["w1"]) if "w1" in state else 0):
+        name = "shared_expert" if shared_expert and i == 0 else f"experts.{i - shared_expert}"
+        for fc, w, b in (("fc1", "w1", "b1"), ("fc2", "w2", "b2")):
+            out[f"{name}.{fc}.weight"], out[f"{name}.{fc}.bias"] = state[w][i].T.contiguous(), state[b][i, 0]
+    return out
+
+
+def from_released(state):
+    """The released names (prefix removed) -> (our state dict, the constructor's keywords that the names imply)."""
+    experts = len({k.split(".")[1] for k in state if k.startswith("experts.")})
+    shared = any(k.startswith("shared_expert.") for k in state)
+    names = ["shared_expert"] * shared + [f"experts.{i}" for i in range(experts)]
+    out = {k: v for k, v in state.items() if k.split(".")[0] in ("ln", "step_embed", "router")}
+    for fc, w, b in (("fc1", "w1", "b1"), ("fc2", "w2", "b2")):
+        out[w] = torch.stack([state[f"{n}.{fc}.weight"].T for n in names]).contiguous()
+        out[b] = torch.stack([state[f"{n}.{fc}.bias"][None] for n in names])
+    keywords = dict(kind="moe" if experts else "mlp", experts=experts, shared_expert=shared,
+                    step_embedding="step_embed.weight" in state, router_bias="router.bias" in state)
+    return out, keywords

@@ -1,0 +1,724 @@
+"""From files to batches: media, records, the prompt, collation, the batch schedule, retrieval tasks.
+
+    media      load_image, load_frames     any picture or clip -> RGB Pillow images, limits checked before decoding
+    pixels     patchify                    Qwen2-VL's resize rule and patch layout
+    records    Pairs, parse_side           training JSONL, indexed by byte offset
+    prompt     Processor.render            the one place where text, media and special tokens become ids
+    batches    collate, Schedule, Batches  left-padded tensors; which records make which step
+    tasks      read_task                   corpus.jsonl, queries.jsonl, qrels.tsv
+
+Nothing here is skipped, replaced or cut silently: what cannot be used raises DataError, which names the file, the
+record and the reason.
+"""
+
+import difflib
+import hashlib
+import inspect
+import json
+import math
+import os
+import re
+import warnings
+from dataclasses import dataclass, fields
+from functools import lru_cache
+
+import av
+import numpy as np
+import tokenizers
+import torch
+from PIL import Image, ImageOps
+from tqdm import tqdm
+
+from curriculum import CLOSING
+
+PATCH, MERGE, TEMPORAL = 14, 2, 2  # Qwen2-VL: pixels a patch, patches a token side, frames a temporal patch
+MEAN = np.array([0.48145466, 0.4578275, 0.40821073], np.float32)  # CLIP's, used by Qwen2-VL
+STD = np.array([0.26862954, 0.26130258, 0.27577711], np.float32)
+MAX_PIXELS = 89_478_485  # of a stored picture or frame; Pillow only warns there, here it is an error
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+
+
+class DataError(ValueError):
+    """Bad input: the message says what was given, where, and what is needed."""
+
+
+def nearest(name, known):
+    """A hint for an unknown name: ' Did you mean ...?' and the known ones."""
+    close = difflib.get_close_matches(str(name), list(known), 1)
+    return f"{' Did you mean ' + repr(close[0]) + '?' if close else ''} Known: {', '.join(map(str, known))}."
+
+
+# ------------------------------------------------------------------------------------------------------------- media
+
+
+def load_image(source):
+    """A path or Pillow image -> RGB Pillow image, upright, on white where it was transparent.
+
+    Animations give their first frame.  Raises DataError for anything unreadable, truncated, too large or not 8/16-bit.
+    """
+    if isinstance(source, Image.Image):
+        return to_rgb(source, "image")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit below is stricter
+            with Image.open(source) as image:
+                if image.width * image.height > MAX_PIXELS:
+                    raise DataError(f"{source}: {image.width}x{image.height} pixels, the limit is {MAX_PIXELS:,}")
+                return to_rgb(image, source)
+    except (OSError, SyntaxError, Image.DecompressionBombError) as e:  # Pillow raises SyntaxError for broken PNG chunks
+        raise DataError(f"{source}: cannot be read as a picture: {e}") from e
+
+
+def to_rgb(image, name):
+    try:
+        image = ImageOps.exif_transpose(image)
+    except (ValueError, TypeError, KeyError):  # a broken EXIF block says nothing about the pixels
+        pass
+    if image.mode == "F":
+        raise DataError(f"{name}: 32-bit float pixels have no fixed range; convert to 8 or 16 bit first")
+    if image.mode.startswith("I"):  # 16-bit grey: 65535 -> 255
+        grey = np.asarray(image).astype(np.int64)
+        if grey.min() < 0 or grey.max() > 65535:
+            raise DataError(f"{name}: 32-bit integer pixels from {grey.min()} to {grey.max()}; convert to 8 or 16 bit first")
+        return Image.fromarray((grey // 257).astype(np.uint8)).convert("RGB")
+    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    return image.convert("RGB")
+
+
+def load_frames(source, count):
+    """A clip -> at most `count` RGB Pillow images, evenly spaced in time from the first frame to the last.
+
+    source: a video file, a folder of frame files (natural order), or a list of paths / Pillow images.
+    A clip with fewer frames gives all it has.  Decoding keeps only the chosen frames in memory.
+    """
+    if isinstance(source, (list, tuple)) or os.path.isdir(source):
+        frames = source
+        if not isinstance(source, (list, tuple)):
+            names = [n for n in os.listdir(source) if n.lower().endswith(IMAGE_SUFFIXES)]
+            names.sort(key=lambda n: [int(p) if p.isdigit() else p for p in re.split(r"(\d+)", n)])
+            frames = [os.path.join(source, n) for n in names]
+        if not frames:
+            raise DataError(f"{source!r}: a clip given as frames, but there is no frame in it")
+        if len(frames) > count:
+            frames = [frames[round(i)] for i in np.linspace(0, len(frames) - 1, count)]
+        return [load_image(f) for f in frames]
+    try:
+        with av.open(source) as container:
+            return decode_frames(container, source, count)
+    except (av.error.FFmpegError, OSError) as e:
+        raise DataError(f"{source}: cannot be read as a video: {e}") from e
+
+
+def decode_frames(container, source, count):
+    if not container.streams.video:
+        raise DataError(f"{source}: no video track in this file")
+    stream = container.streams.video[0]
+    width, height = stream.codec_context.width, stream.codec_context.height
+    if width * height > MAX_PIXELS:
+        raise DataError(f"{source}: frames of {width}x{height} pixels, the limit is {MAX_PIXELS:,}")
+    stamps = [p.pts for p in container.demux(stream) if p.size and not p.is_discard]  # headers only, nothing is decoded
+    if not stamps:
+        raise DataError(f"{source}: no frames in the video track")
+    timed = None not in stamps
+    stamps = sorted(stamps) if timed else list(range(len(stamps)))
+    if timed and container.duration and len(stamps) > 1:
+        end, promised = float((stamps[-1] * 2 - stamps[-2]) * stream.time_base), container.duration / av.time_base
+        if end < 0.8 * promised and not container.streams.audio:
+            warnings.warn(f"{source}: {promised:.1f} s promised, but the frames end after {end:.1f} s (cut off?); using these")
+    wanted = stamps if len(stamps) <= count else np.linspace(stamps[0], stamps[-1], count)
+    frames, before = [], None  # before: (stamp, frame) decoded last
+
+    def take(frame):
+        return to_rgb(frame.to_image().rotate(frame.rotation, expand=True), source)  # phones store frames sideways
+
+    with av.open(source) as again:
+        for i, frame in enumerate(again.decode(video=0)):
+            if frame.is_corrupt:
+                raise DataError(f"{source}: frame {i} is corrupt")
+            stamp = frame.pts if timed and frame.pts is not None else i
+            while len(frames) < len(wanted) and stamp >= wanted[len(frames)]:  # the nearer of the two around it
+                target = wanted[len(frames)]
+                frames.append(take(before[1] if before and target - before[0] < stamp - target else frame))
+            before = stamp, frame
+            if len(frames) == len(wanted):
+                break
+    if before is None:
+        raise DataError(f"{source}: no frames could be decoded")
+    return frames + [take(before[1])] * (len(wanted) - len(frames))
+
+
+# ------------------------------------------------------------------------------------------------------------ pixels
+
+
+def target_size(width, height, min_pixels, max_pixels):
+    """Qwen2-VL's resize rule: sides to multiples of 28, area between the limits, shape kept.  -> (width, height)"""
+    if max(width, height) > 200 * min(width, height):
+        raise DataError(f"a picture of {width}x{height} pixels: sides differ by more than 200 to 1, crop or pad it")
+    unit = PATCH * MERGE
+    h, w = round(height / unit) * unit, round(width / unit) * unit
+    if h * w > max_pixels:
+        scale = math.sqrt(height * width / max_pixels)
+        h, w = (max(unit, math.floor(side / scale / unit) * unit) for side in (height, width))
+    elif h * w < min_pixels:
+        scale = math.sqrt(min_pixels / (height * width))
+        h, w = (math.ceil(side * scale / unit) * unit for side in (height, width))
+    return w, h
+
+
+def patchify(frames, min_pixels, max_pixels):
+    """RGB Pillow images of one picture (1) or clip (any number) -> patches (t*h*w, 1176) float32 and the grid (t, h, w).
+
+    The order is Qwen2-VL's: the four patches of a 2x2 token stand together; a patch is (channel, 2 frames, 14, 14).
+    Frames of another size take the first one's; an odd last frame is repeated.
+    """
+    size = target_size(*frames[0].size, min_pixels, max_pixels)
+    arrays = [np.asarray(f if f.size == size else f.resize(size, Image.BICUBIC)) for f in frames]
+    arrays += arrays[-1:] * (-len(arrays) % TEMPORAL)
+    t, h, w = len(arrays) // TEMPORAL, size[1] // PATCH, size[0] // PATCH
+    x = np.stack(arrays).reshape(t, TEMPORAL, h // MERGE, MERGE, PATCH, w // MERGE, MERGE, PATCH, 3)
+    x = x.transpose(0, 2, 5, 3, 6, 8, 1, 4, 7).reshape(t * h * w, 3, -1)  # (t, h/2, w/2, 2, 2 | 3 | 2, 14, 14)
+    x = (x.astype(np.float32) * np.float32(1 / 255) - MEAN[:, None]) / STD[:, None]
+    return x.reshape(t * h * w, -1), (t, h, w)
+
+
+# ----------------------------------------------------------------------------------------------------------- records
+
+
+@dataclass
+class Side:
+    """One side of a pair, or one item to embed: a list of ("text" | "image" | "video" | "disc", value) and the target."""
+
+    parts: list
+    rationale: str = ""
+    answer: str = ""
+    where: str = "item"  # file and record, for errors
+
+    def key(self):
+        """Equal for sides with the same text and media: what makes two targets the same target."""
+        return repr([(kind, value if isinstance(value, (str, list)) else id(value)) for kind, value in self.parts])
+
+
+ALIASES = {"images": "image", "videos": "video"}
+SIDE_KEYS, ITEM_KEYS = ("conversations", "image", "images", "video", "videos"), ("text", "image", "video")
+
+
+def parse_side(raw, root, where):
+    """`qry` or `pos` of a training record -> Side.  root: folder of the media; where: "file: record n: qry" for errors."""
+    if isinstance(raw, list) and len(raw) == 1:  # seen in the wild
+        raw = raw[0]
+    if not isinstance(raw, dict):
+        raise DataError(f"{where}: needs an object with 'conversations', got {type(raw).__name__}")
+    for key in raw:
+        if key not in SIDE_KEYS:
+            raise DataError(f"{where}: unknown key {key!r}.{nearest(key, SIDE_KEYS)}")
+    turns = raw.get("conversations")
+    if not isinstance(turns, list) or not turns:
+        raise DataError(f"{where}: 'conversations' must be a list of turns")
+    said = {}
+    for turn in turns:
+        who, text = (turn.get("from", turn.get("role")), turn.get("value", turn.get("content"))) if isinstance(turn, dict) else (None, None)
+        who = {"user": "human", "assistant": "gpt"}.get(who, who)
+        if who not in ("human", "gpt") or not isinstance(text, str):
+            raise DataError(f"{where}: a turn needs 'from' ('human' or 'gpt') and a text 'value', got {str(turn)[:80]}")
+        if who in said:
+            raise DataError(f"{where}: more than one {who!r} turn; one question and one answer make a side")
+        said[who] = text
+    if "human" not in said:
+        raise DataError(f"{where}: no 'human' turn")
+    media = {"image": [], "video": []}
+    for key, value in raw.items():
+        kind = ALIASES.get(key, key)
+        if kind in media and value:
+            if media[kind]:
+                raise DataError(f"{where}: both {kind!r} and {kind + 's'!r} are given")
+            media[kind] = [value] if isinstance(value, str) or key == "video" else list(value)
+    parts = []
+    for piece in re.split(r"(<image>|<video>|<disc_emb>)", said["human"]):
+        kind = {"<image>": "image", "<video>": "video", "<disc_emb>": "disc"}.get(piece, "text")
+        if kind in media:
+            n = said["human"].count(piece)
+            if n != len(media[kind]):
+                raise DataError(f"{where}: {n} {piece} in the text, {len(media[kind])} {kind} given")
+            parts.append((kind, resolve(media[kind][sum(k == kind for k, _ in parts)], root, f"{where}: {kind}")))
+        elif piece:
+            parts.append((kind, piece))
+    for kind, given in media.items():
+        if given and f"<{kind}>" not in said["human"]:
+            raise DataError(f"{where}: 0 <{kind}> in the text, {len(given)} {kind} given")
+    if sum(kind == "disc" for kind, _ in parts) > 1:
+        raise DataError(f"{where}: more than one <disc_emb> in the text")
+    return Side(parts, *parse_target(said.get("gpt", ""), where), where)
+
+
+def parse_target(text, where):
+    """The gpt turn -> (rationale, answer).  Without tags the whole text is the answer."""
+    found = {}
+    for tag in ("think", "answer"):
+        match = re.search(rf"<{tag}>(.*?)</{tag}>", text, re.S)
+        if not match and (f"<{tag}>" in text or f"</{tag}>" in text):
+            raise DataError(f"{where}: <{tag}> is opened or closed only once in {text[:80]!r}")
+        found[tag] = match.group(1).strip() if match else None
+        text = text.replace(match.group(0), "", 1) if match else text
+    rest = text.replace("<gen_emb>", "").strip()
+    if found["answer"] is not None and rest:
+        raise DataError(f"{where}: text outside <think> and <answer>: {rest[:80]!r}")
+    return found["think"] or "", rest if found["answer"] is None else found["answer"]
+
+
+def parse_item(item, root="", where="item"):
+    """An item to embed -> Side.  item: a string or {"text"?, "image"?, "video"?}: image = path, Pillow image or a list of
+    them; video = path, folder, or a list of frame paths / Pillow images.  Media stand in front of the text, unless the
+    text says where with one <image> (<video>) for each."""
+    if isinstance(item, str):
+        return Side([("text", item)], where=where)
+    if not isinstance(item, dict) or not item:
+        raise DataError(f"{where}: needs a string or an object with some of {ITEM_KEYS}, got {item!r}")
+    for key in item:
+        if key not in ITEM_KEYS:
+            raise DataError(f"{where}: unknown key {key!r}.{nearest(key, ITEM_KEYS)}")
+    images, text = item.get("image", []), item.get("text", "")
+    if not isinstance(text, str):
+        raise DataError(f"{where}: 'text' must be a string, got {type(text).__name__}")
+    media = {"image": images if isinstance(images, (list, tuple)) else [images], "video": [item["video"]] if "video" in item else []}
+    if "image" in item and not media["image"]:
+        raise DataError(f"{where}: 'image' is an empty list")
+    media = {k: [resolve(m, root, f"{where}: {k}") for m in v] for k, v in media.items()}
+    marked = all(text.count(f"<{k}>") == len(v) for k, v in media.items()) and any(media.values())
+    if not marked:
+        return Side([p for k in ("image", "video") for m in media[k] for p in ((k, m), ("text", "\n"))] + [("text", text)], where=where)
+    queue = {k: iter(v) for k, v in media.items()}
+    pieces = re.split(r"<(image|video)>", text)  # text, kind, text, kind, ...
+    return Side([("text", p) if i % 2 == 0 else (p, next(queue[p])) for i, p in enumerate(pieces)], where=where)
+
+
+def resolve(source, root, where):
+    """A media path (or list of frames) under its root; it must exist."""
+    if isinstance(source, (list, tuple)):
+        return [resolve(s, root, where) for s in source]
+    if isinstance(source, Image.Image):
+        return source
+    if not isinstance(source, (str, os.PathLike)):
+        raise DataError(f"{where}: needs a path or a Pillow image, got {type(source).__name__}")
+    path = os.path.join(root, os.fspath(source))
+    if not exists(path):
+        raise DataError(f"{where}: {os.fspath(source)!r} does not exist under {root or '.'!r}")
+    return path
+
+
+@lru_cache(1 << 20)
+def exists(path):
+    return os.path.exists(path)
+
+
+class Pairs:
+    """The training pairs of one file, by byte offset: the file itself is never in memory.
+
+    path: JSON lines, or one JSON array of the same objects; media: folder of the media, default the file's own.
+    Every record is parsed once here, so that a bad one is found before training: an error, or with skip_bad a line in
+    `self.bad`.  Arrays over the N good records: dataset (index into `names`), target (hash: equal targets, equal hash).
+    """
+
+    def __init__(self, path, media=None, skip_bad=False):
+        self.path, self.media, self.bad = path, media or os.path.dirname(os.path.abspath(path)), []
+        spans, dataset, target, number = [], [], [], []
+        if not os.path.exists(path):
+            raise DataError(f"{path}: no such file; --data takes a JSONL of training pairs")
+        ids = {}
+        with open(path, "rb") as f, tqdm(total=os.path.getsize(path), desc="reading pairs", unit="B", unit_scale=True, leave=False) as bar:
+            for n, (start, end, text) in enumerate(spans_of(f, path), 1):
+                bar.update(end - start)
+                try:
+                    raw = self.parse_json(text, n)
+                    _, pos = self.parse(raw, n)
+                except DataError as e:
+                    if not skip_bad:
+                        raise
+                    self.bad.append(str(e))
+                    continue
+                spans.append((start, end))
+                number.append(n)
+                dataset.append(ids.setdefault(raw["dataset_name"], len(ids)))
+                target.append(int.from_bytes(hashlib.blake2b(pos.key().encode(), digest_size=8).digest(), "little", signed=True))
+        self.names, self.dataset, self.target = list(ids), np.array(dataset, np.int32), np.array(target, np.int64)
+        self.spans, self.number = np.array(spans, np.int64).reshape(-1, 2), np.array(number, np.int64)
+        if not len(self):
+            raise DataError(f"{path}: no training pair in this file" + (f"; {len(self.bad)} bad records, the first: {self.bad[0]}" if self.bad else ""))
+
+    def __len__(self):
+        return len(self.spans)
+
+    def parse_json(self, text, n):
+        try:
+            return json.loads(text)
+        except ValueError as e:
+            raise DataError(f"{self.path}: record {n}: not JSON: {e}") from e
+
+    def parse(self, raw, n):
+        where = f"{self.path}: record {n}"
+        if not isinstance(raw, dict):
+            raise DataError(f"{where}: needs an object, got {type(raw).__name__}")
+        for key in ("dataset_name", "qry", "pos"):
+            if key not in raw:
+                raise DataError(f"{where}: no {key!r}.{nearest(key, raw)}")
+        if not isinstance(raw["dataset_name"], str):
+            raise DataError(f"{where}: 'dataset_name' must be a string")
+        return tuple(parse_side(raw[k], self.media, f"{where}: {k}") for k in ("qry", "pos"))
+
+    def __getitem__(self, i):
+        """-> (query Side, target Side)"""
+        with open(self.path, "rb") as f:
+            f.seek(self.spans[i, 0])
+            text = f.read(int(self.spans[i, 1] - self.spans[i, 0]))
+        return self.parse(self.parse_json(text, self.number[i]), self.number[i])
+
+
+def spans_of(f, path):
+    """(start, end, bytes) of every record in an open binary file: JSON lines, or the objects of one JSON array."""
+    head = f.read(64).lstrip(b"\xef\xbb\xbf \t\r\n")[:1]
+    f.seek(0)
+    if head != b"[":
+        start = 0
+        for line in f:
+            if text := line.strip(b"\xef\xbb\xbf \t\r\n"):
+                yield start, start + len(line), text
+            start += len(line)
+        return
+    token, depth, quoted, buffer, base, begin = re.compile(rb'\\.|["{}]', re.S), 0, False, b"", 0, 0
+    while chunk := f.read(1 << 20):
+        scan, buffer = len(buffer), buffer + chunk  # base: file offset of the buffer, which starts with the open object
+        while (len(buffer) - len(buffer.rstrip(b"\\"))) % 2 and (more := f.read(1)):  # do not cut an escape in two
+            buffer += more
+        for m in token.finditer(buffer, scan):
+            if m.group() == b'"':
+                quoted = not quoted
+            elif not quoted and m.group() == b"{":
+                depth += 1
+                begin = base + m.start() if depth == 1 else begin
+            elif not quoted and m.group() == b"}":
+                depth -= 1
+                if depth == 0:
+                    end = base + m.end()
+                    yield begin, end, buffer[begin - base : end - base]
+        keep = begin if depth else base + len(buffer)
+        buffer, base = buffer[keep - base :], keep
+    if depth:
+        raise DataError(f"{path}: the JSON array ends in the middle of an object (cut off?)")
+
+
+# ------------------------------------------------------------------------------------------------------------ prompt
+
+QWEN_TOKENS = ("<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>", "<|endoftext|>")
+PLUME_TOKENS = ("<gen_emb>", "<disc_emb>", "<bot>", "<eot>", "<ct>")  # <ct> is the released code's placeholder; unused here
+SYSTEM = "You are a helpful assistant."
+
+
+@dataclass
+class Limits:
+    """Pixel and token limits.  They belong to the checkpoint: an embedding is only comparable under the same ones."""
+
+    min_pixels: int = 56 * 56  # a picture is scaled up to this area
+    max_pixels: int = 28 * 28 * 1280  # and down to this one
+    video_min_pixels: int = 56 * 56  # the same for each frame of a clip
+    video_max_pixels: int = 28 * 28 * 32
+    num_frames: int = 8  # frames sampled from a clip
+    max_len: int = 8192  # tokens in one sequence: prefix, latent steps and suffix
+
+
+class Processor:
+    """Tokenizer, prompt and limits: everything between an item and the model's ids."""
+
+    def __init__(self, tokenizer, prompt, limits, white_image=False):
+        self.tokenizer, self.prompt, self.limits, self.white_image = tokenizer, prompt, limits, white_image
+        # a copy that reads special tokens in a user's text as plain characters; ours are added by id
+        self.backend = tokenizers.Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+        self.backend.encode_special_tokens = True
+        self.id = {t: self.backend.token_to_id(t) for t in QWEN_TOKENS + PLUME_TOKENS}
+        if missing := [t for t, i in self.id.items() if i is None]:
+            raise ValueError(f"the tokenizer has no {' '.join(missing)}; PLUME needs all of {' '.join(QWEN_TOKENS + PLUME_TOKENS)}")
+
+    def encode(self, text):
+        return self.backend.encode(text, add_special_tokens=False).ids if text else []
+
+    def media(self, kind, source):
+        limits = self.limits
+        if kind == "image":
+            return patchify([load_image(source)], limits.min_pixels, limits.max_pixels)
+        return patchify(load_frames(source, limits.num_frames), limits.video_min_pixels, limits.video_max_pixels)
+
+    def render(self, side, stage=None, curriculum=None):
+        """The one prompt of training, evaluation and `encode`: a Side -> ids, positions, pixels, suffix.
+
+        Without a stage the suffix is inference's, <eot></think>\\n<gen_emb>.  With one, it is the curriculum's text for
+        that stage; a rationale too long for `max_len` loses its end (counted in "cut"), and nothing else ever does.
+        Raises DataError when question and media alone are too long, or a medium cannot be read.
+        """
+        t, parts = self.id, list(side.parts)
+        if self.white_image and not any(kind in ("image", "video") for kind, _ in parts):
+            parts = [("image", Image.new("RGB", (28, 28), "white")), ("text", "\n"), *parts]  # the released text-only form
+        if not any(kind == "disc" for kind, _ in parts):
+            parts += [("text", "\n"), ("disc", None), ("text", "\n" + self.prompt)]
+        seq = [t["<|im_start|>"], f"system\n{SYSTEM}", t["<|im_end|>"], "\n", t["<|im_start|>"], "user\n"]
+        for kind, value in parts:
+            seq += {"text": [value], "disc": [t["<disc_emb>"]]}.get(kind) or [t["<|vision_start|>"], (kind, value), t["<|vision_end|>"]]
+        seq += [t["<|im_end|>"], "\n", t["<|im_start|>"], "assistant\n<think>", t["<bot>"]]
+
+        ids, positions, pixels, grids, nxt, text = [], [], [], [], 0, ""
+        for token in seq + [None]:
+            if isinstance(token, str):
+                text += token  # neighbouring texts are tokenized as one
+                continue
+            run = self.encode(text) + ([token] if isinstance(token, int) else [])
+            text = ""
+            ids += run
+            positions.append(np.broadcast_to(np.arange(nxt, nxt + len(run)), (3, len(run))))
+            nxt += len(run)
+            if isinstance(token, tuple):
+                kind, source = token
+                try:
+                    patches, (gt, gh, gw) = self.media(kind, source)
+                except DataError as e:
+                    raise DataError(f"{side.where}: {e}") from e
+                h, w = gh // MERGE, gw // MERGE
+                ids += [t[f"<|{kind}_pad|>"]] * (gt * h * w)
+                positions.append(np.indices((gt, h, w)).reshape(3, -1) + nxt)  # M-RoPE: time, row, column
+                nxt += max(h, w)  # as transformers counts: a picture takes as many positions as its longer side
+                pixels.append(patches)
+                grids.append((gt, gh, gw))
+
+        K = stage.latent_steps if stage else 0
+        rest, closing = curriculum.rewrite(side.rationale, side.answer, stage) if stage else ("", CLOSING)
+        rest, closing = self.encode(rest), self.encode(closing)
+        room = self.limits.max_len - len(ids) - K - 2 - len(closing)
+        if room < 0:
+            raise DataError(f"{side.where}: {len(ids)} tokens of question and media and {K + 2 + len(closing)} behind them exceed "
+                            f"max_len {self.limits.max_len}; raise --max_len, or lower --max_pixels or --num_frames")
+        kept, eot = rest[:room], [t["<eot>"]]
+        suffix = (eot + kept if curriculum and curriculum.rest == "after" else kept + eot) + closing + [t["<gen_emb>"]]
+        return dict(ids=ids, positions=np.concatenate(positions, 1), disc=ids.index(t["<disc_emb>"]), pixels=pixels,
+                    grids=grids, suffix=suffix, cut=len(rest) - len(kept))
+
+
+# ----------------------------------------------------------------------------------------------------------- batches
+
+
+def collate(samples, processor):
+    """Rendered samples -> one batch of tensors, prefixes padded on the left, suffixes on the right.
+
+    ids (B, P), positions (3, B, P), lengths (B,), disc (B,), suffix (B, T), gen (B,) column of <gen_emb>;
+    media (M,) flat places of the M media tokens in (B, P), pixels and grid of all media in that order (or None);
+    label_at (N,) flat places in (B, T), labels (N,), first (B,) rows of label_at that are a row's first token.
+    """
+    B, P = len(samples), max(len(s["ids"]) for s in samples)
+    T = max(len(s["suffix"]) for s in samples)
+    pad = processor.id["<|endoftext|>"]
+    ids, suffix = torch.full((B, P), pad), torch.full((B, T), pad)
+    positions = torch.zeros(3, B, P, dtype=torch.long)
+    label_at, labels, first = [], [], []
+    for b, s in enumerate(samples):
+        n, m = len(s["ids"]), len(s["suffix"])
+        ids[b, P - n :] = torch.tensor(s["ids"])
+        positions[:, b, P - n :] = torch.from_numpy(s["positions"])
+        suffix[b, :m] = torch.tensor(s["suffix"])
+        if s.get("labelled", True):
+            first.append(len(labels))
+            label_at += range(b * T, b * T + m)
+            labels += s["suffix"]
+    lengths = torch.tensor([len(s["ids"]) for s in samples])
+    pixels = [torch.from_numpy(p) for s in samples for p in s["pixels"]]
+    is_media = (ids == processor.id["<|image_pad|>"]) | (ids == processor.id["<|video_pad|>"])
+    return dict(ids=ids, positions=positions, lengths=lengths, disc=torch.tensor([s["disc"] for s in samples]) + P - lengths,
+                suffix=suffix, gen=torch.tensor([len(s["suffix"]) - 1 for s in samples]),
+                media=is_media.flatten().nonzero()[:, 0], pixels=torch.cat(pixels) if pixels else None,
+                grid=torch.tensor([g for s in samples for g in s["grids"]]) if pixels else None,
+                label_at=torch.tensor(label_at, dtype=torch.long), labels=torch.tensor(labels, dtype=torch.long),
+                first=torch.tensor(first, dtype=torch.long))
+
+
+class Schedule:
+    """Which records make which step: a pure function of (seed, step), so workers, ranks and resumed runs agree.
+
+    Every global batch comes from one data set (its other rows are hard negatives).  A data set gets steps in proportion
+    to its size, spread over the whole run, and passes through all its records before it shows one again.
+    """
+
+    def __init__(self, dataset, names, global_batch, steps, seed):
+        self.rows = [np.flatnonzero(dataset == d) for d in range(len(names))]
+        self.global_batch, self.steps, self.seed = global_batch, steps, seed
+        share = np.array([len(r) for r in self.rows]) / len(dataset) * steps
+        self.counts = np.floor(share).astype(int)
+        for d in np.argsort(self.counts - share, kind="stable")[: steps - self.counts.sum()]:  # largest remainders
+            self.counts[d] += 1
+        which = np.repeat(np.arange(len(names)), self.counts)
+        nth = np.concatenate([np.arange(c) for c in self.counts])
+        at = (nth + np.random.default_rng([seed, 0]).random(steps)) / self.counts[which]
+        order = np.argsort(at, kind="stable")
+        self.which, self.nth = which[order], nth[order]
+
+    def __getitem__(self, step):
+        """-> the record numbers of this step's global batch"""
+        d, size = int(self.which[step]), self.global_batch
+        place = np.arange(self.nth[step] * size, (self.nth[step] + 1) * size)
+        rows, out = self.rows[d], np.empty(size, np.int64)
+        for lap in np.unique(place // len(rows)):
+            here = place // len(rows) == lap
+            out[here] = np.random.default_rng([self.seed, 1, d, int(lap)]).permutation(rows)[place[here] % len(rows)]
+        return out
+
+
+class StepSampler(torch.utils.data.Sampler):
+    """(step, indices of this rank) from `start` on: the step travels with the indices, so a worker that prefetches
+    ahead always writes the text of the right curriculum stage."""
+
+    def __init__(self, schedule, start=0, rank=0, world=1):
+        self.schedule, self.start, self.rank, self.rows = schedule, start, rank, schedule.global_batch // world
+
+    def __iter__(self):
+        for step in range(self.start, self.schedule.steps):
+            yield step, self.schedule[step][self.rank * self.rows : (self.rank + 1) * self.rows]
+
+    def __len__(self):
+        return self.schedule.steps - self.start
+
+
+class Batches(torch.utils.data.Dataset):
+    """(step, indices) -> the collated batch of B queries followed by their B targets.
+
+    Adds step, dataset (name), stage, target (B,) hashes, valid (B,), cut (rationale tokens lost to max_len) and bad:
+    with skip_bad a record whose media cannot be read is named there and left out of every loss.
+    """
+
+    def __init__(self, pairs, processor, curriculum, steps, skip_bad=False):
+        self.pairs, self.processor, self.curriculum, self.steps, self.skip_bad = pairs, processor, curriculum, steps, skip_bad
+
+    def __getitem__(self, job):
+        step, indices = job
+        stage = self.curriculum.stage_at(step / self.steps)
+        rows, bad = [], []
+        for i in indices:
+            try:
+                rows.append([self.processor.render(side, stage, self.curriculum) for side in self.pairs[i]])
+            except DataError as e:
+                if not self.skip_bad:
+                    raise
+                bad.append(str(e))
+                blank = self.processor.render(Side([("text", "")]), stage, self.curriculum)
+                rows.append([dict(blank, labelled=False)] * 2)
+        samples = [r[0] for r in rows] + [r[1] for r in rows]
+        batch = collate(samples, self.processor)
+        return dict(batch, step=step, dataset=self.pairs.names[self.pairs.dataset[indices[0]]], stage=stage,
+                    target=torch.from_numpy(self.pairs.target[indices]), bad=bad, cut=sum(s["cut"] for s in samples),
+                    valid=torch.tensor([r[0].get("labelled", True) for r in rows]))
+
+
+def to_device(batch, device):
+    return {k: v.to(device, non_blocking=True) if torch.is_tensor(v) else v for k, v in batch.items()}
+
+
+# ------------------------------------------------------------------------------------------------------------- tasks
+
+
+@dataclass
+class Task:
+    """A retrieval task: items to encode, and for query i the graded relevant documents {corpus row: gain}."""
+
+    name: str
+    queries: list  # Side
+    corpus: list  # Side
+    relevant: list  # one dict a query
+    candidates: list  # for each query its list of corpus rows, or None: the whole corpus
+    query_ids: list
+
+
+def list_tasks(root):
+    """All "<meta-task>/<dataset>" below root that hold a qrels.tsv, sorted."""
+    if not os.path.isdir(root):
+        raise DataError(f"--data {root!r}: no such folder; it must hold <meta-task>/<dataset>/corpus.jsonl, queries.jsonl, qrels.tsv")
+    found = [f"{m}/{d}" for m in sorted(os.listdir(root)) if os.path.isdir(os.path.join(root, m))
+             for d in sorted(os.listdir(os.path.join(root, m))) if os.path.exists(os.path.join(root, m, d, "qrels.tsv"))]
+    if not found:
+        raise DataError(f"--data {root!r}: no <meta-task>/<dataset>/qrels.tsv below it")
+    return found
+
+
+def read_task(root, name):
+    """Read one task in the BEIR layout with media.  Raises DataError naming file and line for anything that is off."""
+    folder = os.path.join(root, name)
+
+    def items(file, *extra):  # -> {id: row}, [Side], [raw object]
+        path, rows, sides, raws = os.path.join(folder, file), {}, [], []
+        if not os.path.exists(path):
+            raise DataError(f"{path}: no such file; a task needs corpus.jsonl, queries.jsonl and qrels.tsv")
+        with open(path, "rb") as f:
+            for n, (_, _, text) in enumerate(spans_of(f, path), 1):
+                where = f"{path}: record {n}"
+                try:
+                    raw = json.loads(text)
+                except ValueError as e:
+                    raise DataError(f"{where}: not JSON: {e}") from e
+                if not isinstance(raw, dict) or "_id" not in raw:
+                    raise DataError(f"{where}: needs an object with '_id'")
+                if rows.setdefault(str(raw["_id"]), len(rows)) != len(sides):
+                    raise DataError(f"{where}: the id {raw['_id']!r} stands there twice")
+                sides.append(parse_item({k: v for k, v in raw.items() if k not in ("_id", *extra)}, root, where))
+                raws.append(raw)
+        return rows, sides, raws
+
+    corpus_row, corpus, _ = items("corpus.jsonl")
+    query_row, queries, raws = items("queries.jsonl", "candidates")
+    relevant = [{} for _ in queries]
+    path = os.path.join(folder, "qrels.tsv")
+    with open(path, encoding="utf-8") as f:
+        for n, line in enumerate(f, 1):
+            cells = line.rstrip("\r\n").split("\t")
+            if n == 1 or not line.strip():  # header
+                continue
+            if len(cells) != 3 or cells[0] not in query_row or cells[1] not in corpus_row or not re.fullmatch(r"-?\d+", cells[2]):
+                raise DataError(f"{path}: line {n}: needs a known query id, a known corpus id and a whole-number score, got {cells}")
+            if int(cells[2]) > 0:
+                relevant[query_row[cells[0]]][corpus_row[cells[1]]] = int(cells[2])
+    candidates = []
+    for side, raw, gold in zip(queries, raws, relevant):
+        rows = raw.get("candidates")
+        if rows is not None:
+            if unknown := [c for c in rows if str(c) not in corpus_row]:
+                raise DataError(f"{side.where}: candidate {unknown[0]!r} is not in corpus.jsonl")
+            rows = list(dict.fromkeys(corpus_row[str(c)] for c in rows))
+        if not gold or (rows is not None and not set(gold) & set(rows)):
+            raise DataError(f"{side.where}: query {raw['_id']!r} has no relevant document" + (" among its candidates" if gold else " in qrels.tsv"))
+        candidates.append(rows)
+    return Task(name, queries, corpus, relevant, candidates, list(query_row))
+
+
+# ------------------------------------------------------------------------------------------------------ command line
+
+
+def parse_flags(config_class, argv, about):
+    """`--key value` and `--key=value` -> an instance of a dataclass whose fields have defaults; `--flag` alone is true.
+
+    The help is the class's own source: the comment behind each field.  Unknown names and values of the wrong type end
+    the program with the nearest right name.
+    """
+    known, values, argv = {f.name: f.type for f in fields(config_class)}, {}, list(argv)
+    if "-h" in argv or "--help" in argv:
+        print(about.strip() + "\n\nflags (--key value or --key=value):")
+        for line in inspect.getsource(config_class).splitlines()[2:]:
+            if m := re.match(r"    (\w+): (\w+) = (.*?)  # (.*)", line):
+                print(f"  --{m[1]} {m[2].upper()}".ljust(30) + f"{m[4]} [{m[3]}]")
+            elif m := re.match(r"    # (.*)", line):
+                print(f"\n {m[1]}")
+        raise SystemExit(0)
+    while argv:
+        flag, equals, value = argv.pop(0).partition("=")
+        name = flag[2:].replace("-", "_")
+        if not flag.startswith("--") or name not in known:
+            raise SystemExit(f"error: unknown argument {flag!r}.{nearest(name, known)}")
+        kind = known[name]
+        if not equals:
+            value = argv.pop(0) if argv and not argv[0].startswith("--") else "true" if kind is bool else None
+        try:
+            values[name] = {"true": True, "false": False}[value.lower()] if kind is bool else kind(value)
+        except (ValueError, KeyError, AttributeError, TypeError):
+            raise SystemExit(f"error: --{name} needs {'true or false' if kind is bool else f'a value of type {kind.__name__}'}, got {value!r}") from None
+    return config_class(**values)

@@ -1,0 +1,213 @@
+"""Latent reasoning: a prefix, K continuous steps, a short suffix, all rows of the batch in one tensor program.
+
+Prefixes are padded on the LEFT, so that <bot> of every row sits in the last column and step k of every row happens at
+the same time.  The suffix is padded on the right, where the causal mask hides it.
+
+              prefix (P columns)        latents (K)     suffix (T)
+    row 0   .  .  .  A  B  <bot>     |  z  z  z  z   |  <eot> </think> <gen_emb>
+    row 1   A  B  C  D  E  <bot>     |  z  z  z  z   |  <eot> </think> <gen_emb>
+               anchor ^ = hidden state at <disc_emb>                   ^ embedding
+
+The decoder's arithmetic (Qwen2: RMSNorm, grouped-query attention, M-RoPE, SwiGLU) is written out here over the weights
+of transformers' modules, because the cache must carry gradients and work together with activation checkpointing.
+Prefill, latent step, suffix and greedy decoding are one function, `decoder`, at different numbers of new columns.
+
+Shapes: B sequences, P prefix tokens, K latent steps, T suffix tokens, L new columns in a call, D width, H query heads,
+G key/value heads, d = D/H, E experts.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
+
+
+class Prefix(NamedTuple):
+    x: torch.Tensor  # (B, P, D) input embeddings, padded on the left
+    positions: torch.Tensor  # (3, B, P) M-RoPE positions (temporal, height, width)
+    lengths: torch.Tensor  # (B,) tokens without padding
+    disc: torch.Tensor  # (B,) column of <disc_emb>
+
+
+class Rollout(NamedTuple):
+    anchor: torch.Tensor  # (B, D) h(<disc_emb>), not normalised
+    start: torch.Tensor  # (B, D) z_0 = h(<bot>)
+    latents: torch.Tensor  # (B, K, D) z_1 .. z_K
+    suffix: torch.Tensor  # (B, T, D) hidden states of the suffix
+    router: torch.Tensor  # (B, K, E) router probabilities, float32
+
+
+class Cache:
+    """Keys and values of every layer in two blocks: the prefix, written once, and the few slots that come behind it.
+
+    Everything stays in the autograd graph.  The prefix block is never copied; only the slots grow.
+    """
+
+    def __init__(self, lengths, P):
+        column = torch.arange(P, device=lengths.device)
+        self.real = column >= (P - lengths)[:, None]  # (B, P) False on padding
+        self.hide = torch.zeros(self.real.shape, device=lengths.device).masked_fill_(~self.real, float("-inf"))[:, None, None]
+        self.prefix, self.slots = [], []  # a (k, v) for each layer, each (B, G, ., d)
+
+
+def rollout(lm, adapter, prefix, steps, suffix, rule="mrope", checkpointing=False):
+    """The method: prefill, K latent steps, suffix.
+
+    lm: transformers' Qwen2VLTextModel; adapter: TransitionAdapter; prefix: Prefix; steps: K, a Python int;
+    suffix: (B, T, D) input embeddings; rule: see `next_positions`.  h(.) is the state after the decoder's final norm.
+    """
+    cache = Cache(prefix.lengths, prefix.x.shape[1])
+    h = decoder(lm, prefix.x, prefix.positions, cache, checkpointing)  # (B, P, D)
+    anchor, z = at(h, prefix.disc), h[:, -1]
+    pos = next_positions(prefix, rule)  # (B,)
+    states, probs = [z], []
+    for k in range(steps):
+        x, r = adapter(z, k, anchor)  # (B, D), (B, E)
+        z = decoder(lm, x[:, None], pos[:, None] + k, cache)[:, 0]
+        states.append(z)
+        probs.append(r)
+    columns = torch.arange(steps, steps + suffix.shape[1], device=pos.device)
+    h = decoder(lm, suffix, pos[:, None] + columns, cache, checkpointing)  # (B, T, D)
+    router = torch.stack(probs, 1) if probs else z.new_zeros(len(z), 0, 0, dtype=torch.float32)
+    return Rollout(anchor, states[0], torch.stack(states, 1)[:, 1:], h, router)
+
+
+def single_pass(lm, prefix):
+    """h(<disc_emb>) (B, D) of the prefix alone: the anchor, and the single-pass embedding before normalisation."""
+    h = decoder(lm, prefix.x, prefix.positions, Cache(prefix.lengths, prefix.x.shape[1]))
+    return at(h, prefix.disc)
+
+
+@torch.no_grad()
+def greedy(lm, embed, head, prefix, end, limit, rule="mrope"):
+    """Explicit chain of thought: write tokens greedily behind <bot> until `end` (<gen_emb>), for at most `limit` tokens.
+
+    A row that has not ended by then gets `end` as its last token.  -> h(end) (B, D), tokens (B, n), padded with `end`.
+    """
+    cache = Cache(prefix.lengths, prefix.x.shape[1])
+    h = decoder(lm, prefix.x, prefix.positions, cache)[:, -1]
+    pos, tokens = next_positions(prefix, rule), []
+    out, done = torch.zeros_like(h), torch.zeros(len(h), dtype=torch.bool, device=h.device)
+    for t in range(limit):
+        token = head(h).argmax(-1) if t < limit - 1 else torch.full_like(pos, end)
+        token = torch.where(done, end, token)
+        tokens.append(token)
+        h = decoder(lm, embed(token)[:, None], pos[:, None] + t, cache)[:, 0]
+        ends = (token == end) & ~done
+        out, done = torch.where(ends[:, None], h, out), done | ends
+        if t % 16 == 15 and bool(done.all()):  # looks at the device only now and then
+            break
+    return out, torch.stack(tokens, 1)
+
+
+def next_positions(prefix, rule):
+    """Position of the first column behind the prefix, (B,), the same on all three axes.
+
+    "mrope": the row's own M-RoPE positions go on.  "cache": the number of cached tokens, as in the released code; after
+    a picture that is a jump upwards, because M-RoPE counts a picture's sides and not its tokens.
+    """
+    if rule == "cache":
+        return prefix.lengths
+    if rule == "mrope":
+        return prefix.positions.amax((0, 2)) + 1
+    raise ValueError(f"latent_positions {rule!r}: needs 'mrope' or 'cache'")
+
+
+def at(h, column):
+    """h (B, L, D), column (B,) -> (B, D)"""
+    return h[torch.arange(len(h), device=h.device), column]
+
+
+# ------------------------------------------------------------------------------------------------------------ decoder
+
+
+def decoder(lm, x, positions, cache, checkpointing=False):
+    """All layers over L new columns: x (B, L, D), positions (3, B, L) or (B, L) -> final-norm hidden states (B, L, D).
+
+    On an empty cache the columns are the prefix; later ones become slots.  The cache is updated.
+    """
+    cos, sin = rotary(lm, positions.expand(3, *positions.shape[-2:]), x)  # (B, 1, L, d) each
+    L, prefill = x.shape[1], not cache.prefix
+    if prefill:  # key visible: causal and real; a padding column sees itself, so that its softmax is defined
+        eye = torch.eye(L, dtype=torch.bool, device=x.device)
+        mask = eye | (cache.real[:, None, None] & torch.ones_like(eye).tril())  # (B, 1, L, L)
+    else:  # new columns see all old slots and, causally, each other
+        n = cache.slots[0][0].shape[2]
+        mask = torch.full((L, n + L), float("-inf"), device=x.device).triu(n + 1)
+    for i, layer in enumerate(lm.layers):
+        past = None if prefill else (*cache.prefix[i], *cache.slots[i], cache.hide)
+        if checkpointing and torch.is_grad_enabled():
+            x, k, v = checkpoint(block, layer, x, cos, sin, mask, past, use_reentrant=False)
+        else:
+            x, k, v = block(layer, x, cos, sin, mask, past)
+        if prefill:
+            cache.prefix.append((k, v))
+            cache.slots.append((k[:, :, :0], v[:, :, :0]))
+        else:
+            cache.slots[i] = k, v
+    return rms_norm(x, lm.norm)
+
+
+def block(layer, x, cos, sin, mask, past):
+    """One decoder layer -> its output (B, L, D) and the keys and values to keep: the prefix's, or all slots so far."""
+    att, mlp = layer.self_attn, layer.mlp
+    h = rms_norm(x, layer.input_layernorm)
+    q, k, v = (split_heads(p(h), att.head_dim) for p in (att.q_proj, att.k_proj, att.v_proj))
+    q, k = rotate(q, cos, sin), rotate(k, cos, sin)  # (B, H, L, d), (B, G, L, d)
+    if past is None:
+        a = F.scaled_dot_product_attention(q, expand_heads(k, q), expand_heads(v, q), attn_mask=mask)
+    else:
+        k_prefix, v_prefix, k_slots, v_slots, hide = past
+        k, v = torch.cat([k_slots, k], 2), torch.cat([v_slots, v], 2)
+        a = attend_two_blocks(q, k_prefix, v_prefix, k, v, hide, mask)
+    x = x + att.o_proj(a.transpose(1, 2).flatten(2))
+    h = rms_norm(x, layer.post_attention_layernorm)
+    return x + mlp.down_proj(F.silu(mlp.gate_proj(h)) * mlp.up_proj(h)), k, v
+
+
+def attend_two_blocks(q, k_prefix, v_prefix, k_slots, v_slots, hide, mask):
+    """q (B, H, L, d) against the prefix (B, G, P, d) and the slots (B, G, n, d): two score blocks, one softmax.
+
+    hide: 0 / -inf for the prefix, (B, 1, 1, P); mask: 0 / -inf for the slots, (L, n).  -> (B, H, L, d)
+    Query heads of a group share their keys: they are folded into rows, and the cache is neither repeated nor copied.
+    """
+    B, H, L, d = q.shape
+    G, P = k_prefix.shape[1:3]
+    q = q.reshape(B, G, H // G * L, d) * d**-0.5
+    far = q @ k_prefix.mT + hide  # (B, G, H/G*L, P)
+    near = q @ k_slots.mT + mask.repeat(H // G, 1)  # (B, G, H/G*L, n)
+    w = torch.cat([far, near], -1).softmax(-1, dtype=torch.float32).to(v_slots.dtype)
+    return (w[..., :P] @ v_prefix + w[..., P:] @ v_slots).view(B, H, L, d)
+
+
+def rotary(lm, positions, x):
+    """M-RoPE tables cos, sin (B, 1, L, d) for positions (3, B, L): each frequency belongs to one of the three axes.
+
+    Qwen2-VL: `mrope_section` says how many of the d/2 frequencies are temporal, height, width.  Computed in float32.
+    """
+    rope, d = lm.config.rope_parameters, lm.layers[0].self_attn.head_dim
+    inverse = 1 / rope["rope_theta"] ** (torch.arange(0, d, 2, device=x.device, dtype=torch.float32) / d)  # (d/2,)
+    angles = (positions[..., None].float() * inverse).split(rope["mrope_section"], -1)  # three of (3, B, L, section)
+    angles = torch.cat([a[i] for i, a in enumerate(angles)] * 2, -1)[:, None]
+    return angles.cos().to(x.dtype), angles.sin().to(x.dtype)
+
+
+def rotate(x, cos, sin):
+    a, b = x.chunk(2, -1)
+    return x * cos + torch.cat([-b, a], -1) * sin
+
+
+def rms_norm(x, norm):
+    h = x.float()
+    h = h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + norm.variance_epsilon)
+    return norm.weight * h.to(x.dtype)
+
+
+def split_heads(x, d):
+    return x.view(*x.shape[:2], -1, d).transpose(1, 2)  # (B, L, H*d) -> (B, H, L, d)
+
+
+def expand_heads(kv, q):
+    B, G, L, d = kv.shape
+    return kv[:, :, None].expand(B, G, q.shape[1] // G, L, d).reshape(B, -1, L, d)  # (B, G, L, d) -> (B, H, L, d)

@@ -1,0 +1,372 @@
+"""Plume: a Qwen2-VL backbone, the transition adapter and a processor, in one module.
+
+    model = Plume.from_pretrained("out/checkpoint")
+    vectors = model.encode(["a red car", {"image": "car.jpg"}, {"text": "what happens here?", "video": "clip.mp4"}])
+
+transformers supplies configuration, weights, tokenizer and the vision tower; the decoder runs in latent.py.
+How a checkpoint was trained is the `plume` block of its config.json, and nothing else has to be known to use it.
+"""
+
+import contextlib
+import copy
+import itertools
+import json
+import os
+import shutil
+import warnings
+from dataclasses import asdict
+
+import huggingface_hub
+import numpy as np
+import tokenizers
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch.utils.checkpoint import checkpoint
+from tqdm import tqdm
+from transformers import AutoTokenizer, PreTrainedTokenizerFast, Qwen2VLConfig, Qwen2VLForConditionalGeneration
+from transformers.utils import logging as transformers_logging
+
+from adapter import TransitionAdapter, from_released, to_released
+from data import (CLOSING, MERGE, PATCH, PLUME_TOKENS, QWEN_TOKENS, SYSTEM, TEMPORAL, Limits, Processor, Side, collate, nearest,
+                  parse_item, to_device)
+from latent import Prefix, at, greedy, rollout, single_pass
+
+RELEASED_PROMPT = (
+    "Represent the above input text, images, videos, or any combination of the three as embeddings. First output the "
+    "thinking process in <think> </think> tags and then summarize the entire input in a word or sentence. Finally, use "
+    "the <gen_emb> tag to represent the entire input.")
+RELEASED_ADAPTER = "latent_moe_transition."
+MODES = ("latent", "single", "cot")
+SPECIAL_IDS = dict(image_token_id="image_pad", video_token_id="video_pad", vision_start_token_id="vision_start", vision_end_token_id="vision_end")
+
+# What a checkpoint says about itself; `limits` is data.Limits, `adapter` TransitionAdapter's keywords.
+ADAPTER = dict(kind="moe", experts=4, top_k=2, shared_expert=True, anchor=True, step_embedding=True, router_bias=False)
+DEFAULTS = dict(latent_steps=8, latent_positions="mrope", prompt=RELEASED_PROMPT, white_image=False, adapter=ADAPTER, limits={})
+
+TINY = dict(  # about a million parameters, plus 128 for each token; a laptop trains it
+    text=dict(hidden_size=128, intermediate_size=384, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
+              max_position_embeddings=8192, rope_parameters=dict(rope_type="default", rope_theta=10000.0, mrope_section=[4, 6, 6])),
+    vision=dict(depth=1, embed_dim=128, hidden_size=128, num_heads=4, mlp_ratio=2),
+    prompt="Think, then embed.",
+    limits=dict(max_pixels=28 * 28 * 36, video_max_pixels=28 * 28 * 9, max_len=512),
+    vocabulary=8192)
+
+
+class Plume(nn.Module):
+    """backbone: Qwen2VLForConditionalGeneration; tokenizer: with PLUME's tokens; settings: the `plume` block."""
+
+    def __init__(self, backbone, tokenizer, settings):
+        super().__init__()
+        for key in settings:
+            if key not in DEFAULTS:
+                raise ValueError(f"plume block of config.json: unknown key {key!r}.{nearest(key, DEFAULTS)}")
+        text, vision = backbone.config.text_config, backbone.config.vision_config
+        sizes = vision.patch_size, vision.spatial_merge_size, vision.temporal_patch_size
+        if sizes != (PATCH, MERGE, TEMPORAL) or text.rope_parameters["rope_type"] != "default" or text.use_sliding_window:
+            raise ValueError("this backbone is not a plain Qwen2-VL: needs patch size 14, merge 2, temporal patch 2, "
+                             f"default rotary embedding, no sliding window; has {sizes}, {text.rope_parameters}")
+        self.backbone = backbone
+        self.settings = {**DEFAULTS, **settings}
+        limits = Limits(**self.settings["limits"])
+        self.settings["limits"], self.settings["adapter"] = asdict(limits), {**ADAPTER, **self.settings["adapter"]}
+        self.adapter = TransitionAdapter(text.hidden_size, **self.settings["adapter"])
+        self.processor = Processor(tokenizer, self.settings["prompt"], limits, self.settings["white_image"])
+        self.checkpointing = False  # activation checkpointing around every decoder layer
+
+    @property
+    def lm(self):
+        return self.backbone.model.language_model
+
+    @property
+    def device(self):
+        return self.lm.norm.weight.device
+
+    # ------------------------------------------------------------------------------------------------------ computing
+
+    def prefix(self, batch):
+        """Token embeddings with the pictures' and clips' features in their places -> latent.Prefix."""
+        x = self.lm.embed_tokens(batch["ids"])  # (B, P, D)
+        if batch["pixels"] is not None:
+            visual = self.backbone.model.visual
+            features = visual(batch["pixels"].to(visual.dtype), grid_thw=batch["grid"]).pooler_output  # (M, D)
+            x = x.flatten(0, 1).index_copy(0, batch["media"], features.to(x.dtype)).view_as(x)
+        return Prefix(x, batch["positions"], batch["lengths"], batch["disc"])
+
+    def forward(self, batch, steps):
+        """One training pass over a collated batch (data.collate) with K = steps.
+
+        -> dict: gen, disc (B, D) unit embeddings; ce (N,) cross-entropy of every labelled token of the suffix; first
+        (B,) that of the first token behind the latents; router (B, K, E) probabilities.
+        """
+        r = rollout(self.lm, self.adapter, self.prefix(batch), steps, self.lm.embed_tokens(batch["suffix"]),
+                    self.settings["latent_positions"], self.checkpointing)
+        before = torch.cat([r.latents[:, -1:] if steps else r.start[:, None], r.suffix[:, :-1]], 1)  # predicts the suffix
+        ce = cross_entropy(before.flatten(0, 1)[batch["label_at"]], self.backbone.lm_head.weight, batch["labels"])
+        return dict(gen=unit(at(r.suffix, batch["gen"])), disc=unit(r.anchor), ce=ce, first=ce[batch["first"]],
+                    router=r.router)
+
+    @torch.no_grad()
+    def embed(self, batch, mode="latent", steps=None, limit=512):
+        """A collated batch on the model's device -> (B, D) unit embeddings in float32.  See `encode`."""
+        prefix, steps = self.prefix(batch), self.settings["latent_steps"] if steps is None else steps
+        rule = self.settings["latent_positions"]
+        if mode == "cot":
+            gen = self.processor.id["<gen_emb>"]
+            h, _ = greedy(self.lm, self.lm.embed_tokens, self.backbone.lm_head, prefix, gen, limit, rule)
+            return unit(h)
+        if mode == "single":
+            return unit(single_pass(self.lm, prefix))
+        r = rollout(self.lm, self.adapter, prefix, steps, self.lm.embed_tokens(batch["suffix"]), rule)
+        return unit(at(r.suffix, batch["gen"]))
+
+    def encode(self, items, mode="latent", steps=None, batch_size=16, progress=False, limit=512):
+        """Embed items -> float32 array (N, D), unit rows, in the given order.
+
+        items: strings or {"text"?, "image"?, "video"?}; image = path, Pillow image or a list of them; video = path,
+        folder of frames, or list of frame paths / Pillow images.  Kinds may be mixed: rows are batched by length.
+        mode: "latent" (steps = 0..32, default the checkpoint's K), "single" (one pass), "cot" (greedy rationale, until
+        <gen_emb> or `limit` tokens).  progress: a bar, or its label.  Raises DataError naming the item for anything that cannot be read.
+        """
+        if mode not in MODES:
+            raise ValueError(f"mode {mode!r}.{nearest(mode, MODES)}")
+        if steps is not None and (mode != "latent" or not 0 <= steps <= 32):
+            raise ValueError(f"steps {steps} in mode {mode!r}: steps are 0..32 and belong to mode 'latent'")
+        if isinstance(items, (str, dict)):
+            raise TypeError("items must be a list; put a single item into [ ]")
+        was_training, out = self.training, np.empty((len(items), self.lm.config.hidden_size), np.float32)
+        self.eval()
+        bar = tqdm(total=len(items), desc=progress if isinstance(progress, str) else f"encode ({mode})", unit="item", disable=not progress)
+        for start in range(0, len(items), 16 * batch_size):  # pixels of one window at a time
+            window = items[start : start + 16 * batch_size]
+            sides = [x if isinstance(x, Side) else parse_item(x, where=f"item {start + i}") for i, x in enumerate(window)]
+            samples = [self.processor.render(s) for s in sides]
+            order = sorted(range(len(samples)), key=lambda i: len(samples[i]["ids"]))
+            for a in range(0, len(order), batch_size):
+                rows = order[a : a + batch_size]
+                batch = to_device(collate([samples[i] for i in rows], self.processor), self.device)
+                out[[start + i for i in rows]] = self.embed(batch, mode, steps, limit).cpu().numpy()
+                bar.update(len(rows))
+        bar.close()
+        self.train(was_training)
+        return out
+
+    # ------------------------------------------------------------------------------------------------- making, loading
+
+    @classmethod
+    def tiny(cls, texts, seed=0, **settings):
+        """The tiny preset with random weights and a BPE tokenizer trained on `texts` (an iterable of strings)."""
+        tokenizer = train_tokenizer(texts, TINY["vocabulary"])
+        size = -(-len(tokenizer) // 64) * 64
+        special = {k: tokenizer.convert_tokens_to_ids(f"<|{t}|>") for k, t in SPECIAL_IDS.items()}
+        config = Qwen2VLConfig(text_config=dict(TINY["text"], vocab_size=size, bos_token_id=None, eos_token_id=None),
+                               vision_config=TINY["vision"], tie_word_embeddings=True, **special)
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            settings = {"prompt": TINY["prompt"], **settings, "limits": {**TINY["limits"], **settings.get("limits", {})}}
+            return cls(quietly(Qwen2VLForConditionalGeneration, config), tokenizer, settings)
+
+    @classmethod
+    def from_pretrained(cls, path, device=None, dtype=None, **settings):
+        """Load a checkpoint: a local folder, or the name of a repository on the Hugging Face hub.
+
+        (a) ours, with a `plume` block in config.json; (b) the released layout, known by its `latent_moe_transition.*`
+        weights, which does not describe itself; (c) a plain Qwen2-VL to start training from: the tokens are added, their
+        rows start at the mean of the old ones, the adapter starts near the identity.
+        device, dtype: default the best there is, printed with the reason.  settings: override the `plume` block.
+        """
+        path = os.fspath(path)
+        if not os.path.isdir(path):
+            if os.path.exists(path) or path.count("/") != 1 or path.startswith((".", "/")):
+                raise FileNotFoundError(f"{path!r}: no such checkpoint folder (and not a hub name like 'owner/model')")
+            path = huggingface_hub.snapshot_download(path, allow_patterns=["*.json", "*.safetensors", "*.txt"])
+        if not os.path.exists(os.path.join(path, "config.json")):
+            raise FileNotFoundError(f"{path!r}: no config.json in this folder; a checkpoint has config.json, *.safetensors and a tokenizer")
+        device, dtype = pick_device(device, dtype)
+        config = Qwen2VLConfig.from_pretrained(path)
+        if config.model_type != "qwen2_vl":
+            raise ValueError(f"{path}: model_type {config.model_type!r}; PLUME builds on 'qwen2_vl'")
+        block = config.to_dict().get("plume")
+        tensors = adapter_tensors(path, ("adapter.", RELEASED_ADAPTER))
+        backbone, info = quietly(Qwen2VLForConditionalGeneration.from_pretrained, path, dtype=dtype, output_loading_info=True)
+        strange = [k for k in info["unexpected_keys"] if k not in tensors]
+        if missing := sorted(info["missing_keys"]) + sorted(map(str, info["mismatched_keys"])) + strange:
+            raise ValueError(f"{path}: weights do not fit the configuration, {len(missing)} names are missing, unknown or of another shape: {missing[:5]}")
+        tokenizer = AutoTokenizer.from_pretrained(path)
+        released = {k[len(RELEASED_ADAPTER) :]: v for k, v in tensors.items() if k.startswith(RELEASED_ADAPTER)}
+        if released and block is None:
+            state, keywords = from_released(released)
+            block = dict(adapter=keywords, latent_positions="cache", white_image=True, limits=stored_limits(path))
+        elif block is not None:
+            state = {k[len("adapter.") :]: v for k, v in tensors.items()}
+        else:
+            state, block = None, dict(limits=stored_limits(path))
+            add_tokens(backbone, tokenizer)
+        for key, value in settings.items():
+            block[key] = {**block.get(key, {}), **value} if isinstance(value, dict) else value
+        model = cls(backbone, tokenizer, block)
+        if state is not None:
+            model.adapter.load_state_dict(state)
+        for p in model.adapter.parameters():
+            p.data = p.data.to(dtype)
+        return model.to(device)
+
+    def save_pretrained(self, path, released=False):
+        """Write a checkpoint folder: config.json, model.safetensors, tokenizer, preprocessor_config.json.
+
+        It appears under its name only when it is complete, in place of the checkpoint that stood there.  released: in the
+        released layout, which cannot say how the model was trained; see (b) in `from_pretrained` for what it implies.
+        """
+        with replacing(path) as folder:
+            self.write(folder, released)
+
+    def write(self, folder, released=False):
+        """The files of `save_pretrained`, into an existing folder."""
+        config, state, a = copy.deepcopy(self.backbone.config), self.state_dict(), self.adapter
+        if released:
+            s = self.settings
+            if not a.shared_expert or not a.anchor or a.kind == "none" or s["latent_positions"] != "cache" or not s["white_image"] or s["latent_steps"] != 8:
+                warnings.warn("the released layout implies 8 latent steps, a shared expert, anchor routing, latent_positions 'cache' and a white "
+                              f"image before text; this model has {dict(s, limits=None)}, pass the differences to from_pretrained")
+        else:
+            config.plume = self.settings
+        config.save_pretrained(folder)
+        tensors = {}
+        for key, value in state.items():
+            if key.startswith("backbone.") and not (key == "backbone.lm_head.weight" and config.tie_word_embeddings):
+                key = key[len("backbone.") :].replace("model.language_model.", "model.").replace("model.visual.", "visual.")
+                tensors[key] = value  # the older key layout, which every transformers version reads
+        own = {k[len("adapter.") :]: v for k, v in state.items() if k.startswith("adapter.")}
+        own, name = (to_released(own, a.shared_expert), RELEASED_ADAPTER) if released else (own, "adapter.")
+        tensors |= {name + k: v for k, v in own.items()}
+        save_file({k: v.cpu().contiguous() for k, v in tensors.items()}, os.path.join(folder, "model.safetensors"), {"format": "pt"})
+        self.processor.tokenizer.save_pretrained(folder)
+        limits = self.processor.limits
+        with open(os.path.join(folder, "preprocessor_config.json"), "w") as f:  # what other Qwen2-VL software reads
+            json.dump(dict(image_processor_type="Qwen2VLImageProcessor", min_pixels=limits.min_pixels, max_pixels=limits.max_pixels,
+                           patch_size=PATCH, merge_size=MERGE, temporal_patch_size=TEMPORAL), f, indent=1)
+
+
+# ----------------------------------------------------------------------------------------------------------- helpers
+
+
+def unit(x):
+    return F.normalize(x.float(), dim=-1)
+
+
+def cross_entropy(h, weight, labels, elements=1 << 26):
+    """h (N, D), output embedding (V, D), labels (N,) -> (N,) losses.  Never more than `elements` logits at a time: with a
+    151k vocabulary the rows go in chunks, whose logits are computed again in the backward pass."""
+    rows = max(1, elements // len(weight))
+
+    def losses(h, labels):
+        return F.cross_entropy(F.linear(h, weight).float(), labels, reduction="none")
+
+    if len(h) <= rows or not torch.is_grad_enabled():
+        return torch.cat([losses(*c) for c in zip(h.split(rows), labels.split(rows))]) if len(h) else h.sum(-1).float()
+    return torch.cat([checkpoint(losses, *c, use_reentrant=False) for c in zip(h.split(rows), labels.split(rows))])
+
+
+def pick_device(device=None, dtype=None, say=print):
+    """The best device there is (cuda > mps > cpu), bfloat16 where it is fast; printed with the reason."""
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        why = "the best available"
+    else:
+        why = "as asked"
+    device = torch.device(device)
+    if dtype is None:
+        fast = device.type == "cuda" and torch.cuda.is_bf16_supported()
+        dtype, reason = (torch.bfloat16, "supported there") if fast else (torch.float32, "bfloat16 is not known to be fast there")
+    else:
+        dtype, reason = getattr(torch, dtype) if isinstance(dtype, str) else dtype, "as asked"
+    say(f"device {device} ({why}), {str(dtype).removeprefix('torch.')} ({reason})")
+    return device, dtype
+
+
+def quietly(make, *args, **kwargs):
+    """Call a transformers constructor without its progress bars and reports; what they would say is checked here."""
+    level, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        return make(*args, **kwargs)
+    finally:
+        transformers_logging.set_verbosity(level)
+        if bars:
+            transformers_logging.enable_progress_bar()
+
+
+def train_tokenizer(texts, size):
+    """A byte-level BPE of at most `size` entries, split like Qwen2's, with all special tokens."""
+    t = tokenizers.Tokenizer(tokenizers.models.BPE())
+    t.normalizer = tokenizers.normalizers.NFC()
+    t.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([
+        tokenizers.pre_tokenizers.Split(tokenizers.Regex(
+            r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"), "isolated"),
+        tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    t.decoder = tokenizers.decoders.ByteLevel()
+    frame = f"system\n{SYSTEM}\nuser\n{TINY['prompt']}\nassistant\n<think>{CLOSING}<answer></answer>\n"
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=size, special_tokens=[*QWEN_TOKENS, *PLUME_TOKENS], show_progress=False,
+                                             initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    t.train_from_iterator(itertools.chain([frame] * 1000, texts), trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=t, eos_token="<|im_end|>", pad_token="<|endoftext|>")
+
+
+def add_tokens(backbone, tokenizer):
+    """PLUME's tokens for a plain Qwen2-VL; their rows start at the mean of the old ones, in and out."""
+    old = len(tokenizer)
+    tokenizer.add_tokens([t for t in PLUME_TOKENS if t not in tokenizer.get_vocab()], special_tokens=True)
+    table = backbone.get_input_embeddings().weight
+    if len(tokenizer) > len(table):  # Qwen2-VL keeps spare rows, usually enough
+        quietly(backbone.resize_token_embeddings, len(tokenizer), pad_to_multiple_of=64, mean_resizing=False)
+    with torch.no_grad():
+        for table in {id(w): w for w in (backbone.get_input_embeddings().weight, backbone.lm_head.weight)}.values():
+            table[old : len(tokenizer)] = table[:old].float().mean(0).to(table.dtype)
+
+
+def adapter_tensors(path, prefixes):
+    """The tensors of a checkpoint folder's safetensors files whose names start with one of the prefixes."""
+    out, files = {}, sorted(f for f in os.listdir(path) if f.endswith(".safetensors"))
+    if not files:
+        raise FileNotFoundError(f"{path}: no *.safetensors in this folder; other weight formats are not read")
+    for file in files:
+        with safe_open(os.path.join(path, file), "pt") as f:
+            out.update({k: f.get_tensor(k) for k in f.keys() if k.startswith(prefixes)})
+    return out
+
+
+def stored_limits(path):
+    """min_pixels and max_pixels of a Qwen2-VL folder's preprocessor_config.json, in either spelling."""
+    file = os.path.join(path, "preprocessor_config.json")
+    if not os.path.exists(file):
+        return {}
+    with open(file) as f:
+        raw = json.load(f)
+    size = raw.get("size") or {}
+    found = dict(min_pixels=raw.get("min_pixels") or size.get("shortest_edge") or size.get("min_pixels"),
+                 max_pixels=raw.get("max_pixels") or size.get("longest_edge") or size.get("max_pixels"))
+    return {k: v for k, v in found.items() if v}
+
+
+@contextlib.contextmanager
+def replacing(path):
+    """A temporary folder that becomes `path` when the block ends well, in place of the checkpoint that stood there."""
+    path = os.path.abspath(path)
+    if os.path.exists(path) and (not os.path.isdir(path) or (os.listdir(path) and not os.path.exists(os.path.join(path, "config.json")))):
+        raise FileExistsError(f"{path}: exists and is not a checkpoint; choose another name")
+    temporary, old = f"{path}.writing", f"{path}.old"
+    shutil.rmtree(temporary, ignore_errors=True)
+    os.makedirs(temporary)
+    try:
+        yield temporary
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+    if os.path.exists(path):
+        os.rename(path, old)
+    os.rename(temporary, path)
+    shutil.rmtree(old, ignore_errors=True)

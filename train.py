@@ -1,0 +1,350 @@
+"""Train PLUME through its curriculum, from explicit rationales to latent steps.
+
+    python train.py --data pairs.jsonl                             one device, tiny preset, from scratch
+    torchrun --nproc_per_node=8 train.py --data pairs.jsonl --init Qwen/Qwen2-VL-2B-Instruct --lr 1e-5
+
+Writes OUT/checkpoint (for Plume.from_pretrained, eval.py --ckpt and --resume) and OUT/log.jsonl, one object a step.
+Ctrl-C finishes the step, writes a checkpoint and stops.
+"""
+
+import json
+import math
+import os
+import signal
+import sys
+import time
+from dataclasses import asdict, dataclass
+from hashlib import blake2b
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the data workers are the parallelism
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch.nn.parallel import DistributedDataParallel
+
+from adapter import balance_loss
+from curriculum import Curriculum
+from data import Batches, DataError, Pairs, Schedule, StepSampler, parse_flags, to_device
+from model import Plume, pick_device, replacing
+
+# -------------------------------------------------------------------------------------------------------------- config
+
+
+@dataclass
+class Config:
+    # data
+    data: str = ""  # JSONL (or JSON array) of training pairs
+    media: str = ""  # folder that media paths are relative to; default: the folder of --data
+    skip_bad: bool = False  # leave out records that cannot be read, count and list them; default: stop at the first
+    workers: int = 1  # processes that decode and tokenize ahead; raise while the log's `wait` is not near 0
+    # model
+    init: str = ""  # checkpoint folder or hub name to start from; default: the tiny preset, from scratch
+    prompt: str = ""  # text behind <disc_emb>; default: the checkpoint's own
+    min_pixels: int = 0  # a picture is scaled up to this area; 0: the checkpoint's own
+    max_pixels: int = 0  # and down to this one; first thing to lower when memory runs out; 0: the checkpoint's own
+    video_max_pixels: int = 0  # the same for each frame of a clip; 0: the checkpoint's own
+    num_frames: int = 0  # frames sampled from a clip; 0: the checkpoint's own
+    max_len: int = 0  # tokens in a sequence; a longer rationale loses its end; 0: the checkpoint's own
+    latent_positions: str = "mrope"  # positions of latent steps: "mrope" goes on counting, "cache" as released
+    freeze_vision: str = "auto"  # true, false, or auto: frozen (but for its merger) when --init is given
+    # adapter: the paper's ablations
+    adapter: str = "moe"  # moe (the paper), mlp (the shared expert alone), none (hidden states fed back as they are)
+    experts: int = 4  # E, specialised experts
+    top_k: int = 2  # experts that count for a row
+    shared_expert: bool = True  # an expert that always counts
+    anchor: bool = True  # the router sees the anchor
+    step_embedding: bool = True  # the router sees the number of the step
+    # curriculum
+    segments: int = 4  # S, parts a rationale is cut into; 1 stage each
+    steps_per_segment: int = 2  # c, latent steps a part turns into; K = S * c
+    rest_of_rationale: str = "inside"  # where the text that is left goes: inside the thought, or after it as released
+    last_stage: float = 0.5  # share of the run in the last stage; its second half drops the answer too
+    reset_moments: bool = True  # forget AdamW's moments when the stage changes
+    # optimization
+    global_batch: int = 64  # pairs in one contrastive batch, over all ranks; part of the recipe
+    epochs: float = 10.0  # passes over the data; ignored when --steps is given
+    steps: int = 0  # optimizer steps; 0: from --epochs
+    lr: float = 1e-3  # peak learning rate; 1e-5 for a pretrained backbone
+    warmup: float = 0.03  # share of the run with a rising learning rate; then a cosine down to a tenth
+    weight_decay: float = 0.01  # of matrices; vectors and the step table have none
+    clip: float = 1.0  # largest gradient norm
+    scale: float = 50.0  # 1 / temperature of the contrastive losses
+    w_ce: float = 1.0  # weight of the cross-entropy on the text of both sides
+    w_gen: float = 1.0  # weight of InfoNCE on <gen_emb>
+    w_disc: float = 1.0  # weight of InfoNCE on <disc_emb>
+    w_balance: float = 0.1  # weight of the router's balance loss
+    # run
+    out: str = "out"  # folder for checkpoint and log
+    resume: bool = False  # continue the run in --out
+    save_every: int = 500  # steps between checkpoints; there is also one at the end of each stage, at the end, on Ctrl-C
+    log_every: int = 10  # steps between printed lines; log.jsonl has every step
+    seed: int = 0  # of weights and of the order of the data
+    device: str = ""  # cuda, mps or cpu; default: the best there is
+    dtype: str = ""  # compute type, float32 or bfloat16 (weights stay float32); default: bfloat16 where it is fast
+    checkpointing: bool = False  # recompute activations in the backward pass: less memory, about a third slower
+
+
+FREE_ON_RESUME = ("resume", "out", "workers", "save_every", "log_every", "device", "skip_bad")  # do not change the result
+
+
+# ---------------------------------------------------------------------------------------------------------- losses
+
+
+class Gather(torch.autograd.Function):
+    """x (B, ...) of every rank -> (ranks, B, ...); backward sums what all ranks ask of this rank's x."""
+
+    @staticmethod
+    def forward(ctx, x):
+        out = [torch.empty_like(x) for _ in range(dist.get_world_size())]
+        dist.all_gather(out, x.contiguous())
+        return torch.stack(out)
+
+    @staticmethod
+    def backward(ctx, grad):
+        grad = grad.contiguous()
+        dist.all_reduce(grad)
+        return grad[dist.get_rank()]
+
+
+def gather(x):
+    """(ranks, *x.shape), differentiable; without a process group there is one rank."""
+    return Gather.apply(x) if dist.is_initialized() else x[None]
+
+
+def info_nce(query, target, same, valid, scale):
+    """Symmetric InfoNCE of this rank's B pairs against the pairs of all ranks.
+
+    query, target (B, D) unit rows; same (ranks, B) hashes of the targets: two rows with an equal target are not
+    negatives of each other; valid (ranks, B): rows that count.  The mean over ranks is the loss of the global batch.
+    """
+    rank, (W, B) = dist.get_rank() if dist.is_initialized() else 0, same.shape
+    label = torch.arange(B, device=query.device) + rank * B
+    hidden = (same[rank][:, None] == same.flatten()) | ~valid.flatten()  # (B, W*B)
+    hidden[torch.arange(B, device=query.device), label] = False
+    both = 0
+    for a, b in ((query, target), (target, query)):
+        logits = scale * a @ gather(b).flatten(0, 1).T
+        both = both + F.cross_entropy(logits.masked_fill(hidden, float("-inf")), label, reduction="none")
+    return (both / 2 * valid[rank]).sum() * W / valid.sum().clamp(min=1)
+
+
+def losses(out, batch, cfg):
+    """The paper's objective -> dict of scalar tensors; `loss` is the weighted sum.  Each is normalised over all ranks."""
+    same, valid = gather(batch["target"]), gather(batch["valid"])
+    mean = lambda x: x.sum() * len(valid) / gather(torch.tensor(float(len(x)), device=x.device)).sum().clamp(min=1)
+    real = batch["valid"].repeat(2)[:, None, None]  # queries, then targets
+    router = gather((out["router"] * real).sum(0)).sum(0) / (2 * valid.sum()).clamp(min=1)  # (K, E) over all rows
+    parts = dict(ce=mean(out["ce"]), gen=info_nce(*out["gen"].chunk(2), same, valid, cfg.scale),
+                 disc=info_nce(*out["disc"].chunk(2), same, valid, cfg.scale), bal=balance_loss(router))
+    parts["loss"] = cfg.w_ce * parts["ce"] + cfg.w_gen * parts["gen"] + cfg.w_disc * parts["disc"] + cfg.w_balance * parts["bal"]
+    return parts | dict(first=mean(out["first"].detach()))
+
+
+# ------------------------------------------------------------------------------------------------------------ training
+
+
+def build_model(cfg, pairs, device):
+    """Plume in float32 on the device: --resume's, --init's, or the tiny preset with a tokenizer of the pairs' texts."""
+    wanted = ("min_pixels", "max_pixels", "video_max_pixels", "num_frames", "max_len")
+    settings = dict(latent_steps=cfg.segments * cfg.steps_per_segment, latent_positions=cfg.latent_positions,
+                    limits={k: getattr(cfg, k) for k in wanted if getattr(cfg, k)}, **({"prompt": cfg.prompt} if cfg.prompt else {}))
+    adapter = dict(kind=cfg.adapter, experts=cfg.experts, top_k=cfg.top_k, shared_expert=cfg.shared_expert,
+                   anchor=cfg.anchor, step_embedding=cfg.step_embedding)
+    if cfg.resume:
+        model = Plume.from_pretrained(checkpoint_in(cfg.out), device, torch.float32)
+    elif cfg.init:
+        model = Plume.from_pretrained(cfg.init, device, torch.float32, adapter=adapter, **settings)
+    else:
+        texts = (v for i in range(len(pairs)) for s in pairs[i] for v in (*(p for k, p in s.parts if k == "text"), s.rationale, s.answer))
+        model = Plume.tiny(texts, cfg.seed, adapter=adapter, **settings).to(device)
+    if cfg.freeze_vision == "true" or (cfg.freeze_vision == "auto" and cfg.init):
+        model.backbone.model.visual.requires_grad_(False).merger.requires_grad_(True)
+    model.checkpointing = cfg.checkpointing
+    return model
+
+
+def checkpoint_in(out):
+    """The run's checkpoint; `.old` is the one that stood there if the run died between two renames."""
+    found = [p for p in (os.path.join(out, "checkpoint"), os.path.join(out, "checkpoint.old")) if os.path.exists(os.path.join(p, "train_state.pt"))]
+    if not found:
+        raise SystemExit(f"error: --resume: no checkpoint of a run in {out!r}")
+    return found[0]
+
+
+def learning_rate(cfg, step, steps):
+    warm = max(1, round(cfg.warmup * steps))
+    if step < warm:
+        return cfg.lr * (step + 1) / warm
+    return cfg.lr * (0.1 + 0.45 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm))))
+
+
+def check(cfg, world):
+    """What can be known to be wrong before anything is loaded."""
+    if not cfg.data:
+        raise SystemExit("error: --data is needed: a JSONL of training pairs (README: Training on your own pairs)")
+    if cfg.global_batch % world or cfg.global_batch < 2:
+        raise SystemExit(f"error: --global_batch {cfg.global_batch} must be at least 2 and divisible by the {world} ranks")
+    if cfg.freeze_vision not in ("auto", "true", "false"):
+        raise SystemExit(f"error: --freeze_vision {cfg.freeze_vision!r}: needs auto, true or false")
+    if not cfg.resume and os.path.exists(os.path.join(cfg.out, "checkpoint")):
+        raise SystemExit(f"error: {cfg.out}/checkpoint exists: continue it with --resume, or choose another --out, or delete it")
+
+
+def main(argv):
+    cfg = parse_flags(Config, argv, __doc__)
+    # ranks
+    world, rank, local = (int(os.environ.get(k, d)) for k, d in (("WORLD_SIZE", 1), ("RANK", 0), ("LOCAL_RANK", 0)))
+    check(cfg, world)
+    say = print if rank == 0 else lambda *a, **k: None
+    device, dtype = pick_device(cfg.device or None, cfg.dtype or None, say)
+    if device.type == "cuda":
+        device = torch.device("cuda", local)
+        torch.cuda.set_device(device)
+    if world > 1:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    torch.manual_seed(cfg.seed)
+
+    # data and curriculum
+    pairs = Pairs(cfg.data, cfg.media or None, cfg.skip_bad)
+    for line in pairs.bad:
+        say("left out:", line)
+    steps = cfg.steps or max(1, round(cfg.epochs * len(pairs) / cfg.global_batch))
+    curriculum = Curriculum(cfg.segments, cfg.steps_per_segment, cfg.rest_of_rationale, cfg.last_stage)
+    schedule = Schedule(pairs.dataset, pairs.names, cfg.global_batch, steps, cfg.seed)
+    fingerprint = blake2b(pairs.target.tobytes() + pairs.dataset.tobytes(), digest_size=8).hexdigest()
+
+    # model and optimizer
+    model = build_model(cfg, pairs, device)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    groups = [dict(params=[p for n, p in model.named_parameters() if p.requires_grad and (p.ndim > 1 and "step_embed" not in n and "adapter.b" not in n) == decay],
+                   weight_decay=cfg.weight_decay if decay else 0.0) for decay in (True, False)]
+    optimizer = torch.optim.AdamW(groups, lr=cfg.lr, betas=(0.9, 0.98))
+    start = 0
+    if cfg.resume:
+        state = torch.load(os.path.join(checkpoint_in(cfg.out), "train_state.pt"), map_location=device, weights_only=True)
+        now = dict(asdict(cfg), pairs=fingerprint)
+        if changed := [f"{k}: {state['config'].get(k)!r} then, {v!r} now" for k, v in now.items() if k not in FREE_ON_RESUME and state["config"].get(k) != v]:
+            raise SystemExit("error: --resume with another configuration:\n  " + "\n  ".join(changed))
+        optimizer.load_state_dict(state["optimizer"])
+        start = state["step"]
+    parallel = DistributedDataParallel(model, find_unused_parameters=True, broadcast_buffers=False) if world > 1 else model
+    loader = torch.utils.data.DataLoader(Batches(pairs, model.processor, curriculum, steps, cfg.skip_bad), batch_size=None,
+                                         sampler=StepSampler(schedule, start, rank, world), num_workers=cfg.workers,
+                                         prefetch_factor=4 if cfg.workers else None, pin_memory=device.type == "cuda",
+                                         worker_init_fn=ignore_interrupts)
+
+    # what is about to happen
+    say("\n".join(f"  {k} = {v!r}" for k, v in asdict(cfg).items()))
+    say(f"{len(pairs)} pairs in {len(pairs.names)} data sets: " + ", ".join(f"{n} {len(r)} ({c} steps)" for n, r, c in zip(pairs.names, schedule.rows, schedule.counts)))
+    say(f"{sum(p.numel() for p in model.parameters()):,} parameters, {sum(p.numel() for p in trained):,} trained, {sum(p.numel() for p in model.adapter.parameters()):,} in the adapter")
+    say(f"{steps} steps; global contrastive batch {cfg.global_batch} = {world} ranks x {cfg.global_batch // world}; InfoNCE at chance {math.log(cfg.global_batch):.2f}")
+    say(curriculum.table())
+
+    # the loop
+    stop, log = stop_on_signal(), open_log(cfg, start) if rank == 0 else None
+    cut, lost, pace, clock = 0, 0, None, time.perf_counter()
+    for batch in loader:
+        step, stage = batch["step"], batch["stage"]
+        batch, wait = to_device(batch, device), time.perf_counter() - clock
+        changes = step > 0 and stage.index != curriculum.stage_at((step - 1) / steps).index
+        if changes and cfg.reset_moments:
+            optimizer.state.clear()
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(cfg, step, steps)
+
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            out = parallel(batch, stage.latent_steps)
+        parts = losses(out, batch, cfg)
+        parts["loss"].backward()
+        norm = torch.nn.utils.clip_grad_norm_(trained, cfg.clip)
+        metrics = reduce_mean(dict(parts, norm=norm, cut=batch["cut"] * world, bad=len(batch["bad"]) * world, stop=float(stop.asked)), device)
+        if not math.isfinite(metrics["loss"] + metrics["norm"]):
+            raise SystemExit(f"error: step {step}, data set {batch['dataset']!r}: loss {metrics['loss']}, gradient norm {metrics['norm']}. The weights "
+                             "of before this step are kept in the last checkpoint; lower --lr, or look at this data set's records")
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+        for line in batch["bad"]:
+            print("left out:", line, flush=True)
+        cut, lost = cut + int(metrics["cut"]), lost + int(metrics["bad"])
+        took, clock = time.perf_counter() - clock, time.perf_counter()
+        pace = took if pace is None else 0.95 * pace + 0.05 * took
+        last = step + 1 == steps or metrics["stop"] > 0
+        if log:
+            row = dict(step=step, stage=stage.index, K=stage.latent_steps, answer=stage.answer, dataset=batch["dataset"], lr=learning_rate(cfg, step, steps),
+                       **{k: v for k, v in metrics.items() if k != "stop"}, ms=took * 1e3, wait=wait / took, pairs_per_s=cfg.global_batch / took)
+            log.write(json.dumps(row) + "\n")
+            log.flush()
+            if step % cfg.log_every == 0 or last or changes:
+                eta = pace * (steps - step - 1)
+                print(f"step {step}/{steps} | stage {stage.index} | K {stage.latent_steps} | ce {metrics['ce']:.3f} | gen {metrics['gen']:.3f} | disc {metrics['disc']:.3f} | "
+                      f"bal {metrics['bal']:.4f} | first {metrics['first']:.2f} | lr {row['lr']:.1e} | {took * 1e3:.0f} ms | {row['pairs_per_s']:.0f} pairs/s | "
+                      f"wait {row['wait']:.0%} | ETA {int(eta // 60)}:{int(eta % 60):02d} | {batch['dataset']}", flush=True)
+        ends = last or curriculum.stage_at((step + 1) / steps).index != stage.index
+        if rank == 0 and (ends or (step + 1) % cfg.save_every == 0):
+            with replacing(os.path.join(cfg.out, "checkpoint")) as folder:
+                model.write(folder)
+                torch.save(dict(step=step + 1, optimizer=optimizer.state_dict(), config=dict(asdict(cfg), pairs=fingerprint)), os.path.join(folder, "train_state.pt"))
+        if last:
+            break
+        clock = time.perf_counter() if ends else clock
+    if cut:
+        say(f"{cut} rationale tokens were cut off by max_len {model.processor.limits.max_len}")
+    if cfg.skip_bad:
+        say(f"{len(pairs.bad)} records left out at the start, {lost} while training (named above)")
+    if world > 1:
+        dist.barrier()
+        dist.destroy_process_group()
+    done = start if start >= steps else step + 1
+    say(f"{done} of {steps} steps done; checkpoint in {cfg.out}/checkpoint" + ("" if done == steps else f"; go on with: python train.py {' '.join(argv)} --resume"))
+    return 0 if done == steps else 130
+
+
+def reduce_mean(metrics, device):
+    """Scalars of this rank -> floats averaged over ranks: the one place in a step where the host waits for the device."""
+    values = torch.stack([torch.as_tensor(v, dtype=torch.float32, device=device).detach() for v in metrics.values()])
+    if dist.is_initialized():
+        dist.all_reduce(values)
+        values /= dist.get_world_size()
+    return dict(zip(metrics, values.tolist()))
+
+
+def open_log(cfg, start):
+    """log.jsonl, without rows of steps that a resumed run does again."""
+    os.makedirs(cfg.out, exist_ok=True)
+    path, rows = os.path.join(cfg.out, "log.jsonl"), []
+    if cfg.resume and os.path.exists(path):
+        with open(path) as f:
+            rows = [line for line in f if line.endswith("\n") and json.loads(line)["step"] < start]
+    with open(path + ".writing", "w") as f:
+        f.writelines(rows)
+    os.replace(path + ".writing", path)
+    return open(path, "a")
+
+
+class stop_on_signal:
+    """Ctrl-C (or SIGTERM) asks for a stop after the running step; a second one stops at once."""
+
+    def __init__(self):
+        self.asked = False
+        for s in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(s, self.ask)
+
+    def ask(self, number, frame):
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True
+        print("stopping after this step; once more to stop at once", flush=True)
+
+
+def ignore_interrupts(worker):
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except DataError as e:  # from a worker it arrives as a traceback whose last line is the message
+        sys.exit(f"error: {str(e).strip().splitlines()[-1].removeprefix('data.DataError: ')}")
