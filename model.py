@@ -256,17 +256,17 @@ def unit(x):
     return F.normalize(x.float(), dim=-1)
 
 
-def cross_entropy(h, weight, labels, elements=1 << 26):
-    """h (N, D), output embedding (V, D), labels (N,) -> (N,) losses.  Never more than `elements` logits at a time: with a
-    151k vocabulary the rows go in chunks, whose logits are computed again in the backward pass."""
+def cross_entropy(h, weight, labels, elements=None):
+    """h (N, D), output embedding (V, D), labels (N,) -> (N,) losses.  Never more than about `elements` logits at a time:
+    with a 151k vocabulary the rows go in chunks, whose logits are computed again in the backward pass."""
+    elements = elements or (1 << 22 if h.device.type == "cpu" else 1 << 27)  # a CPU's chunk fits its cache
     rows = max(1, elements // len(weight))
 
     def losses(h, labels):
         return F.cross_entropy(F.linear(h, weight).float(), labels, reduction="none")
 
-    if len(h) <= rows or not torch.is_grad_enabled():
-        return torch.cat([losses(*c) for c in zip(h.split(rows), labels.split(rows))]) if len(h) else h.sum(-1).float()
-    return torch.cat([checkpoint(losses, *c, use_reentrant=False) for c in zip(h.split(rows), labels.split(rows))])
+    chunks = zip(h.split(rows), labels.split(rows))
+    return torch.cat([checkpoint(losses, *c, use_reentrant=False) if len(h) > rows else losses(*c) for c in chunks])
 
 
 def pick_device(device=None, dtype=None, say=print):

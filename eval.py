@@ -1,0 +1,165 @@
+"""Evaluate a checkpoint on retrieval tasks: encode every corpus and query once, rank, report.
+
+    python eval.py --data DIR --task all                          every task below DIR
+    python eval.py --data DIR --task video_ret --mode single      one meta-task, the single-pass embedding
+    python eval.py --data DIR --task image_ret/openmoji_t2i --steps 4 --json out.json
+
+DIR/<meta-task>/<dataset>/ holds corpus.jsonl ({"_id", "text"?, "image"?, "video"?}), queries.jsonl (the same keys, and
+perhaps "candidates": [ids], to be ranked only against those) and qrels.tsv (query-id, corpus-id, score; a header line).
+
+hit@k: share of queries with a relevant document among the first k.  ndcg@5: linear gains from the graded scores.
+A tie counts against the model, so a constant embedding scores zero.  chance: expected hit@1 of a random ranking.
+"""
+
+import json
+import math
+import os
+import sys
+import time
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from data import DataError, list_tasks, nearest, parse_flags, read_task
+from model import MODES, Plume
+
+TIE = 1e-6  # cosines closer than this are a tie: more than float32 rounding, less than any difference that means something
+
+
+@dataclass
+class Config:
+    # what
+    data: str = ""  # folder of the tasks; media paths are relative to it
+    task: str = "all"  # all, a meta-task (video_ret) or one data set (video_ret/filmed_t2v)
+    ckpt: str = "out/checkpoint"  # checkpoint folder or hub name
+    # how
+    mode: str = "latent"  # latent, single (one pass) or cot (writes its rationale)
+    steps: int = -1  # latent steps 0..32; -1: the checkpoint's own
+    limit: int = 512  # tokens a rationale may have in mode cot
+    batch_size: int = 32  # items encoded together; does not change the result
+    device: str = ""  # cuda, mps or cpu; default: the best there is
+    dtype: str = ""  # float32 or bfloat16; default: bfloat16 where it is fast
+    # report
+    json: str = ""  # also write the scores, and the rank of every query, to this file
+
+
+def select(tasks, wanted, root):
+    """--task -> the names it stands for."""
+    chosen = [t for t in tasks if wanted == "all" or t == wanted or t.split("/")[0] == wanted]
+    if not chosen:
+        raise DataError(f"--task {wanted!r}: no such task in {root!r}.{nearest(wanted, ['all', *dict.fromkeys(t.split('/')[0] for t in tasks), *tasks])}")
+    return chosen
+
+
+def rank(queries, corpus, relevant, candidates, block=(1024, 16384)):
+    """Rank of every relevant document, ties counted against the model.
+
+    queries (N, D), corpus (M, D) unit rows; relevant: a dict {corpus row: gain} a query; candidates: corpus rows a
+    query, or None for all.  -> a list of (gain, rank from 1) a query.  Scores are computed in blocks: memory does not
+    grow with N x M.
+    """
+    above = []  # for each query, for each relevant row: documents that are not relevant and score as high
+    for a in range(0, len(queries), block[0]):
+        q = queries[a : a + block[0]]
+        pairs = [(i, row) for i in range(len(q)) if candidates[a + i] is None for row in relevant[a + i]]
+        qi, ri = torch.tensor(pairs, dtype=torch.long, device=q.device).reshape(-1, 2).unbind(1)
+        floor = (q[qi] * corpus[ri]).sum(-1, keepdim=True) - TIE
+        count = torch.zeros(len(pairs), dtype=torch.long, device=q.device)
+        for c in range(0, len(corpus), block[1]):
+            scores = q @ corpus[c : c + block[1]].T
+            here = (ri >= c) & (ri < c + scores.shape[1])
+            scores[qi[here], ri[here] - c] = -math.inf  # relevant ones do not compete with each other
+            for part in torch.arange(len(pairs), device=q.device).split(block[0]):
+                count[part] += (scores[qi[part]] >= floor[part]).sum(-1)
+        found = dict(zip(pairs, zip(floor[:, 0].tolist(), count.tolist())))
+        for i in range(len(q)):
+            if candidates[a + i] is None:
+                above.append({row: found[i, row] for row in relevant[a + i]})
+            else:  # ranked against its own list only
+                rows = candidates[a + i]
+                scores = dict(zip(rows, (corpus[rows] @ q[i]).tolist()))
+                others = [s for row, s in scores.items() if row not in relevant[a + i]]
+                above.append({row: (scores[row], sum(s >= scores[row] - TIE for s in others)) for row in relevant[a + i] if row in scores})
+    ranks = []
+    for gains, rows in zip(relevant, above):
+        order = sorted(rows, key=lambda row: (-rows[row][0], gains[row]))
+        ranks.append([(gains[row], rows[row][1] + place + 1) for place, row in enumerate(order)])
+    return ranks
+
+
+def hit(ranks, k):
+    return min(r for _, r in ranks) <= k
+
+
+def ndcg(ranks, k, gains):
+    """Linear gains: sum of gain / log2(rank + 1) over the first k, divided by that of the best order of all `gains`."""
+    best = sum(g / math.log2(i + 2) for i, g in enumerate(sorted(gains, reverse=True)[:k]))
+    return sum(g / math.log2(r + 1) for g, r in ranks if r <= k) / best
+
+
+def evaluate(task, vectors):
+    """Task and (query vectors, corpus vectors) -> scores as a dict."""
+    ranks = rank(*vectors, task.relevant, task.candidates)
+    sizes = [len(task.corpus) if c is None else len(c) for c in task.candidates]
+    right = [len(g) if c is None else len(set(g) & set(c)) for g, c in zip(task.relevant, task.candidates)]
+    gold = [[g for row, g in gains.items() if c is None or row in set(c)] for gains, c in zip(task.relevant, task.candidates)]
+    n, chance = len(ranks), float(np.mean([r / s for r, s in zip(right, sizes)]))
+    scores = {f"hit@{k}": sum(hit(r, k) for r in ranks) / n for k in (1, 5, 10)}
+    scores["ndcg@5"] = sum(ndcg(r, 5, g) for r, g in zip(ranks, gold)) / n
+    return dict(scores, queries=n, candidates=float(np.mean(sizes)), chance=chance,
+                at_chance=scores["hit@1"] <= chance + 2 * math.sqrt(chance * (1 - chance) / n),
+                ranks={q: min(r for _, r in ranks_) for q, ranks_ in zip(task.query_ids, ranks)})
+
+
+METRICS = ("hit@1", "hit@5", "hit@10", "ndcg@5")
+
+
+def table(results):
+    wide = max(len("mean"), *(len(t) for t in results)) + 2
+    lines = [f"{'task':{wide}}" + "".join(f"{m:>8}" for m in METRICS) + f"{'chance':>8}{'queries':>9}{'candidates':>12}"]
+    for name, r in results.items():
+        warning = "   hit@1 is at chance" if r["at_chance"] else ""
+        lines.append(f"{name:{wide}}" + "".join(f"{r[m]:8.1%}" for m in METRICS) + f"{r['chance']:8.1%}{r['queries']:9d}{r['candidates']:12.0f}{warning}")
+    if len(results) > 1:
+        mean = {m: np.mean([r[m] for r in results.values()]) for m in (*METRICS, "chance")}
+        lines.append(f"{'mean':{wide}}" + "".join(f"{mean[m]:8.1%}" for m in (*METRICS, "chance")))
+    return "\n".join(lines)
+
+
+def main(argv):
+    cfg = parse_flags(Config, argv, __doc__)
+    if not cfg.data:
+        raise DataError("--data is needed: the folder of the tasks (python eval.py --help shows its layout)")
+    if cfg.mode not in MODES or not -1 <= cfg.steps <= 32 or (cfg.steps >= 0 and cfg.mode != "latent"):
+        raise DataError(f"--mode {cfg.mode!r} --steps {cfg.steps}: mode is one of {MODES}, steps are 0..32 and belong to mode latent")
+    if not os.path.exists(cfg.ckpt) and cfg.ckpt == Config.ckpt:
+        raise DataError(f"{cfg.ckpt}: no checkpoint there yet; train one with: python train.py --data pairs.jsonl, or name one with --ckpt")
+    tasks = [read_task(cfg.data, name) for name in select(list_tasks(cfg.data), cfg.task, cfg.data)]
+    model = Plume.from_pretrained(cfg.ckpt, cfg.device or None, cfg.dtype or None)
+    steps = None if cfg.mode != "latent" else model.settings["latent_steps"] if cfg.steps < 0 else cfg.steps
+    known, results, begun = {}, {}, time.time()  # known: vectors by content, so that shared items are encoded once
+
+    def encode(sides, label):
+        new = list({s.key(): s for s in sides if s.key() not in known}.values())
+        if new:
+            vectors = model.encode(new, cfg.mode, steps, cfg.batch_size, progress=label, limit=cfg.limit)
+            known.update((s.key(), v) for s, v in zip(new, vectors))
+        return torch.from_numpy(np.stack([known[s.key()] for s in sides])).to(model.device)
+
+    for task in tasks:
+        results[task.name] = evaluate(task, (encode(task.queries, f"{task.name} queries"), encode(task.corpus, f"{task.name} corpus")))
+    total = sum(len(t.queries) + len(t.corpus) for t in tasks)
+    print(f"{cfg.ckpt}, mode {cfg.mode}" + (f", {steps} latent steps" if steps is not None else "") + f": {len(known)} items encoded ({total - len(known)} shared), {time.time() - begun:.0f} s")
+    print(table(results))
+    if cfg.json:
+        with open(cfg.json + ".writing", "w") as f:
+            json.dump(dict(ckpt=cfg.ckpt, mode=cfg.mode, steps=steps, data=cfg.data, tasks=results), f, indent=1)
+        os.replace(cfg.json + ".writing", cfg.json)
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except (DataError, FileNotFoundError) as e:
+        sys.exit(f"error: {e}")
