@@ -51,18 +51,19 @@ class TransitionAdapter(nn.Module):
             nn.init.normal_(self.router.weight, std=0.02)
 
     def forward(self, z, step, anchor):
-        """z, anchor (B, D), step a Python int -> next input (B, D), router probabilities (B, E) in float32."""
+        """z, anchor (B, D), step a Python int -> next input (B, D), router probabilities (B, E) in float32 or wider."""
         B = z.shape[0]
         if self.kind == "none":
-            return z, z.new_zeros(B, 0, dtype=torch.float32)
-        probs, weights = z.new_zeros(B, 0, dtype=torch.float32), []
+            return z, z.new_zeros(B, 0)
+        probs, weights = z.new_zeros(B, 0), []
         if self.shared_expert:
-            weights.append(torch.ones(B, 1, device=z.device))
+            weights.append(z.new_ones(B, 1))
         if self.experts:
             x = z + anchor if self.anchor else z
             if self.step_embed is not None:
                 x = torch.cat([x, self.step_embed.weight[step].expand_as(z)], -1)  # (B, 2D)
-            probs = self.router(x).float().softmax(-1)
+            probs = self.router(x)
+            probs = probs.to(torch.promote_types(probs.dtype, torch.float32)).softmax(-1)
             top, chosen = probs.topk(self.top_k)
             weights.append(torch.zeros_like(probs).scatter(-1, chosen, top))
         w = torch.cat(weights, -1)  # (B, n): 1 for the shared expert, r_e or 0 for the others

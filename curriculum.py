@@ -79,7 +79,7 @@ class Curriculum:
 def segment(text, parts):
     """Cut text into `parts` strings that join to it again: at sentence ends if there are enough sentences, else between
     words, never inside a word.  With fewer words than parts the last strings are empty."""
-    units = re.findall(r".+?(?:[.!?;]+(?=\s|$)|$)", text, re.S)  # sentences, each with the blank in front of it
+    units = re.findall(r".+?(?:[.!?;]+(?=\s|\Z)|\Z)", text, re.S)  # sentences, each with the blank in front of it
     if len(units) < parts:
         units = re.findall(r"\s*\S+", text)  # words
     trailing = text[sum(map(len, units)):]

@@ -118,13 +118,13 @@ def decode_frames(container, source, count):
     width, height = stream.codec_context.width, stream.codec_context.height
     if width * height > MAX_PIXELS:
         raise DataError(f"{source}: frames of {width}x{height} pixels, the limit is {MAX_PIXELS:,}")
-    stamps = [p.pts for p in container.demux(stream) if p.size and not p.is_discard]  # headers only, nothing is decoded
-    if not stamps:
+    packets = [(p.pts, p.duration or 0) for p in container.demux(stream) if p.size and not p.is_discard]  # nothing is decoded yet
+    if not packets:
         raise DataError(f"{source}: no frames in the video track")
-    timed = None not in stamps
-    stamps = sorted(stamps) if timed else list(range(len(stamps)))
-    if timed and container.duration and len(stamps) > 1:
-        end, promised = float((stamps[-1] * 2 - stamps[-2]) * stream.time_base), container.duration / av.time_base
+    timed = all(pts is not None for pts, _ in packets)
+    stamps = sorted(pts for pts, _ in packets) if timed else list(range(len(packets)))
+    if timed and container.duration:
+        end, promised = float(max(map(sum, packets)) * stream.time_base), container.duration / av.time_base
         if end < 0.8 * promised and not container.streams.audio:
             warnings.warn(f"{source}: {promised:.1f} s promised, but the frames end after {end:.1f} s (cut off?); using these")
     wanted = stamps if len(stamps) <= count else np.linspace(stamps[0], stamps[-1], count)
@@ -460,8 +460,11 @@ class Processor:
         if not any(kind == "disc" for kind, _ in parts):
             parts += [("text", "\n"), ("disc", None), ("text", "\n" + self.prompt)]
         seq = [t["<|im_start|>"], f"system\n{SYSTEM}", t["<|im_end|>"], "\n", t["<|im_start|>"], "user\n"]
-        for kind, value in parts:
-            seq += {"text": [value], "disc": [t["<disc_emb>"]]}.get(kind) or [t["<|vision_start|>"], (kind, value), t["<|vision_end|>"]]
+        for i, (kind, value) in enumerate(parts):
+            if kind == "text" and i and parts[i - 1][0] == "disc":  # the prompt: the released one names <gen_emb>, as a token
+                seq += [t.get(piece, piece) for piece in re.split("(<gen_emb>)", value)]
+            else:
+                seq += {"text": [value], "disc": [t["<disc_emb>"]]}.get(kind) or [t["<|vision_start|>"], (kind, value), t["<|vision_end|>"]]
         seq += [t["<|im_end|>"], "\n", t["<|im_start|>"], "assistant\n<think>", t["<bot>"]]
 
         ids, positions, pixels, grids, nxt, text = [], [], [], [], 0, ""

@@ -35,7 +35,7 @@ class Rollout(NamedTuple):
     start: torch.Tensor  # (B, D) z_0 = h(<bot>)
     latents: torch.Tensor  # (B, K, D) z_1 .. z_K
     suffix: torch.Tensor  # (B, T, D) hidden states of the suffix
-    router: torch.Tensor  # (B, K, E) router probabilities, float32
+    router: torch.Tensor  # (B, K, E) router probabilities
 
 
 class Cache:
@@ -69,7 +69,7 @@ def rollout(lm, adapter, prefix, steps, suffix, rule="mrope", checkpointing=Fals
         probs.append(r)
     columns = torch.arange(steps, steps + suffix.shape[1], device=pos.device)
     h = decoder(lm, suffix, pos[:, None] + columns, cache, checkpointing)  # (B, T, D)
-    router = torch.stack(probs, 1) if probs else z.new_zeros(len(z), 0, 0, dtype=torch.float32)
+    router = torch.stack(probs, 1) if probs else wide(z).new_zeros(len(z), 0, 0)
     return Rollout(anchor, states[0], torch.stack(states, 1)[:, 1:], h, router)
 
 
@@ -177,7 +177,7 @@ def attend_two_blocks(q, k_prefix, v_prefix, k_slots, v_slots, hide, mask):
     q = q.reshape(B, G, H // G * L, d) * d**-0.5
     far = q @ k_prefix.mT + hide  # (B, G, H/G*L, P)
     near = q @ k_slots.mT + mask.repeat(H // G, 1)  # (B, G, H/G*L, n)
-    w = torch.cat([far, near], -1).softmax(-1, dtype=torch.float32).to(v_slots.dtype)
+    w = wide(torch.cat([far, near], -1)).softmax(-1).to(v_slots.dtype)
     return (w[..., :P] @ v_prefix + w[..., P:] @ v_slots).view(B, H, L, d)
 
 
@@ -199,9 +199,13 @@ def rotate(x, cos, sin):
 
 
 def rms_norm(x, norm):
-    h = x.float()
+    h = wide(x)
     h = h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + norm.variance_epsilon)
     return norm.weight * h.to(x.dtype)
+
+
+def wide(x):
+    return x.to(torch.promote_types(x.dtype, torch.float32))  # at least float32: where half precision would lose too much
 
 
 def split_heads(x, d):

@@ -32,7 +32,7 @@ from transformers.utils import logging as transformers_logging
 from adapter import TransitionAdapter, from_released, to_released
 from data import (CLOSING, MERGE, PATCH, PLUME_TOKENS, QWEN_TOKENS, SYSTEM, TEMPORAL, Limits, Processor, Side, collate, nearest,
                   parse_item, to_device)
-from latent import Prefix, at, greedy, rollout, single_pass
+from latent import Prefix, at, greedy, rollout, single_pass, wide
 
 RELEASED_PROMPT = (
     "Represent the above input text, images, videos, or any combination of the three as embeddings. First output the "
@@ -253,7 +253,7 @@ class Plume(nn.Module):
 
 
 def unit(x):
-    return F.normalize(x.float(), dim=-1)
+    return F.normalize(wide(x), dim=-1)
 
 
 def cross_entropy(h, weight, labels, elements=None):
@@ -263,7 +263,7 @@ def cross_entropy(h, weight, labels, elements=None):
     rows = max(1, elements // len(weight))
 
     def losses(h, labels):
-        return F.cross_entropy(F.linear(h, weight).float(), labels, reduction="none")
+        return F.cross_entropy(wide(F.linear(h, weight)), labels, reduction="none")
 
     chunks = zip(h.split(rows), labels.split(rows))
     return torch.cat([checkpoint(losses, *c, use_reentrant=False) if len(h) > rows else losses(*c) for c in chunks])

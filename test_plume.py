@@ -1,0 +1,1095 @@
+"""What PLUME promises, as tests.  Read top to bottom: adapter, rollout, checkpoints, curriculum, prompt, media, records,
+batches, losses, ranking, command lines.
+
+    python -m pytest -q test_plume.py
+
+Everything is made here: pictures, clips, records, a tiny model.  When ../shared/data is there, real files are used too.
+"""
+
+import json
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+import warnings
+from dataclasses import replace
+from pathlib import Path
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import av
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageDraw
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from transformers import DynamicCache
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+import data
+import eval as evaluation
+import model as plume_model
+import train
+from adapter import TransitionAdapter, balance_loss, from_released, to_released
+from curriculum import Curriculum, Stage, segment
+from data import Batches, DataError, Pairs, Processor, Schedule, Side, StepSampler, collate, load_frames, load_image, parse_item, patchify
+from latent import Cache, Prefix, decoder, greedy, next_positions, rollout
+from model import Plume
+
+HERE = Path(__file__).parent
+SHARED = HERE.parent / "shared" / "data"
+COLOURS = dict(red=(220, 30, 30), green=(20, 160, 40), blue=(40, 60, 220), black=(0, 0, 0))
+SHAPES = ("square", "circle", "bar")
+
+
+def assert_close(a, b, what, tol=1e-5):
+    a, b = torch.as_tensor(a), torch.as_tensor(b)
+    assert a.shape == b.shape, f"{what}: shapes {tuple(a.shape)} and {tuple(b.shape)}"
+    worst = (a.double() - b.double()).abs().max().item() if a.numel() else 0.0
+    assert worst <= tol, f"{what}: differs by {worst:.2e}, allowed {tol:.0e}"
+
+
+def picture(colour, shape, size=(84, 84), at=0):
+    image = Image.new("RGB", size, "white")
+    w, h = size
+    box = (w // 4 + at, h // 4, 3 * w // 4 + at, 3 * h // 4)
+    draw = ImageDraw.Draw(image)
+    {"square": draw.rectangle, "circle": draw.ellipse, "bar": lambda b, fill: draw.rectangle((b[0], b[1], b[2], b[1] + h // 8), fill)}[shape](box, fill=COLOURS[colour])
+    return image
+
+
+def write_clip(path, frames, rate=8, codec="mpeg4"):
+    with av.open(str(path), "w") as out:
+        stream = out.add_stream(codec, rate=rate)
+        stream.width, stream.height = frames[0].size
+        stream.pix_fmt, stream.bit_rate = "yuv420p", 2_000_000
+        for frame in frames:
+            out.mux(stream.encode(av.VideoFrame.from_image(frame)))
+        out.mux(stream.encode(None))
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory):
+    """A folder of pictures and clips, train.jsonl over them, and the same as retrieval tasks."""
+    root = tmp_path_factory.mktemp("world")
+    pairs, names = [], [f"{c} {s}" for c in COLOURS for s in SHAPES]
+    for name in names:
+        colour, shape = name.split()
+        picture(colour, shape).save(root / f"{name}.png")
+        write_clip(root / f"{name}.mp4", [picture(colour, shape, (64, 64), at) for at in range(-6, 6)])
+        think = lambda what: f"<think>The {what} shows one thing. Its colour is {colour}. Its shape is {shape}. So it is a {name}.</think><answer>{name}</answer>"
+        side = lambda text, what, **media: dict(conversations=[{"from": "human", "value": text}, {"from": "gpt", "value": think(what)}], **media)
+        pairs.append(dict(dataset_name="t2i", qry=side(f"Find the picture: {name}", "text"), pos=side("<image>\nRepresent.", "picture", image=[f"{name}.png"])))
+        pairs.append(dict(dataset_name="v2t", qry=side("<video>\nName the clip.", "clip", video=f"{name}.mp4"), pos=side(name, "text")))
+    (root / "train.jsonl").write_text("".join(json.dumps(p) + "\n" for p in pairs))
+    for task, query, document in (("image_ret/t2i", lambda n: dict(text=f"Find the picture: {n}"), lambda n: dict(text="Represent.", image=f"{n}.png")),
+                                  ("video_cls/v2t", lambda n: dict(text="Name the clip.", video=f"{n}.mp4"), lambda n: dict(text=n))):
+        folder = root / "tasks" / task
+        folder.mkdir(parents=True)
+        fix = lambda item: {k: (f"../{v}" if k != "text" else v) for k, v in item.items()}
+        (folder / "queries.jsonl").write_text("".join(json.dumps({"_id": f"q{i}", **fix(query(n))}) + "\n" for i, n in enumerate(names)))
+        (folder / "corpus.jsonl").write_text("".join(json.dumps({"_id": n, **fix(document(n))}) + "\n" for n in names))
+        (folder / "qrels.tsv").write_text("query-id\tcorpus-id\tscore\n" + "".join(f"q{i}\t{n}\t1\n" for i, n in enumerate(names)))
+    return root
+
+
+def make_model(**settings):
+    """The tiny preset in float64, with an adapter and step table that do something."""
+    torch.manual_seed(0)
+    m = Plume.tiny([f"The {c} {s} is on the left of a picture. What colour is it?" for c in COLOURS for s in SHAPES] * 20, **settings).double()
+    for p in m.adapter.parameters():
+        p.data += 0.05 * torch.randn_like(p)
+    return m
+
+
+@pytest.fixture(scope="session")
+def model():
+    return make_model()
+
+
+def mixed_items(world):
+    return ["red", {"text": "what colour is the square in this long question about a picture?"}, {"image": str(world / "red bar.png")},
+            {"text": "both", "image": [str(world / "blue bar.png"), picture("red", "circle", (140, 56))]},
+            {"text": "a clip", "video": str(world / "green circle.mp4")}, {"text": "<video> then <image>", "image": picture("red", "bar"), "video": [picture("red", "bar")] * 3}]
+
+
+def rendered(m, items, **kw):
+    return [m.processor.render(parse_item(i), **kw) for i in items]
+
+
+# ------------------------------------------------------------------------------------------------------------- adapter
+
+
+def plain_adapter(state, keywords, z, k, anchor):
+    """The formula of the paper for one row, from the released names."""
+    linear = lambda name, x: F.linear(x, state[f"{name}.weight"], state.get(f"{name}.bias"))
+    expert = lambda name, x: linear(f"{name}.fc2", F.gelu(linear(f"{name}.fc1", x)))
+    n = F.layer_norm(z, z.shape, state["ln.weight"], state["ln.bias"])
+    out = z + (expert("shared_expert", n) if "shared_expert.fc1.weight" in state else 0)
+    if "router.weight" in state:
+        x = z + anchor if keywords.get("anchor", True) else z
+        x = torch.cat([x, state["step_embed.weight"][k]]) if "step_embed.weight" in state else x
+        r = linear("router", x).softmax(-1)
+        for e in r.argsort(descending=True)[: keywords.get("top_k", 2)].tolist():
+            out = out + r[e] * expert(f"experts.{e}", n)  # not renormalised
+    return out
+
+
+@pytest.mark.parametrize("keywords", [{}, dict(top_k=1), dict(experts=3, top_k=3), dict(shared_expert=False), dict(anchor=False),
+                                      dict(step_embedding=False), dict(kind="mlp"), dict(router_bias=True)], ids=str)
+def test_adapter_equals_the_formula_row_by_row_under_every_switch(keywords):
+    torch.manual_seed(0)
+    a = TransitionAdapter(16, **keywords).double()
+    for p in a.parameters():
+        p.data = torch.randn_like(p) * 0.3
+    z, anchor = torch.randn(2, 5, 16, dtype=torch.float64)
+    state = to_released(a.state_dict(), a.shared_expert)
+    for k in (0, 7):
+        ours, r = a(z, k, anchor)
+        assert_close(ours, torch.stack([plain_adapter(state, keywords, *row) for row in zip(z, [k] * 5, anchor)]), "adapter", 1e-9)
+        assert r.shape == (5, a.experts) and (not a.experts or torch.allclose(r.sum(-1), torch.ones_like(r[:, 0])))
+    back, implied = from_released(state)
+    assert all(torch.equal(back[n], v) for n, v in a.state_dict().items()) and len(back) == len(a.state_dict())
+    assert implied["shared_expert"] == a.shared_expert and implied["experts"] == a.experts
+
+
+def test_adapter_kind_none_is_the_identity_and_wrong_settings_are_refused():
+    z = torch.randn(3, 8)
+    assert torch.equal(TransitionAdapter(8, kind="none")(z, 0, z)[0], z)
+    for bad in (dict(kind="moo"), dict(top_k=5), dict(top_k=0)):
+        with pytest.raises(ValueError):
+            TransitionAdapter(8, **bad)
+
+
+def test_a_new_adapter_is_near_the_identity():
+    z, anchor = torch.randn(2, 4, 128)
+    assert (TransitionAdapter(128)(z, 0, anchor)[0] - z).norm() < 0.05 * z.norm()
+
+
+def test_balance_loss_by_hand():
+    r = torch.tensor([[0.5, 0.5], [0.9, 0.1]])  # K = 2, E = 2
+    assert_close(balance_loss(r), torch.tensor((0 + 0.16) / 2), "balance")
+    assert balance_loss(torch.zeros(0, 4)) == 0
+
+
+# ------------------------------------------------------------------------------------------------------------- rollout
+
+
+def reference_inputs(m, sample):
+    """One rendered sample as transformers' own inputs."""
+    ids = torch.tensor([sample["ids"]])
+    kinds = (ids == m.processor.id["<|image_pad|>"]).int() + 2 * (ids == m.processor.id["<|video_pad|>"]).int()
+    order = [k for k, before in zip(kinds[0].tolist(), [0, *kinds[0].tolist()]) if k and k != before]  # kind of each medium
+    inputs = dict(input_ids=ids)
+    for kind, pixels, grid in ((1, "pixel_values", "image_grid_thw"), (2, "pixel_values_videos", "video_grid_thw")):
+        mine = [i for i, k in enumerate(order) if k == kind]
+        if mine:
+            inputs[pixels] = torch.cat([torch.from_numpy(sample["pixels"][i]) for i in mine]).double()
+            inputs[grid] = torch.tensor([sample["grids"][i] for i in mine])
+    return inputs | (dict(mm_token_type_ids=kinds) if order else {})
+
+
+def reference_prefill(m, sample, **kw):
+    full = m.backbone.model
+    full.rope_deltas = None
+    out = full(**reference_inputs(m, sample), use_cache=True, past_key_values=DynamicCache(config=full.config.text_config), **kw)
+    return out.last_hidden_state[0], out.past_key_values, 0 if full.rope_deltas is None else int(full.rope_deltas)
+
+
+def reference_rollout(m, sample, K, rule):
+    """One row, one step at a time, through transformers' modules and cache."""
+    lm = m.lm
+    h, cache, delta = reference_prefill(m, sample)
+    anchor, z, latents = h[sample["disc"]][None], h[-1][None], []
+    pos = len(sample["ids"]) + (delta if rule == "mrope" else 0)
+    for k in range(K):
+        x, _ = m.adapter(z, k, anchor)
+        z = lm(inputs_embeds=x[:, None], position_ids=torch.full((3, 1, 1), pos + k), past_key_values=cache, use_cache=True).last_hidden_state[:, 0]
+        latents.append(z)
+    T = len(sample["suffix"])
+    positions = (torch.arange(T) + pos + K).expand(3, 1, T)
+    h = lm(inputs_embeds=lm.embed_tokens(torch.tensor([sample["suffix"]])), position_ids=positions, past_key_values=cache, use_cache=True).last_hidden_state
+    return anchor[0], torch.cat(latents) if K else anchor[:0], h[0]
+
+
+def our_rollout(m, samples, K, rule="mrope", checkpointing=False):
+    batch = collate(samples, m.processor)
+    return rollout(m.lm, m.adapter, m.prefix(batch), K, m.lm.embed_tokens(batch["suffix"]), rule, checkpointing)
+
+
+def test_prefill_logits_and_mrope_positions_equal_transformers(model, world):
+    samples = rendered(model, mixed_items(world))
+    batch = collate(samples, model.processor)
+    prefix = model.prefix(batch)
+    h = decoder(model.lm, prefix.x, prefix.positions, Cache(prefix.lengths, prefix.x.shape[1]))
+    for i, s in enumerate(samples):
+        n, inputs = len(s["ids"]), reference_inputs(model, s)
+        if "mm_token_type_ids" in inputs:
+            theirs, delta = model.backbone.model.get_rope_index(inputs["input_ids"], inputs["mm_token_type_ids"], inputs.get("image_grid_thw"), inputs.get("video_grid_thw"))
+            assert torch.equal(batch["positions"][:, i, -n:], theirs[:, 0]), f"positions of item {i}"
+            assert next_positions(prefix, "mrope")[i] == n + delta[0, 0]
+        model.backbone.model.rope_deltas = None
+        theirs = model.backbone(**inputs)
+        assert_close(model.backbone.lm_head(h[i, -n:]), theirs.logits[0], f"logits of item {i}", 1e-6)
+        assert_close(h[i, -n:], reference_prefill(model, s)[0], f"hidden states of item {i}", 1e-6)
+
+
+@pytest.mark.parametrize("rule", ["mrope", "cache"])
+def test_batched_rollout_equals_one_by_one_through_transformers_in_values_and_gradients(model, world, rule):
+    samples = rendered(model, mixed_items(world))
+    target, K = torch.randn(len(samples), 128, dtype=torch.float64), 5
+
+    def gradients(anchors, latents, suffixes):
+        """of one scalar over embeddings, anchors and latents, for all parameters"""
+        gen = F.normalize(torch.stack([h[len(s["suffix"]) - 1] for h, s in zip(suffixes, samples)]), dim=-1)
+        loss = (gen * target).sum() + sum(a.sin().sum() + z.sin().sum() for a, z in zip(anchors, latents))
+        model.zero_grad()
+        loss.backward()
+        return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+    r = our_rollout(model, samples, K, rule)
+    ours = gradients(r.anchor, r.latents, r.suffix)
+    naive = [reference_rollout(model, s, K, rule) for s in samples]
+    theirs = gradients(*zip(*naive))
+    for i, (anchor, latents, suffix) in enumerate(naive):
+        assert_close(r.anchor[i], anchor, f"anchor of row {i}", 1e-6)
+        assert_close(r.latents[i], latents, f"latents of row {i}", 1e-6)
+        assert_close(r.suffix[i, : len(suffix)], suffix, f"suffix of row {i}", 1e-6)
+    assert ours.keys() == theirs.keys()
+    for name in ours:
+        assert_close(ours[name], theirs[name], f"gradient of {name}", 1e-5 * max(1.0, theirs[name].abs().max().item()))
+
+
+def test_the_two_position_rules_agree_on_text_and_differ_behind_a_picture(model, world):
+    text, image = rendered(model, ["some words", {"image": str(world / "red bar.png")}])
+    for sample, same in ((text, True), (image, False)):
+        a, b = (our_rollout(model, [sample], 3, rule).suffix for rule in ("mrope", "cache"))
+        assert torch.equal(a, b) == same
+    with pytest.raises(ValueError, match="'mrope' or 'cache'"):
+        our_rollout(model, [text], 1, "rope")
+
+
+@pytest.mark.parametrize("mode", ["latent", "single", "cot"])
+def test_embeddings_do_not_depend_on_neighbours_order_or_batch_size(model, world, mode):
+    items, extra = mixed_items(world) * 2, dict(limit=12) if mode == "cot" else {}
+    alone = np.concatenate([model.encode([i], mode, **extra) for i in items])
+    assert_close(np.linalg.norm(alone, axis=1), np.ones(len(items)), "unit length")
+    for size in (1, 5, 16):
+        assert_close(model.encode(items, mode, batch_size=size, **extra), alone, f"batches of {size}", 1e-6)
+    order = np.random.default_rng(0).permutation(len(items))
+    assert_close(model.encode([items[i] for i in order], mode, batch_size=4, **extra), alone[order], "another order", 1e-6)
+
+
+def test_steps_change_the_embedding_and_zero_steps_are_the_suffix_alone(model):
+    sample = rendered(model, ["a red square"])[0]
+    by_steps = [model.encode(["a red square"], steps=k)[0] for k in (0, 1, 8)]
+    assert all(np.abs(a - b).max() > 1e-4 for a, b in zip(by_steps, by_steps[1:]))
+    h = model.lm(input_ids=torch.tensor([sample["ids"] + sample["suffix"]])).last_hidden_state[0, -1]
+    assert_close(by_steps[0], F.normalize(h, dim=-1).float().detach(), "steps 0 = prefix and suffix in one pass")
+    for wrong in (dict(steps=33), dict(steps=-1), dict(mode="single", steps=2), dict(mode="laten")):
+        with pytest.raises(ValueError):
+            model.encode(["x"], **wrong)
+    with pytest.raises(TypeError, match="list"):
+        model.encode("x")
+
+
+def test_checkpointing_changes_nothing(model, world):
+    samples, grads = rendered(model, mixed_items(world)[:4]), []
+    for checkpointing in (False, True):
+        model.zero_grad()
+        our_rollout(model, samples, 3, checkpointing=checkpointing).suffix.sin().sum().backward()
+        grads.append({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
+    assert grads[0].keys() == grads[1].keys()
+    for name, g in grads[0].items():
+        assert_close(g, grads[1][name], name, 1e-10 * max(1.0, g.abs().max().item()))
+
+
+def test_gradient_reaches_the_first_latent_step_and_equals_finite_differences(model):
+    samples = rendered(model, ["a red square", "what colour is it?"])
+
+    def loss():
+        return our_rollout(model, samples, 4).suffix[:, -1].sin().sum()  # the embedding alone
+
+    model.zero_grad()
+    loss().backward()
+    table = model.adapter.step_embed.weight
+    assert (table.grad[:4].abs().amax(1) > 0).all() and (table.grad[4:] == 0).all()
+    layer = model.lm.layers[0].self_attn
+    for p in (table, model.adapter.w1, model.adapter.w2, layer.k_proj.weight, layer.v_proj.bias, model.lm.norm.weight):
+        direction = p.grad / p.grad.norm()
+        with torch.no_grad():
+            p += 1e-4 * direction
+            up = loss()
+            p -= 2e-4 * direction
+            down = loss()
+            p += 1e-4 * direction
+        assert_close((up - down) / 2e-4, p.grad.norm(), "directional derivative", 1e-6 * max(1.0, p.grad.norm().item()))
+
+
+def test_rollout_never_asks_the_device_a_question(model):
+    """On the meta device there are no values: anything that looks at one raises."""
+    with torch.device("meta"):
+        lm = type(model.lm)(model.lm.config)
+        adapter = TransitionAdapter(128)
+        prefix = Prefix(torch.randn(3, 10, 128), torch.zeros(3, 3, 10, dtype=torch.long), torch.zeros(3, dtype=torch.long), torch.zeros(3, dtype=torch.long))
+        for rule in ("mrope", "cache"):
+            r = rollout(lm, adapter, prefix, 4, torch.randn(3, 5, 128), rule)
+    assert (r.anchor.shape, r.start.shape, r.latents.shape, r.suffix.shape, r.router.shape) == ((3, 128), (3, 128), (3, 4, 128), (3, 5, 128), (3, 4, 4))
+
+
+def test_the_prefix_cache_is_never_copied(model):
+    samples = rendered(model, ["a red square", "what colour?"])
+    batch = collate(samples, model.processor)
+    prefix = model.prefix(batch)
+    cache = Cache(prefix.lengths, prefix.x.shape[1])
+    decoder(model.lm, prefix.x, prefix.positions, cache)
+    before = [k.data_ptr() for k, _ in cache.prefix]
+    for k in range(3):
+        decoder(model.lm, prefix.x[:, :1], torch.full((2, 1), 50 + k), cache)
+    assert before == [k.data_ptr() for k, _ in cache.prefix] and [k.shape[2] for k, _ in cache.slots] == [3, 3, 3]
+
+
+def test_greedy_rationale_equals_transformers_and_stops_at_gen_emb(model, world):
+    gen, samples, limit = model.processor.id["<gen_emb>"], rendered(model, mixed_items(world)), 9
+    expected = []
+    for s in samples:  # one by one, every token through transformers' cache
+        h, cache, delta = reference_prefill(model, s)
+        tokens, pos, h = [], len(s["ids"]) + delta, h[-1:]
+        while not tokens or tokens[-1] != gen:
+            tokens.append(gen if len(tokens) == limit - 1 else int(model.backbone.lm_head(h).argmax(-1)))
+            h = model.lm(inputs_embeds=model.lm.embed_tokens(torch.tensor([[tokens[-1]]])), position_ids=torch.full((3, 1, 1), pos + len(tokens) - 1),
+                         past_key_values=cache, use_cache=True).last_hidden_state[0]
+        expected.append((tokens, h[0]))
+    batch = collate(samples, model.processor)
+    h, tokens = greedy(model.lm, model.lm.embed_tokens, model.backbone.lm_head, model.prefix(batch), gen, limit)
+    for i, (theirs, state) in enumerate(expected):
+        assert tokens[i].tolist() == theirs + [gen] * (limit - len(theirs))
+        assert_close(h[i], state, f"row {i}", 1e-6)
+    # a token as `end` that comes early in some rows: they stop there, and their neighbours go on
+    early = int(tokens[0, 2])
+    h2, t2 = greedy(model.lm, model.lm.embed_tokens, model.backbone.lm_head, model.prefix(batch), early, limit)
+    alone, _ = greedy(model.lm, model.lm.embed_tokens, model.backbone.lm_head, model.prefix(collate(samples[:1], model.processor)), early, limit)
+    assert (t2[0, tokens[0].tolist().index(early) :] == early).all()
+    assert_close(h2[0], alone[0], "a row that stopped early", 1e-6)
+
+
+def test_chunked_cross_entropy_equals_the_plain_one():
+    h, w, y = torch.randn(50, 8, dtype=torch.float64, requires_grad=True), torch.randn(30, 8, dtype=torch.float64, requires_grad=True), torch.randint(0, 30, (50,))
+    scale, grads = torch.rand(50, dtype=torch.float64), []
+    for f in (lambda: F.cross_entropy(h @ w.T, y, reduction="none"), lambda: plume_model.cross_entropy(h, w, y, elements=30 * 7)):
+        h.grad = w.grad = None
+        (f() * scale).sum().backward()
+        grads.append((h.grad, w.grad))
+    assert_close(grads[0][0], grads[1][0], "dh", 1e-6)
+    assert_close(grads[0][1], grads[1][1], "dW", 1e-6)
+    assert plume_model.cross_entropy(h[:0], w, y[:0]).shape == (0,)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_cuda_equals_cpu(model, world):
+    items, m = mixed_items(world), make_model()
+    assert_close(m.to("cuda").encode(items), model.encode(items), "float64 on CUDA", 1e-5)
+
+
+# --------------------------------------------------------------------------------------------------------- checkpoints
+
+
+def test_saved_and_loaded_again_embeds_bit_equally_and_needs_no_flags(world, tmp_path):
+    m = make_model(latent_steps=5, latent_positions="cache", limits=dict(num_frames=4, max_pixels=50176), adapter=dict(top_k=1, anchor=False)).float()
+    m.save_pretrained(tmp_path / "ck")
+    again, items = Plume.from_pretrained(tmp_path / "ck", "cpu"), mixed_items(world)
+    assert again.settings == m.settings and again.settings["latent_steps"] == 5 and again.settings["limits"]["num_frames"] == 4
+    assert np.array_equal(again.encode(items), m.encode(items))
+    text = "Hello wörld\n\nit's 123 <|im_end|> fine"
+    assert again.processor.encode(text) == m.processor.encode(text)
+    again.save_pretrained(tmp_path / "ck")  # in place of the old one
+    assert sorted(os.listdir(tmp_path)) == ["ck"]
+
+
+def test_sharded_weights_with_an_index_load_the_same(model, tmp_path):
+    m = make_model().float()
+    m.save_pretrained(tmp_path / "ck")
+    tensors = load_file(tmp_path / "ck" / "model.safetensors")
+    os.remove(tmp_path / "ck" / "model.safetensors")
+    where = {name: f"model-0000{1 + i % 3}-of-00003.safetensors" for i, name in enumerate(tensors)}
+    for file in set(where.values()):
+        save_file({n: t for n, t in tensors.items() if where[n] == file}, tmp_path / "ck" / file, {"format": "pt"})
+    (tmp_path / "ck" / "model.safetensors.index.json").write_text(json.dumps(dict(metadata={}, weight_map=where)))
+    assert np.array_equal(Plume.from_pretrained(tmp_path / "ck", "cpu").encode(["a"]), m.encode(["a"]))
+
+
+def test_released_layout_round_trip(world, tmp_path):
+    m = make_model(latent_positions="cache", white_image=True).float()
+    m.save_pretrained(tmp_path / "ck", released=True)
+    names = set(load_file(tmp_path / "ck" / "model.safetensors"))
+    E = [f"latent_moe_transition.{e}.{fc}.{p}" for e in ("shared_expert", *(f"experts.{i}" for i in range(4))) for fc in ("fc1", "fc2") for p in ("weight", "bias")]
+    assert {n for n in names if n.startswith("latent_moe")} == {*E, *(f"latent_moe_transition.{n}" for n in ("ln.weight", "ln.bias", "router.weight", "step_embed.weight"))}
+    assert {"model.layers.0.self_attn.q_proj.weight", "visual.merger.mlp.0.weight", "model.norm.weight"} <= names and "lm_head.weight" not in names
+    config = json.loads((tmp_path / "ck" / "config.json").read_text())
+    assert "plume" not in config
+    again = Plume.from_pretrained(tmp_path / "ck", "cpu")  # recognised by its weights
+    assert (again.settings["latent_positions"], again.settings["white_image"], again.settings["latent_steps"], again.settings["prompt"]) == ("cache", True, 8, plume_model.RELEASED_PROMPT)
+    assert again.settings["limits"]["max_pixels"] == m.settings["limits"]["max_pixels"]  # from preprocessor_config.json
+    again = Plume.from_pretrained(tmp_path / "ck", "cpu", prompt=m.settings["prompt"], limits=m.settings["limits"])
+    assert np.array_equal(again.encode(mixed_items(world)), m.encode(mixed_items(world)))
+    assert len(rendered(again, ["words"])[0]["pixels"]) == 1  # the white picture in front of text
+    with pytest.warns(UserWarning, match="released layout implies"):
+        make_model().float().save_pretrained(tmp_path / "other", released=True)
+
+
+def test_a_plain_qwen2_vl_gets_the_tokens_at_the_mean_and_a_near_identity_adapter(tmp_path):
+    m = make_model().float()
+    m.save_pretrained(tmp_path / "ck")
+    folder = tmp_path / "ck"
+    tensors = {k: v for k, v in load_file(folder / "model.safetensors").items() if not k.startswith("adapter.")}
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    flat = {**config.pop("text_config"), **config}  # the hub's flat spelling
+    rope = flat.pop("rope_parameters")
+    flat |= dict(rope_theta=rope["rope_theta"], rope_scaling=dict(type="mrope", mrope_section=rope["mrope_section"]), model_type="qwen2_vl")
+    del flat["plume"]
+    (folder / "config.json").write_text(json.dumps(flat))
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    tokenizer["added_tokens"] = [t for t in tokenizer["added_tokens"] if t["content"] not in data.PLUME_TOKENS]
+    for t in data.PLUME_TOKENS:
+        tokenizer["model"]["vocab"][f"unused{t}"] = tokenizer["model"]["vocab"].pop(t)
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    plain = Plume.from_pretrained(folder, "cpu")
+    old = tensors["model.embed_tokens.weight"]
+    size = len(tokenizer["model"]["vocab"])
+    ids = [plain.processor.id[t] for t in data.PLUME_TOKENS]
+    assert ids == list(range(size, size + 5)) and plain.settings["latent_positions"] == "mrope" and not plain.settings["white_image"]
+    for i in ids:
+        assert_close(plain.lm.embed_tokens.weight[i].detach(), old[:size].mean(0), "new row", 1e-6)
+    assert plain.backbone.lm_head.weight is plain.lm.embed_tokens.weight or torch.equal(plain.backbone.lm_head.weight, plain.lm.embed_tokens.weight)
+    plain.save_pretrained(tmp_path / "start")
+    assert np.array_equal(Plume.from_pretrained(tmp_path / "start", "cpu").encode(["a", "b"]), plain.encode(["a", "b"]))
+
+
+def test_loading_says_what_is_wrong(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no such checkpoint folder"):
+        Plume.from_pretrained(tmp_path / "nothing")
+    m = make_model().float()
+    m.save_pretrained(tmp_path / "ck")
+    path = tmp_path / "ck" / "model.safetensors"
+    tensors = load_file(path)
+    save_file({k: v for k, v in tensors.items() if "layers.1.mlp.up_proj" not in k}, path, {"format": "pt"})
+    with pytest.raises(ValueError, match="layers.1.mlp.up_proj"):
+        Plume.from_pretrained(tmp_path / "ck", "cpu")
+    save_file(tensors | dict(stray=torch.zeros(1)), path, {"format": "pt"})
+    with pytest.raises(ValueError, match="stray"):
+        Plume.from_pretrained(tmp_path / "ck", "cpu")
+    save_file(tensors, path, {"format": "pt"})
+    config = json.loads((tmp_path / "ck" / "config.json").read_text())
+    config["plume"]["latent_step"] = 3
+    (tmp_path / "ck" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="Did you mean 'latent_steps'"):
+        Plume.from_pretrained(tmp_path / "ck", "cpu")
+
+
+def test_an_interrupted_write_keeps_the_old_checkpoint_and_a_foreign_folder_is_not_overwritten(tmp_path):
+    m = make_model().float()
+    m.save_pretrained(tmp_path / "ck")
+    before = (tmp_path / "ck" / "model.safetensors").read_bytes()
+    with pytest.raises(RuntimeError), plume_model.replacing(tmp_path / "ck") as folder:
+        (Path(folder) / "config.json").write_text("{")
+        raise RuntimeError("killed")
+    assert (tmp_path / "ck" / "model.safetensors").read_bytes() == before and os.listdir(tmp_path) == ["ck"]
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("do not lose")
+    with pytest.raises(FileExistsError):
+        m.save_pretrained(tmp_path / "mine")
+    assert (tmp_path / "mine" / "thesis.txt").exists()
+
+
+# ---------------------------------------------------------------------------------------------------------- curriculum
+
+
+def test_stages_follow_the_schedule_of_the_paper():
+    c = Curriculum()
+    seen = [c.stage_at(i / 1000) for i in range(1000)]
+    assert [seen.index(s) for s in dict.fromkeys(seen)] == [0, 125, 250, 375, 500, 750]
+    assert list(dict.fromkeys(seen)) == [Stage(0, 0, True), Stage(1, 2, True), Stage(2, 4, True), Stage(3, 6, True), Stage(4, 8, True), Stage(4, 8, False)]
+    assert c.latent_steps == 8 and len(c.table().splitlines()) == 7
+    only = Curriculum(segments=1, steps_per_segment=8, last=1.0)  # no curriculum: the final format from the start
+    assert {only.stage_at(p).latent_steps for p in (0, 0.3, 0.99)} == {8} and len(only.table().splitlines()) == 3
+    for bad in (dict(rest="before"), dict(segments=0), dict(last=0.0)):
+        with pytest.raises(ValueError):
+            Curriculum(**bad)
+
+
+@pytest.mark.parametrize("text", ["", "word", "two words", "one two three four five six", "A. B! C? D; E. F.", "Two sentences only. But with many words in them all.",
+                                  "3.14 is a number. It has a point. That is no end. So four!", " led by a blank  and ended by one \n"])
+@pytest.mark.parametrize("parts", [1, 2, 4, 8])
+def test_segments_join_to_the_rationale_and_never_cut_a_word(text, parts):
+    cut = segment(text, parts)
+    assert len(cut) == parts and "".join(cut) == text
+    ends = np.cumsum([len(c) for c in cut])[:-1]
+    assert all(not (text[e - 1 : e + 1].isalnum() and 0 < e < len(text) and text[e - 1 : e + 1].strip() == text[e - 1 : e + 1]) for e in ends)
+    if len(text.split()) >= parts:
+        assert all(c.strip() for c in cut)
+    sentences = re.findall(r"[^.!?;]+[.!?;]", text)
+    if text == "A. B! C? D; E. F." and parts <= len(sentences):
+        assert all(c.strip()[-1] in ".!?;" for c in cut)
+
+
+def test_every_stage_and_placement_is_the_documented_text(model):
+    side = Side([("text", "what?")], "First one. Second one. Third one. Fourth one.", "it", "here")
+    decode = lambda ids: model.processor.tokenizer.decode(ids)
+    for rest in ("inside", "after"):
+        c = Curriculum(rest=rest)
+        for s in range(5):
+            for answer in (True, False):
+                out = model.processor.render(side, Stage(s, 2 * s, answer), c)
+                left = "".join([" First one.", " Second one.", " Third one.", " Fourth one."][s:]).strip() if s == 0 else "".join([" First one.", " Second one.", " Third one.", " Fourth one."][s:])
+                end = "</think>\n" + ("<answer>it</answer>\n" if answer else "") + "<gen_emb>"
+                assert decode(out["suffix"]) == (f"{left}<eot>{end}" if rest == "inside" else f"<eot>{left}{end}")
+        final = model.processor.render(side, Stage(4, 8, False), c)
+        assert final["suffix"] == model.processor.render(side)["suffix"] and final["ids"] == model.processor.render(side)["ids"]  # ends as inference
+    bare = model.processor.render(Side([("text", "what?")], "", "it"), Stage(2, 4, True), Curriculum())
+    assert decode(bare["suffix"]) == "<eot></think>\n<answer>it</answer>\n<gen_emb>"
+
+
+# -------------------------------------------------------------------------------------------------------------- prompt
+
+
+def whole_prompt(text, prompt):
+    return ("<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n" + text + "\n<disc_emb>\n" + prompt +
+            "<|im_end|>\n<|im_start|>assistant\n<think><bot>")
+
+
+def check_prompt(processor, world):
+    tokenizer, pad = processor.tokenizer, "<|vision_start|><|{}_pad|><|vision_end|>"
+    expand = lambda ids, counts: [i for t in ids for i in ([t] * next(counts) if t in (processor.id["<|image_pad|>"], processor.id["<|video_pad|>"]) else [t])]
+    image, clip = str(world / "red bar.png"), str(world / "red bar.mp4")
+    for item, text in (("goggles, it's 7!", "goggles, it's 7!"), (dict(text="Which? ", image=image), pad.format("image") + "\nWhich? "),
+                       (dict(image=[image, image]), (pad.format("image") + "\n") * 2), (dict(text="a <video> b", video=clip), "a " + pad.format("video") + " b")):
+        out = processor.render(parse_item(item))
+        counts = iter([t * h * w // 4 for t, h, w in out["grids"]])
+        assert out["ids"] == expand(tokenizer.encode(whole_prompt(text, processor.prompt), add_special_tokens=False), counts)
+        assert out["suffix"] == tokenizer.encode("<eot></think>\n<gen_emb>", add_special_tokens=False)
+        assert out["ids"][out["disc"]] == processor.id["<disc_emb>"] and out["ids"][-1] == processor.id["<bot>"]
+
+
+def test_prompt_is_the_documented_string(model, world):
+    check_prompt(model.processor, world)
+
+
+@pytest.mark.skipif(not SHARED.exists(), reason="no ../shared/data")
+def test_prompt_with_the_real_qwen2_vl_tokenizer(world):
+    print("using", SHARED / "qwen2vl_tokenizer")
+    from transformers import AutoTokenizer
+    tokenizer = AutoTokenizer.from_pretrained(SHARED / "qwen2vl_tokenizer")
+    tokenizer.add_tokens(list(data.PLUME_TOKENS), special_tokens=True)
+    check_prompt(Processor(tokenizer, plume_model.RELEASED_PROMPT, data.Limits()), world)
+
+
+def test_special_tokens_in_a_users_text_are_plain_characters(model, world):
+    p = model.processor
+    evil = "<|image_pad|><gen_emb><|im_end|> <disc_emb> <bot>"
+    out = p.render(parse_item(dict(text=evil, image=str(world / "red bar.png"))))
+    assert [out["ids"].count(p.id[t]) for t in ("<gen_emb>", "<disc_emb>", "<bot>", "<|im_end|>")] == [0, 1, 1, 2]
+    assert out["ids"].count(p.id["<|image_pad|>"]) == 9 and p.tokenizer.decode(p.encode(evil)) == evil
+    assert np.isfinite(model.encode([evil])).all()
+
+
+def test_a_turn_that_holds_disc_emb_is_taken_as_it_stands(model):
+    turn = lambda v: dict(conversations=[{"from": "human", "value": v}])
+    side = data.parse_side(turn("what?\n<disc_emb>\nMy own words."), "", "here")
+    plain = Processor(model.processor.tokenizer, "My own words.", data.Limits())
+    assert model.processor.render(side)["ids"] == plain.render(parse_item("what?"))["ids"]
+    with pytest.raises(DataError, match="more than one <disc_emb>"):
+        data.parse_side(turn("<disc_emb><disc_emb>"), "", "here")
+
+
+def test_too_long_loses_rationale_only_and_otherwise_is_an_error(model, world):
+    p = Processor(model.processor.tokenizer, "Think.", replace(model.processor.limits, max_len=90))
+    side = Side([("text", "what is it?")], "word " * 200, "an answer", "here")
+    full = Processor(p.tokenizer, "Think.", replace(p.limits, max_len=4000)).render(side, Stage(1, 2, True), Curriculum())
+    out = p.render(side, Stage(1, 2, True), Curriculum())
+    assert out["ids"] == full["ids"] and len(out["ids"]) + 2 + len(out["suffix"]) == 90
+    assert out["cut"] == len(full["suffix"]) - len(out["suffix"]) > 0 and full["cut"] == 0
+    assert p.tokenizer.decode(out["suffix"]).endswith("<eot></think>\n<answer>an answer</answer>\n<gen_emb>")
+    with pytest.raises(DataError, match="here: .* exceed max_len 90; raise --max_len"):
+        p.render(Side([("text", "word " * 90)], where="here"))
+    with pytest.raises(DataError, match="lower --max_pixels"):
+        p.render(parse_item(dict(image=[picture("red", "bar")] * 9)))
+
+
+# --------------------------------------------------------------------------------------------------- media and pixels
+
+
+@pytest.mark.parametrize("size", [(112, 112), (97, 65), (28, 28), (1, 1), (13, 2000), (640, 480), (300, 31), (56, 84)])
+def test_pixels_equal_transformers_pil_processor(size):
+    rng = np.random.default_rng(0)
+    image = Image.fromarray(rng.integers(0, 256, (size[1], size[0], 3), dtype=np.uint8))
+    for low, high in ((56 * 56, 28 * 28 * 1280), (28 * 28, 28 * 28 * 16), (28 * 28 * 20, 28 * 28 * 40)):
+        theirs = Qwen2VLImageProcessorPil(min_pixels=low, max_pixels=high)(image, return_tensors="pt")
+        ours, grid = patchify([image], low, high)
+        assert tuple(theirs["image_grid_thw"][0].tolist()) == grid
+        assert_close(ours, theirs["pixel_values"], "pixels", 1e-6)
+
+
+def test_video_patches_are_pairs_of_frames_in_the_layout_of_pictures():
+    frames = [picture(c, s, (64, 64)) for c, s in zip(COLOURS, SHAPES)]  # 3: the last one is repeated
+    ours, grid = patchify(frames, 28 * 28, 28 * 28 * 9)
+    assert grid == (2, 4, 4)
+    single = [patchify([f], 28 * 28, 28 * 28 * 9)[0].reshape(16, 3, 2, 14, 14) for f in frames]
+    ours = ours.reshape(2, 16, 3, 2, 14, 14)
+    for t, (a, b) in enumerate(((0, 1), (2, 2))):
+        assert_close(ours[t, :, :, 0], single[a][:, :, 0], "first of the pair")
+        assert_close(ours[t, :, :, 1], single[b][:, :, 1], "second of the pair")
+    mixed, grid = patchify([frames[0], picture("red", "bar", (200, 90))], 28 * 28, 28 * 28 * 9)
+    assert grid == (1, 4, 4)  # another size takes the first frame's
+
+
+def test_frames_are_chosen_by_time_from_first_to_last(tmp_path):
+    shades = [Image.new("RGB", (64, 64), (i * 4,) * 3) for i in range(60)]
+    write_clip(tmp_path / "a.mp4", shades)
+    at = lambda frames: [round(np.asarray(f).mean() / 4) for f in frames]
+    assert at(load_frames(str(tmp_path / "a.mp4"), 8)) == pytest.approx(np.linspace(0, 59, 8), abs=1.6)
+    assert at(load_frames(str(tmp_path / "a.mp4"), 100)) == pytest.approx(range(60), abs=1.2)
+    assert at(load_frames(shades, 4)) == [0, 20, 39, 59] and len(load_frames(shades[:1], 4)) == 1
+    (tmp_path / "frames").mkdir()
+    for i in (10, 9, 2, 1):
+        shades[i].save(tmp_path / "frames" / f"f{i}.png")
+    assert at(load_frames(str(tmp_path / "frames"), 8)) == [1, 2, 9, 10]  # natural order
+
+
+def test_unusual_pictures_become_plain_rgb(tmp_path):
+    rgb = picture("red", "circle", (120, 80))
+    reference = np.asarray(rgb).astype(int)
+
+    def same(name, tolerance, **kw):
+        got = np.asarray(load_image(str(tmp_path / name))).astype(int)
+        assert got.shape == reference.shape and np.abs(got - reference).mean() < tolerance, name
+
+    rgb.convert("CMYK").save(tmp_path / "cmyk.jpg", quality=95), same("cmyk.jpg", 6)
+    exif = Image.Exif()
+    exif[274] = 6
+    rgb.rotate(90, expand=True).save(tmp_path / "turned.jpg", exif=exif, quality=95), same("turned.jpg", 6)
+    rgb.save(tmp_path / "png_as.jpg", "PNG"), same("png_as.jpg", 0.1)
+    rgb.save(tmp_path / "photo.webp", lossless=True), same("photo.webp", 0.1)
+    rgb.convert("P").save(tmp_path / "palette.png"), same("palette.png", 12)
+    alpha = rgb.convert("RGBA")
+    alpha.putalpha(Image.fromarray((reference.min(2) < 200).astype(np.uint8) * 255))  # white is transparent
+    alpha.save(tmp_path / "alpha.png"), same("alpha.png", 1)
+    rgb.save(tmp_path / "moving.gif", save_all=True, append_images=[picture("blue", "bar", (120, 80))] * 3, duration=100), same("moving.gif", 12)
+    assert len(load_frames(str(tmp_path / "moving.gif"), 8)) == 4 or len(load_frames(str(tmp_path / "moving.gif"), 8)) == 2
+    Image.new("RGBA", (9, 9), (255, 0, 0, 0)).save(tmp_path / "clear.png")
+    assert (np.asarray(load_image(str(tmp_path / "clear.png"))) == 255).all()
+    ramp = np.linspace(0, 65535, 256).astype(np.uint16).reshape(1, 256).repeat(8, 0)
+    Image.fromarray(ramp).save(tmp_path / "grey16.png")
+    assert_close(np.asarray(load_image(str(tmp_path / "grey16.png")))[0, :, 0].astype(int), np.arange(256), "16-bit ramp", 1)
+    for mode in ("1", "L", "LA"):
+        rgb.convert(mode).save(tmp_path / "mode.png")
+        assert load_image(str(tmp_path / "mode.png")).mode == "RGB"
+
+
+def test_broken_media_are_errors_that_name_the_file(world, tmp_path):
+    rgb = picture("red", "circle", (320, 200))
+    rgb.save(tmp_path / "whole.jpg")
+    bytes_ = (tmp_path / "whole.jpg").read_bytes()
+    (tmp_path / "cut.jpg").write_bytes(bytes_[: len(bytes_) // 2])
+    (tmp_path / "empty.png").write_bytes(b"")
+    (tmp_path / "page.jpg").write_text("<html>404</html>")
+    Image.fromarray(np.ones((4, 4), np.float32)).save(tmp_path / "float.tiff")
+    header = b"\x89PNG\r\n\x1a\n" + (13).to_bytes(4, "big") + b"IHDR" + (12000).to_bytes(4, "big") * 2 + b"\x08\x02\0\0\0"
+    import zlib
+    (tmp_path / "bomb.png").write_bytes(header + zlib.crc32(header[12:]).to_bytes(4, "big"))
+    for name, why in (("cut.jpg", "truncated"), ("empty.png", "cannot"), ("page.jpg", "cannot"), ("float.tiff", "float"), ("bomb.png", "12000x12000|cannot"), ("nothing.jpg", "No such")):
+        with pytest.raises(DataError, match=f"{name}.*({why})"):
+            load_image(str(tmp_path / name))
+    clip = (world / "red bar.mp4").read_bytes()
+    (tmp_path / "cut.mp4").write_bytes(clip[: len(clip) // 2])
+    (tmp_path / "empty.mp4").write_bytes(b"")
+    (tmp_path / "zeros.mp4").write_bytes(clip.replace(clip[100 : len(clip) // 2], b"\0" * (len(clip) // 2 - 100)))
+    (tmp_path / "dir").mkdir()
+    for name in ("cut.mp4", "empty.mp4", "zeros.mp4", "dir", "nothing.mp4"):
+        with pytest.raises(DataError, match=name):
+            load_frames(str(tmp_path / name), 8)
+    with pytest.raises(DataError, match="200 to 1"):
+        patchify([Image.new("RGB", (4000, 10))], 3136, 50176)
+
+
+@pytest.mark.skipif(not SHARED.exists(), reason="no ../shared/data")
+def test_all_nasty_files_do_what_a_good_loader_does():
+    folder = SHARED / "nasty"
+    print("using", folder)
+    errors = {"truncated.jpg", "header_only.jpg", "zero_byte.png", "text_as.jpg", "bomb_60000x60000.png", "bomb_12000x12000.png", "float32.tiff", "extreme_10x4000.png",
+              "extreme_4000x10.jpg", "truncated.mp4", "bitrot.mp4", "undecodable.mp4", "zero_byte.mp4", "zero_frames.mkv", "audio_only.mp4", "frames_empty_dir", "does_not_exist.jpg"}
+    frames = {"plain.mp4": 16, "one_frame.mp4": 1, "three_frames.mp4": 3, "vfr.mkv": 16, "vp9.webm": 16, "av1.webm": 16, "h264.mkv": 16, "mpeg4.avi": 16, "odd_size_97x65.mkv": 8,
+              "tenbit.mkv": 16, "gray.mkv": 8, "long_600_frames.mp4": 600, "vertical_rotated.mp4": 16, "frames_mixed": 4, "truncated.mkv": 9}
+    reference = np.asarray(load_image(str(folder / "rgb_reference.png"))).astype(int)
+    cases = json.loads((folder / "nasty.json").read_text())
+    assert len(cases) == 48
+    for case in cases:
+        path, kind = str(folder / case["file"]), case["kind"]
+        load = lambda: patchify([load_image(path)], 3136, 50176) if kind == "image" else patchify(load_frames(path, 8), 3136, 50176)
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            if case["file"] in errors:
+                with pytest.raises(DataError) as error:
+                    load()
+                assert case["file"] in str(error.value) or case["file"].startswith("extreme"), case["file"]
+                continue
+            pixels, (t, h, w) = load()
+        assert np.isfinite(pixels).all() and len(pixels) == t * h * w > 0, case["file"]
+        assert not said or case["file"] == "truncated.mkv", (case["file"], [str(s.message) for s in said])
+        if case["file"] in frames:
+            assert len(load_frames(path, 1000)) == frames[case["file"]] and len(load_frames(path, 8)) == min(8, frames[case["file"]]), case["file"]
+    for name, tolerance in (("cmyk.jpg", 12), ("exif_rot6.jpg", 12), ("exif_bad.jpg", 12), ("photo.webp", 12), ("progressive.jpg", 12), ("palette_alpha.png", 60)):
+        got = np.asarray(load_image(str(folder / name))).astype(int)
+        if name != "palette_alpha.png":
+            assert got.shape == reference.shape and np.abs(got - reference).mean() < tolerance, name
+    assert load_frames(str(folder / "vertical_rotated.mp4"), 8)[0].size == (64, 96)
+    assert len(load_frames(str(folder / "animated.gif"), 8)) == 6
+    assert (np.asarray(load_image(str(folder / "all_transparent.png"))) == 255).all()
+    ramp = np.asarray(load_image(str(folder / "gray16.png")))
+    assert ramp.min() < 10 and ramp.max() > 245 and len(np.unique(ramp)) > 50
+
+
+# ------------------------------------------------------------------------------------------------------------- records
+
+
+def turns(text, reply="<think>Because. So.</think><answer>yes</answer>", who=("from", "value", "human", "gpt")):
+    return [{who[0]: who[2], who[1]: text}, {who[0]: who[3], who[1]: reply}]
+
+
+def record(**kw):
+    return dict(dataset_name="d", qry=dict(conversations=turns("<image>\nwhat?"), image=["red bar.png"]), pos=dict(conversations=turns("yes"))) | kw
+
+
+def test_all_spellings_of_a_record_mean_the_same(world, tmp_path):
+    chat = ("role", "content", "user", "assistant")
+    variants = [record(), record(qry=dict(conversations=turns("<image>\nwhat?", who=chat), images="red bar.png")),
+                record(qry=[dict(conversations=turns("<image>\nwhat?", "<think>Because. So.</think><answer>yes</answer><gen_emb>"), image="red bar.png")]),
+                record(pos=dict(conversations=turns("yes", "<think>\nBecause. So.\n</think>\n<answer>yes</answer>\n<gen_emb>"), image=[]))]
+    lines, array = tmp_path / "a.jsonl", tmp_path / "a.json"
+    lines.write_text("\n\n".join(json.dumps(v) for v in variants) + "\n", encoding="utf-8")
+    array.write_text(json.dumps([dict(v, note='a "quoted } brace { \\" é') for v in variants], indent=2, ensure_ascii=False), encoding="utf-8")
+    for path in (lines, array):
+        pairs = Pairs(str(path), str(world))
+        assert len(pairs) == 4 and len(set(pairs.target)) == 1
+        for i in range(4):
+            q, p = pairs[i]
+            assert (q.parts, q.rationale, q.answer) == (pairs[0][0].parts, "Because. So.", "yes") and p.parts == [("text", "yes")]
+    video = lambda **kw: data.parse_side(dict(conversations=turns("<video>\nwhat?"), **kw), str(world), "here").parts[0]
+    assert video(video="red bar.mp4") == video(videos=["red bar.mp4"]) == ("video", str(world / "red bar.mp4"))
+    assert video(video=["red bar.png", "blue bar.png"]) == video(videos=[["red bar.png", "blue bar.png"]]) == ("video", [str(world / f"{c} bar.png") for c in ("red", "blue")])
+    assert data.parse_target("just text", "here") == ("", "just text") and data.parse_target("", "here") == ("", "")
+
+
+def test_a_json_array_larger_than_the_read_buffer_is_indexed_by_offset(world, tmp_path):
+    rows = [record(dataset_name=f"d{i % 3}", pos=dict(conversations=turns(f'answer {i} \\" }} é ' + "x" * (i * 37 % 9000)))) for i in range(600)]
+    (tmp_path / "big.json").write_text(json.dumps(rows, ensure_ascii=False), encoding="utf-8")
+    assert os.path.getsize(tmp_path / "big.json") > 2 << 20
+    pairs = Pairs(str(tmp_path / "big.json"), str(world))
+    assert len(pairs) == 600 and pairs.names == ["d0", "d1", "d2"] and len(set(pairs.target)) == 600
+    for i in (0, 123, 599):
+        assert pairs[i][1].parts[0][1] == rows[i]["pos"]["conversations"][0]["value"]
+
+
+BAD = [("{broken", "not JSON"), (json.dumps(dict(qry=1, pos=2)), "no 'dataset_name'"), (json.dumps(record(qry=dict(conversations=turns("<image> <image>"), image=["red bar.png"]))), "2 <image> in the text, 1 image given"),
+       (json.dumps(record(qry=dict(conversations=turns("none"), image=["red bar.png"]))), "0 <image> in the text, 1 image given"), (json.dumps(record(qry=dict(conversations=turns("<image>"), image=["gone.png"]))), "'gone.png' does not exist under"),
+       (json.dumps(record(qry=dict(conversations=turns("x"), imgae=["red bar.png"]))), "unknown key 'imgae'. Did you mean 'image'"), (json.dumps(record(pos=dict(conversations=[{"from": "robot", "value": "x"}]))), "'human' or 'gpt'"),
+       (json.dumps(record(pos=dict(conversations=turns("x", "<think>open")))), "<think> is opened or closed only once"), (json.dumps(record(pos=dict(conversations=[]))), "must be a list of turns"), ("[1]", "needs an object")]
+
+
+@pytest.mark.parametrize("line, why", BAD, ids=[w for _, w in BAD])
+def test_a_bad_record_is_an_error_with_file_number_and_reason_or_counted(world, tmp_path, line, why):
+    path = tmp_path / "bad.jsonl"
+    path.write_text(json.dumps(record()) + "\n" + line + "\n" + json.dumps(record()) + "\n")
+    with pytest.raises(DataError, match=r"bad.jsonl: record 2.*" + re.escape(why)):
+        Pairs(str(path), str(world))
+    pairs = Pairs(str(path), str(world), skip_bad=True)
+    assert len(pairs) == 2 and len(pairs.bad) == 1 and why in pairs.bad[0] and pairs[1][1].answer == "yes"
+
+
+def test_items_are_checked():
+    for item, why in (({"txt": "a"}, "Did you mean 'text'"), ({}, "needs a string"), (3, "needs a string"), ({"image": "gone.png"}, "'gone.png' does not exist"),
+                      ({"image": []}, "empty list"), ({"text": 3}, "must be a string"), ({"image": 7}, "needs a path")):
+        with pytest.raises(DataError, match=f"item.*{why}"):
+            parse_item(item)
+
+
+# ------------------------------------------------------------------------------------------------------------- batches
+
+
+def test_schedule_gives_every_data_set_its_share_all_over_the_run():
+    dataset = np.repeat([0, 1, 2], [500, 90, 10])
+    s = Schedule(dataset, list("abc"), 8, 600, seed=1)
+    batches = [s[i] for i in range(600)]
+    assert all(len(set(dataset[b])) == 1 for b in batches) and s.counts.tolist() == [500, 90, 10]
+    for d, share in enumerate(s.counts / 600):
+        for part in np.array_split(np.array([dataset[b[0]] == d for b in batches]), 6):
+            assert abs(part.mean() - share) < 0.03
+    rows = np.concatenate([b for b in batches if dataset[b[0]] == 1])
+    assert all(sorted(rows[i : i + 90]) == list(range(500, 590)) for i in range(0, len(rows) - 89, 90))  # whole passes
+    again = Schedule(dataset, list("abc"), 8, 600, seed=1)
+    assert all(np.array_equal(again[i], batches[i]) for i in (599, 3)) and not np.array_equal(Schedule(dataset, list("abc"), 8, 600, seed=2)[0], batches[0])
+
+
+def test_ranks_split_the_global_batch_and_resuming_skips_nothing():
+    s = Schedule(np.zeros(50, int), ["a"], 12, 20, seed=0)
+    one, two = list(StepSampler(s)), [list(StepSampler(s, rank=r, world=2)) for r in (0, 1)]
+    for (step, rows), (_, a), (_, b) in zip(one, *two):
+        assert np.array_equal(rows, np.concatenate([a, b]))
+    assert [(i, r.tolist()) for i, r in StepSampler(s, start=7)] == [(i, r.tolist()) for i, r in one[7:]]
+
+
+def test_workers_write_the_text_of_the_step_they_prefetch_for(model, world):
+    pairs = Pairs(str(world / "train.jsonl"))
+    batches, c = Batches(pairs, model.processor, Curriculum(), 12), Curriculum()
+    sampler = StepSampler(Schedule(pairs.dataset, pairs.names, 4, 12, 0))
+    load = lambda workers: list(torch.utils.data.DataLoader(batches, batch_size=None, sampler=sampler, num_workers=workers, prefetch_factor=6 if workers else None))
+    for a, b in zip(load(0), load(2)):
+        assert a["step"] == b["step"] and a["stage"] == b["stage"] == c.stage_at(a["step"] / 12)
+        assert all(torch.equal(v, b[k]) for k, v in a.items() if torch.is_tensor(v))
+        assert a["dataset"] == pairs.names[pairs.dataset[sampler.schedule[a["step"]][0]]] and len(a["target"]) == 4 and len(a["ids"]) == 8
+
+
+def test_a_medium_that_breaks_while_training_is_named_and_in_no_loss(model, world, tmp_path):
+    (tmp_path / "torn.png").write_bytes((world / "red bar.png").read_bytes()[:-60])
+    rows = [record(pos=dict(conversations=turns(f"answer {i}"))) for i in range(4)]
+    rows[2]["qry"]["image"] = [str(tmp_path / "torn.png")]
+    (tmp_path / "t.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    pairs, job, m = Pairs(str(tmp_path / "t.jsonl"), str(world)), (0, np.arange(4)), make_model()
+    with pytest.raises(DataError, match="record 3: qry: .*torn.png"):
+        Batches(pairs, m.processor, Curriculum(), 1)[job]
+    cfg, curriculum = train.Config(), Curriculum(segments=2, last=1.0)
+    batch = Batches(pairs, m.processor, curriculum, 1, skip_bad=True)[job]
+    assert len(batch["bad"]) == 1 and "record 3" in batch["bad"][0] and batch["valid"].tolist() == [True, True, False, True]
+    parts = train.losses(m(batch, 4), batch, cfg)
+    good = Batches(pairs, m.processor, curriculum, 1)[0, np.array([0, 1, 3])]
+    for name, value in train.losses(m(good, 4), good, cfg).items():
+        assert_close(parts[name], value, name, 1e-6)
+
+
+# -------------------------------------------------------------------------------------------------------------- losses
+
+
+def by_hand(q, p, targets, scale):
+    """InfoNCE from its definition, one row and one direction at a time."""
+    total = 0.0
+    for a, b in ((q, p), (p, q)):
+        for i in range(len(a)):
+            scores = {j: math.exp(scale * float(a[i] @ b[j])) for j in range(len(b)) if j == i or targets[j] != targets[i]}
+            total -= math.log(scores[i] / sum(scores.values())) / (2 * len(a))
+    return total
+
+
+@pytest.mark.parametrize("targets", [[1, 2, 3, 4], [1, 2, 1, 1], [5, 5, 5, 5]])
+def test_info_nce_by_hand_with_equal_targets(targets):
+    q, p = F.normalize(torch.randn(2, 4, 6, dtype=torch.float64), dim=-1)
+    ours = train.info_nce(q, p, torch.tensor([targets]), torch.ones(1, 4, dtype=torch.bool), 7.0)
+    assert_close(ours, torch.tensor(by_hand(q, p, targets, 7.0), dtype=torch.float64), "InfoNCE", 1e-9)
+
+
+TWO_RANKS = """
+import sys, numpy as np, torch, torch.distributed as dist
+sys.path.insert(0, {here!r})
+import test_plume as t, train
+from torch.nn.parallel import DistributedDataParallel
+world = int(sys.argv[1])
+if world > 1: dist.init_process_group("gloo")
+rank = dist.get_rank() if world > 1 else 0
+m = t.make_model()
+pairs = t.Pairs({path!r})
+rows = np.flatnonzero(pairs.dataset == 0)[[0, 1, 2, 3, 2, 5, 0, 7]]  # equal targets within and across ranks
+batch = t.Batches(pairs, m.processor, t.Curriculum(last=1.0), 4)[1, rows[rank * (8 // world):(rank + 1) * (8 // world)]]
+net = DistributedDataParallel(m, find_unused_parameters=True) if world > 1 else m
+parts = train.losses(net(batch, batch["stage"].latent_steps), batch, train.Config())
+parts["loss"].backward()
+if rank == 0: torch.save(dict(grads={{n: p.grad for n, p in m.named_parameters() if p.grad is not None}}, bal=parts["bal"].detach()), {out!r} + sys.argv[1])
+"""
+
+
+def run(*command, check=True, **kw):
+    env = dict(os.environ, CUDA_VISIBLE_DEVICES="", OMP_NUM_THREADS="1", PYTHONWARNINGS="ignore")
+    done = subprocess.run([sys.executable, *map(str, command)], capture_output=True, text=True, cwd=HERE, env=env, timeout=240, **kw)
+    assert not check or done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return done
+
+
+def torchrun(ranks, *command, **kw):
+    return run("-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", *command, **kw)
+
+
+def test_two_ranks_have_the_gradients_of_one(world, tmp_path):
+    script, out = tmp_path / "ranks.py", str(tmp_path / "grads")
+    script.write_text(TWO_RANKS.format(here=str(HERE), path=str(world / "train.jsonl"), out=out))
+    run(script, 1), torchrun(2, script, 2)
+    one, two = (torch.load(out + n, weights_only=True) for n in "12")
+    assert_close(one["bal"], two["bal"], "balance loss", 1e-12)
+    assert one["grads"].keys() == two["grads"].keys() and len(one["grads"]) > 40
+    for name, g in one["grads"].items():
+        assert_close(two["grads"][name], g, name, 1e-9 * max(1.0, g.abs().max().item()))
+
+
+# ------------------------------------------------------------------------------------------------------------- ranking
+
+
+def worst_ranks(scores, gains):
+    """Sort with every tie broken against the model."""
+    order = sorted(range(len(scores)), key=lambda j: (-round(float(scores[j]), 5), gains.get(j, 0)))
+    return sorted((gains[j], order.index(j) + 1) for j in gains)
+
+
+@pytest.mark.parametrize("block", [(1024, 16384), (3, 4)])
+def test_ranks_equal_brute_force_with_ties_candidates_and_grades(block):
+    rng = np.random.default_rng(0)
+    corpus = F.normalize(torch.tensor(rng.integers(-1, 2, (40, 4)) + 1e-3, dtype=torch.float32), dim=-1)  # many equal rows
+    queries = F.normalize(torch.tensor(rng.standard_normal((25, 4)), dtype=torch.float32), dim=-1)
+    relevant = [{int(j): int(rng.integers(1, 4)) for j in rng.choice(40, rng.integers(1, 5), replace=False)} for _ in queries]
+    candidates = [None if i % 3 else list(dict.fromkeys([*relevant[i], *range(0, 40, 3)])) for i in range(25)]
+    ranks = evaluation.rank(queries, corpus, relevant, candidates, block)
+    for i, gains in enumerate(relevant):
+        rows = candidates[i] or list(range(40))
+        expected = worst_ranks([queries[i] @ corpus[j] for j in rows], {rows.index(j): g for j, g in gains.items()})
+        assert sorted(ranks[i]) == expected, f"query {i}"
+
+
+def test_ndcg_and_hits_by_hand():
+    ranks = [(1, 1), (3, 4)]  # gain 1 at rank 1, gain 3 at rank 4
+    assert evaluation.ndcg(ranks, 5, [1, 3]) == pytest.approx((1 + 3 / math.log2(5)) / (3 + 1 / math.log2(3)))
+    assert evaluation.ndcg([(2, 6)], 5, [2]) == 0 and evaluation.hit(ranks, 1) and not evaluation.hit([(2, 6)], 5)
+
+
+def test_a_constant_embedding_scores_zero_and_is_reported_at_chance():
+    same = torch.ones(4, 8) / 8**0.5
+    task = data.Task("x/y", [], list("abcd"), [{i: 1} for i in range(4)], [None] * 4, list("abcd"))
+    scores = evaluation.evaluate(task, (same, same))
+    assert scores["hit@1"] == 0 and scores["chance"] == 0.25 and scores["at_chance"] and "at chance" in evaluation.table({"x/y": scores})
+    perfect = evaluation.evaluate(task, (torch.eye(4), torch.eye(4)))
+    assert perfect["hit@1"] == perfect["ndcg@5"] == 1 and not perfect["at_chance"] and perfect["ranks"] == dict.fromkeys("abcd", 1)
+
+
+def test_tasks_say_what_is_wrong(world, tmp_path):
+    import shutil
+    def broken(file, change, why):
+        shutil.rmtree(tmp_path / "tasks", ignore_errors=True)
+        shutil.copytree(world / "tasks", tmp_path / "tasks")
+        for f in world.glob("*.*"):
+            shutil.copy(f, tmp_path)
+        path = tmp_path / "tasks" / "image_ret" / "t2i" / file
+        path.write_text(change(path.read_text()))
+        with pytest.raises(DataError, match=why):
+            data.read_task(str(tmp_path / "tasks"), "image_ret/t2i")
+
+    broken("qrels.tsv", lambda s: s.replace("q0\tred square\t1\n", ""), "query 'q0' has no relevant document in qrels")
+    broken("qrels.tsv", lambda s: s + "q0\tno such\t1\n", "line 14: needs a known query id")
+    broken("corpus.jsonl", lambda s: s + s.splitlines()[0], "record 13: the id 'red square' stands there twice")
+    broken("corpus.jsonl", lambda s: s.replace("../red bar.png", "../gone.png"), "gone.png' does not exist")
+    broken("queries.jsonl", lambda s: s.replace('"q0"', '"q0", "candidates": ["blue bar"]'), "no relevant document among its candidates")
+    broken("queries.jsonl", lambda s: s.replace('"q0"', '"q0", "candidate": ["blue bar"]'), "unknown key 'candidate'")
+    with pytest.raises(DataError, match="Did you mean 'image_ret'"):
+        evaluation.select(data.list_tasks(str(world / "tasks")), "image_rett", "root")
+
+
+@pytest.mark.skipif(not SHARED.exists(), reason="no ../shared/data")
+def test_the_real_development_set_reads_completely():
+    print("using", SHARED / "real_dev")
+    pairs = Pairs(str(SHARED / "real_dev" / "train.jsonl"))
+    assert len(pairs) == 5996 and len(pairs.names) == 11 and len(data.list_tasks(str(SHARED / "real_dev"))) == 13
+    assert len(data.read_task(str(SHARED / "real_dev"), "video_ret/fluent_t2v").queries) == 108
+
+
+# ------------------------------------------------------------------------------------------------------- command lines
+
+QUICK = ["--global_batch", "8", "--workers", "1", "--log_every", "1", "--lr=2e-3"]
+
+
+def weights(out):
+    return load_file(Path(out) / "checkpoint" / "model.safetensors")
+
+
+def log(out):
+    return [json.loads(line) for line in open(Path(out) / "log.jsonl")]
+
+
+@pytest.fixture(scope="session")
+def trained(world, tmp_path_factory):
+    """A short run through all stages by the command line, uninterrupted."""
+    out = tmp_path_factory.mktemp("run")
+    done = run("train.py", "--data", world / "train.jsonl", "--out", out, "--steps", 40, *QUICK)
+    return out, done.stdout
+
+
+def test_training_goes_through_all_stages_and_the_loss_falls(trained):
+    out, printed = trained
+    rows = log(out)
+    assert [r["step"] for r in rows] == list(range(40)) and [r["K"] for r in rows] == [0] * 5 + [2] * 5 + [4] * 5 + [6] * 5 + [8] * 20
+    assert [r["answer"] for r in rows] == [True] * 30 + [False] * 10
+    assert np.mean([r["ce"] for r in rows[-5:]]) < 0.5 * np.mean([r["ce"] for r in rows[:5]])
+    assert all(math.isfinite(v) for r in rows for v in r.values() if isinstance(v, float)) and rows[-1]["bal"] > 0
+    for text in ("global contrastive batch 8 = 1 ranks x 8", "latent steps", "24 pairs in 2 data sets: t2i 12 (20 steps), v2t 12 (20 steps)", "pairs/s", "ETA", "40 of 40 steps done"):
+        assert text in printed, text
+
+
+def test_evaluation_by_command_line_in_all_modes(trained, world, tmp_path):
+    out, _ = trained
+    base = ["eval.py", "--data", world / "tasks", "--ckpt", out / "checkpoint"]
+    done = run(*base, "--task=all", "--json", tmp_path / "scores.json", "--batch_size", "5")
+    assert "image_ret/t2i" in done.stdout and "mean" in done.stdout and "chance" in done.stdout
+    scores = json.loads((tmp_path / "scores.json").read_text())
+    m = Plume.from_pretrained(out / "checkpoint", "cpu")
+    task = data.read_task(str(world / "tasks"), "image_ret/t2i")
+    similarity = m.encode(task.queries) @ m.encode(task.corpus).T  # independent of eval.py's ranking
+    assert scores["tasks"]["image_ret/t2i"]["hit@1"] == np.mean(similarity.argmax(1) == np.arange(12))
+    assert scores["tasks"]["image_ret/t2i"]["chance"] == pytest.approx(1 / 12) and scores["steps"] == 8
+    assert "mode cot" in run(*base, "--task", "video_cls", "--mode", "cot", "--limit", 20).stdout
+    assert "image_ret" not in run(*base, "--task", "video_cls/v2t", "--mode", "single").stdout
+    for flags, why in ((["--taks", "x"], "Did you mean 'task'"), (["--mode", "lattent"], "mode is one of"), (["--steps", "few"], "--steps needs a value of type int"), (["--ckpt", tmp_path / "no"], "no such checkpoint")):
+        failed = run(*base, *flags, check=False)
+        assert failed.returncode == 1 and why in failed.stderr and "Traceback" not in failed.stderr, failed.stderr
+
+
+def test_interrupted_and_resumed_equals_uninterrupted_bit_for_bit(trained, world, tmp_path):
+    command = [sys.executable, "-u", "train.py", "--data", str(world / "train.jsonl"), "--out", str(tmp_path), "--steps", "40", *QUICK]
+    env = dict(os.environ, CUDA_VISIBLE_DEVICES="", OMP_NUM_THREADS="1")
+    running = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=HERE, env=env)
+    for line in running.stdout:
+        if line.startswith("step 12/"):
+            running.send_signal(signal.SIGINT)
+            break
+    rest = running.stdout.read()
+    assert running.wait(60) == 130 and "--resume" in rest
+    stopped = log(tmp_path)[-1]["step"]
+    assert 12 <= stopped < 39
+    refused = run("train.py", *command[3:], check=False)
+    assert refused.returncode == 1 and "--resume" in refused.stderr
+    changed = run("train.py", *command[3:], "--lr=1e-3", "--resume", check=False)
+    assert changed.returncode == 1 and "lr: 0.002 then, 0.001 now" in changed.stderr
+    run("train.py", *command[3:], "--resume")
+    a, b = weights(trained[0]), weights(tmp_path)
+    assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+    timeless = lambda rows: [{k: v for k, v in r.items() if k not in ("ms", "wait", "pairs_per_s")} for r in rows]
+    assert timeless(log(trained[0])) == timeless(log(tmp_path))
+
+
+def test_two_ranks_by_torchrun_train_the_weights_of_one(world, tmp_path):
+    flags = ["--data", world / "train.jsonl", "--steps", 6, "--global_batch", 8, "--workers", 0, "--lr=1e-3", "--checkpointing"]
+    run("train.py", "--out", tmp_path / "one", *flags)
+    printed = torchrun(2, "train.py", "--out", tmp_path / "two", *flags).stdout
+    assert "global contrastive batch 8 = 2 ranks x 4" in printed
+    for a, b in zip(log(tmp_path / "one"), log(tmp_path / "two")):
+        for name in ("ce", "gen", "disc", "bal", "norm", "first"):
+            assert a[name] == pytest.approx(b[name], rel=2e-3, abs=1e-4), (a["step"], name)
+
+
+def test_training_refuses_what_cannot_work(world, tmp_path):
+    flags = ["--data", world / "train.jsonl", "--out", tmp_path]
+    for extra, why in ((["--global_bach", "1"], "Did you mean"), (["--lr", "fast"], "--lr needs a value of type float"), (["--reset_moments", "maybe"], "true or false"),
+                       (["--global_batch", "1"], "at least 2"), (["--data", tmp_path / "no.jsonl"], "no such file"), (["--rest_of_rationale", "before"], "'inside' or 'after'")):
+        failed = run("train.py", *flags, *extra, check=False)
+        assert failed.returncode == 1 and why in failed.stderr, (extra, failed.stderr[-500:])
+    burst = run("train.py", *flags, "--steps", 6, "--lr", "1e30", "--clip", "1e30", *QUICK[:4], check=False)
+    assert burst.returncode == 1 and re.search(r"error: step \d, data set '(t2i|v2t)': loss nan", burst.stderr), burst.stderr[-500:]
+    help_ = run("train.py", "--help").stdout
+    assert "--global_batch INT" in help_ and "halves" not in help_ and "torchrun" in help_
