@@ -6,6 +6,7 @@
     prompt     Processor.render            the one place where text, media and special tokens become ids
     batches    collate, Schedule, Batches  left-padded tensors; which records make which step
     tasks      read_task                   corpus.jsonl, queries.jsonl, qrels.tsv
+    world      World, world_tasks          turtle world, the default data: drawn on demand, no download
 
 Nothing here is skipped, replaced or cut silently: what cannot be used raises DataError, which names the file, the
 record and the reason.
@@ -26,7 +27,7 @@ import av
 import numpy as np
 import tokenizers
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from tqdm import tqdm
 
 from curriculum import CLOSING
@@ -366,6 +367,10 @@ class Pairs:
             raise DataError(f"{where}: 'dataset_name' must be a string")
         return tuple(parse_side(raw[k], self.media, f"{where}: {k}") for k in ("qry", "pos"))
 
+    def texts(self):
+        """Every text of the file, for training a tokenizer."""
+        return (v for i in range(len(self)) for s in self[i] for v in (*(p for k, p in s.parts if k == "text"), s.rationale, s.answer))
+
     def __getitem__(self, i):
         """-> (query Side, target Side)"""
         with open(self.path, "rb") as f:
@@ -692,6 +697,125 @@ def read_task(root, name):
             raise DataError(f"{side.where}: query {raw['_id']!r} has no relevant document" + (" among its candidates" if gold else " in qrels.tsv"))
         candidates.append(rows)
     return Task(name, queries, corpus, relevant, candidates, list(query_row))
+
+
+# ------------------------------------------------------------------------------------------------------- small world
+
+MOVES, HEADINGS = ("forward", "left", "right"), ((0, -1), (1, 0), (0, 1), (-1, 0))  # north, east, south, west
+FAMILIES = dict(  # as the benchmark's meta-tasks: what the program arrives as, what the final state is shown as
+    image_cls=("tiles", "text"), image_ret=("words", "board"), video_cls=("frames", "text"), video_ret=("words", "clip"), visdoc_ret=("words", "page"))
+
+
+class World:
+    """Turtle world, what `train.py` and `eval.py` use without --data: nothing is stored, everything is drawn on demand.
+
+    A turtle on a 4x4 torus executes 8 moves; only start and order decide where it ends.  A state is one word: column,
+    row, heading ("bcE").  The rationale is the states passed through, the answer is the last.  Attributes as Pairs'.
+    """
+
+    def __init__(self, split="train", test=400, seed=0):
+        rng = np.random.default_rng(seed)
+        programs = rng.permutation(len(MOVES) ** 8)
+        programs = programs[test:] if split == "train" else programs[:test]  # disjoint
+        self.names, self.bad = list(FAMILIES), []
+        self.dataset = np.repeat(np.arange(len(FAMILIES)), len(programs)).astype(np.int32)
+        self.programs = np.tile(programs, len(FAMILIES))
+        self.starts = rng.integers(len(STATES), size=len(self.programs))
+        self.target = np.array([STATES.index(walk(*job)[-1]) for job in zip(self.starts, self.programs)], np.int64)
+
+    def __len__(self):
+        return len(self.dataset)
+
+    def texts(self):
+        words = " ".join(MOVES) + " Where does it end? Represent this."
+        return (t for s in STATES for t in [words, state_word(s), f"Start {state_word(s)}: {state_word(s)}"] * 20)
+
+    def __getitem__(self, i):
+        """-> (query Side, target Side)"""
+        shown, target = FAMILIES[self.names[self.dataset[i]]]
+        return program_side(self.starts[i], self.programs[i], shown), state_side(self.target[i], target)
+
+
+STATES = [(x, y, h) for x in range(4) for y in range(4) for h in range(4)]
+
+
+def walk(start, program):
+    """Number of the start state, program number in base 3 -> the 8 states after each move."""
+    (x, y, h), passed = STATES[start], []
+    for move in moves(program):
+        h = (h + {"left": 3, "right": 1}.get(move, 0)) % 4
+        if move == "forward":
+            x, y = (x + HEADINGS[h][0]) % 4, (y + HEADINGS[h][1]) % 4
+        passed.append((x, y, h))
+    return passed
+
+
+def moves(program):
+    return [MOVES[int(program) // 3**k % 3] for k in range(8)]
+
+
+def state_word(state):
+    return "abcd"[state[0]] + "abcd"[state[1]] + "NESW"[state[2]]
+
+
+def program_side(start, program, shown):
+    words, passed, begin = moves(program), walk(start, program), f"Start {state_word(STATES[start])}"
+    parts = {"words": lambda: [("text", f"{begin} {' '.join(words)}")], "tiles": lambda: [("image", draw_tiles(words)), ("text", "\n" + begin)],
+             "frames": lambda: [("video", [draw_tiles([w], 56) for w in words]), ("text", "\n" + begin)]}[shown]()
+    return Side(parts + [("text", ". Where does it end?")], " ".join(map(state_word, passed)), state_word(passed[-1]), f"turtle program {program}")
+
+
+def state_side(index, target):
+    """One of the 64 states as text, board, page, or a clip of the last steps of a walk that ends there."""
+    x, y, h = state = STATES[index]
+    back = [((x - k * HEADINGS[h][0]) % 4, (y - k * HEADINGS[h][1]) % 4, h) for k in (3, 2, 1, 0)]
+    media = {"text": lambda: [("text", state_word(state))], "board": lambda: [("image", draw_board(state)), ("text", "\nRepresent this.")],
+             "clip": lambda: [("video", [draw_board(s, 21) for s in back]), ("text", "\nRepresent this.")],
+             "page": lambda: [("image", draw_page(state)), ("text", "\nRepresent this.")]}[target]()
+    return Side(media, "", state_word(state), f"turtle state {state_word(state)}")
+
+
+def arrow(draw, cx, cy, r, heading, fill):
+    """A triangle that points north, east, south or west."""
+    dx, dy = HEADINGS[heading]
+    draw.polygon([(cx + r * dx, cy + r * dy), (cx - r * dx - r * 0.7 * dy, cy - r * dy + r * 0.7 * dx), (cx - r * dx + r * 0.7 * dy, cy - r * dy - r * 0.7 * dx)], fill=fill)
+
+
+def draw_tiles(words, size=28):
+    """Moves as arrows, four a row: up is forward."""
+    image = Image.new("RGB", (size * min(4, len(words)), size * -(-len(words) // 4)), "white")
+    draw = ImageDraw.Draw(image)
+    for i, word in enumerate(words):
+        x, y = i % 4 * size, i // 4 * size
+        draw.rectangle((x, y, x + size - 1, y + size - 1), outline="gray")
+        arrow(draw, x + size / 2, y + size / 2, size * 0.36, {"forward": 0, "left": 3, "right": 1}[word], {"forward": "black", "left": "blue", "right": "red"}[word])
+    return image
+
+
+def draw_board(state, size=28):
+    image = Image.new("RGB", (4 * size, 4 * size), "white")
+    draw, (x, y, h) = ImageDraw.Draw(image), state
+    for i in range(4):
+        for j in range(4):
+            draw.rectangle((i * size, j * size, (i + 1) * size - 1, (j + 1) * size - 1), outline="gray")
+    arrow(draw, (x + 0.5) * size, (y + 0.5) * size, size * 0.4, h, "green")
+    return image
+
+
+def draw_page(state):
+    image, (x, y, h) = Image.new("RGB", (112, 112), "white"), state
+    lines = ("Report", f"column {'abcd'[x]}", f"row {'abcd'[y]}", f"facing {('north', 'east', 'south', 'west')[h]}")
+    for i, line in enumerate(lines):
+        ImageDraw.Draw(image).text((8, 4 + 26 * i), line, fill="black", font=ImageFont.load_default(18))
+    return image
+
+
+def world_tasks():
+    """Every family as a Task "<family>/turtle": unseen programs against all 64 final states."""
+    test = World("test")
+    n = len(test) // len(FAMILIES)
+    return {f"{name}/turtle": Task(f"{name}/turtle", [test[f * n + i][0] for i in range(n)], [state_side(s, FAMILIES[name][1]) for s in range(len(STATES))],
+                                   [{int(t): 1} for t in test.target[f * n : (f + 1) * n]], [None] * n, [str(p) for p in test.programs[:n]]) for f, name in enumerate(test.names)}
 
 
 # ------------------------------------------------------------------------------------------------------ command line

@@ -1,5 +1,6 @@
 """Evaluate a checkpoint on retrieval tasks: encode every corpus and query once, rank, report.
 
+    python eval.py --task video_ret                               turtle world, the checkpoint that train.py wrote
     python eval.py --data DIR --task all                          every task below DIR
     python eval.py --data DIR --task video_ret --mode single      one meta-task, the single-pass embedding
     python eval.py --data DIR --task image_ret/openmoji_t2i --steps 4 --json out.json
@@ -21,7 +22,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from data import DataError, list_tasks, nearest, parse_flags, read_task
+from data import DataError, list_tasks, nearest, parse_flags, read_task, world_tasks
 from model import MODES, Plume
 
 TIE = 1e-6  # cosines closer than this are a tie: more than float32 rounding, less than any difference that means something
@@ -30,7 +31,7 @@ TIE = 1e-6  # cosines closer than this are a tie: more than float32 rounding, le
 @dataclass
 class Config:
     # what
-    data: str = ""  # folder of the tasks; media paths are relative to it
+    data: str = ""  # folder of the tasks; media paths are relative to it; default: turtle world
     task: str = "all"  # all, a meta-task (video_ret) or one data set (video_ret/filmed_t2v)
     ckpt: str = "out/checkpoint"  # checkpoint folder or hub name
     # how
@@ -129,13 +130,15 @@ def table(results):
 
 def main(argv):
     cfg = parse_flags(Config, argv, __doc__)
-    if not cfg.data:
-        raise DataError("--data is needed: the folder of the tasks (python eval.py --help shows its layout)")
     if cfg.mode not in MODES or not -1 <= cfg.steps <= 32 or (cfg.steps >= 0 and cfg.mode != "latent"):
         raise DataError(f"--mode {cfg.mode!r} --steps {cfg.steps}: mode is one of {MODES}, steps are 0..32 and belong to mode latent")
     if not os.path.exists(cfg.ckpt) and cfg.ckpt == Config.ckpt:
-        raise DataError(f"{cfg.ckpt}: no checkpoint there yet; train one with: python train.py --data pairs.jsonl, or name one with --ckpt")
-    tasks = [read_task(cfg.data, name) for name in select(list_tasks(cfg.data), cfg.task, cfg.data)]
+        raise DataError(f"{cfg.ckpt}: no checkpoint there yet; train one with: python train.py, or name one with --ckpt")
+    if cfg.data:
+        tasks = [read_task(cfg.data, name) for name in select(list_tasks(cfg.data), cfg.task, cfg.data)]
+    else:
+        tasks = world_tasks()
+        tasks = [tasks[name] for name in select(list(tasks), cfg.task, "turtle world")]
     model = Plume.from_pretrained(cfg.ckpt, cfg.device or None, cfg.dtype or None)
     steps = None if cfg.mode != "latent" else model.settings["latent_steps"] if cfg.steps < 0 else cfg.steps
     known, results, begun = {}, {}, time.time()  # known: vectors by content, so that shared items are encoded once

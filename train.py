@@ -1,6 +1,7 @@
 """Train PLUME through its curriculum, from explicit rationales to latent steps.
 
-    python train.py --data pairs.jsonl                             one device, tiny preset, from scratch
+    python train.py                                                turtle world, tiny preset, a laptop
+    python train.py --data pairs.jsonl                             your pairs, tiny preset, from scratch
     torchrun --nproc_per_node=8 train.py --data pairs.jsonl --init Qwen/Qwen2-VL-2B-Instruct --lr 1e-5
 
 Writes OUT/checkpoint (for Plume.from_pretrained, eval.py --ckpt and --resume) and OUT/log.jsonl, one object a step.
@@ -25,7 +26,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from adapter import balance_loss
 from curriculum import Curriculum
-from data import Batches, DataError, Pairs, Schedule, StepSampler, parse_flags, to_device
+from data import Batches, DataError, Pairs, Schedule, StepSampler, World, parse_flags, to_device
 from model import Plume, pick_device, replacing
 
 # -------------------------------------------------------------------------------------------------------------- config
@@ -34,7 +35,7 @@ from model import Plume, pick_device, replacing
 @dataclass
 class Config:
     # data
-    data: str = ""  # JSONL (or JSON array) of training pairs
+    data: str = ""  # JSONL (or JSON array) of training pairs; default: turtle world, drawn on demand
     media: str = ""  # folder that media paths are relative to; default: the folder of --data
     skip_bad: bool = False  # leave out records that cannot be read, count and list them; default: stop at the first
     workers: int = 1  # processes that decode and tokenize ahead; raise while the log's `wait` is not near 0
@@ -156,8 +157,7 @@ def build_model(cfg, pairs, device):
     elif cfg.init:
         model = Plume.from_pretrained(cfg.init, device, torch.float32, adapter=adapter, **settings)
     else:
-        texts = (v for i in range(len(pairs)) for s in pairs[i] for v in (*(p for k, p in s.parts if k == "text"), s.rationale, s.answer))
-        model = Plume.tiny(texts, cfg.seed, adapter=adapter, **settings).to(device)
+        model = Plume.tiny(pairs.texts(), cfg.seed, adapter=adapter, **settings).to(device)
     if cfg.freeze_vision == "true" or (cfg.freeze_vision == "auto" and cfg.init):
         model.backbone.model.visual.requires_grad_(False).merger.requires_grad_(True)
     model.checkpointing = cfg.checkpointing
@@ -181,8 +181,6 @@ def learning_rate(cfg, step, steps):
 
 def check(cfg, world):
     """What can be known to be wrong before anything is loaded."""
-    if not cfg.data:
-        raise SystemExit("error: --data is needed: a JSONL of training pairs (README: Training on your own pairs)")
     if cfg.global_batch % world or cfg.global_batch < 2:
         raise SystemExit(f"error: --global_batch {cfg.global_batch} must be at least 2 and divisible by the {world} ranks")
     if cfg.freeze_vision not in ("auto", "true", "false"):
@@ -206,7 +204,7 @@ def main(argv):
     torch.manual_seed(cfg.seed)
 
     # data and curriculum
-    pairs = Pairs(cfg.data, cfg.media or None, cfg.skip_bad)
+    pairs = Pairs(cfg.data, cfg.media or None, cfg.skip_bad) if cfg.data else World(seed=cfg.seed)
     for line in pairs.bad:
         say("left out:", line)
     steps = cfg.steps or max(1, round(cfg.epochs * len(pairs) / cfg.global_batch))
