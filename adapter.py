@@ -51,7 +51,7 @@ class TransitionAdapter(nn.Module):
             nn.init.normal_(self.router.weight, std=0.02)
 
     def forward(self, z, step, anchor):
-        """z, anchor (B, D), step a Python int -> next input (B, D), router probabilities (B, E) in float32 or wider."""
+        """z, anchor (B, D), step a Python int -> next input (B, D), router probabilities (B, E); E is 0 without a router."""
         B = z.shape[0]
         if self.kind == "none":
             return z, z.new_zeros(B, 0)

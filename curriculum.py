@@ -9,8 +9,8 @@ steps, so that reasoning moves from tokens into hidden states one quarter at a t
     stage S   <bot> z z z z z z z z                <eot></think> answer <gen_emb>     S*c = K
     at last   <bot> z z z z z z z z                <eot></think> <gen_emb>            the format of inference
 
-`rest="inside"` (default, as drawn) leaves the remaining text inside the thought, so each latent takes the place of the
-text it replaces.  `rest="after"` puts it behind <eot>, as the released code does.
+`rest_of_rationale="inside"` (default, as drawn) leaves the remaining text inside the thought, so each latent takes the place of the
+text it replaces.  `"after"` puts it behind <eot>, as the released code does.
 No tensors and no tokenizer here: this file is the schedule and the text.
 """
 
@@ -34,14 +34,14 @@ class Curriculum:
 
     segments: int = 4  # S
     steps_per_segment: int = 2  # c; K = S * c
-    rest: str = "inside"  # where the rationale that is still text goes: "inside" the thought or "after" <eot>
-    last: float = 0.5  # share of the run spent in stage S; in its second half the answer is dropped too
+    rest_of_rationale: str = "inside"  # where the rationale that is still text goes: "inside" the thought or "after" <eot>
+    last_stage: float = 0.5  # share of the run spent in stage S; in its second half the answer is dropped too
 
     def __post_init__(self):
-        if self.rest not in ("inside", "after"):
-            raise ValueError(f"rest_of_rationale {self.rest!r}: needs 'inside' or 'after'")
-        if self.segments < 1 or self.steps_per_segment < 0 or not 0 < self.last <= 1:
-            raise ValueError(f"segments {self.segments}, steps_per_segment {self.steps_per_segment}, last {self.last}: needs S >= 1, c >= 0, 0 < last <= 1")
+        if self.rest_of_rationale not in ("inside", "after"):
+            raise ValueError(f"rest_of_rationale {self.rest_of_rationale!r}: needs 'inside' or 'after'")
+        if self.segments < 1 or self.steps_per_segment < 0 or not 0 < self.last_stage <= 1:
+            raise ValueError(f"segments {self.segments}, steps_per_segment {self.steps_per_segment}, last_stage {self.last_stage}: needs S >= 1, c >= 0, 0 < last_stage <= 1")
 
     @property
     def latent_steps(self):
@@ -49,15 +49,15 @@ class Curriculum:
 
     def stage_at(self, progress):
         """progress in [0, 1), the share of the run that is done -> Stage (paper: fixed schedule)."""
-        if progress < 1 - self.last:
-            s = int(progress / (1 - self.last) * self.segments)
+        if progress < 1 - self.last_stage:
+            s = int(progress / (1 - self.last_stage) * self.segments)
             return Stage(s, s * self.steps_per_segment, True)
-        return Stage(self.segments, self.latent_steps, progress < 1 - self.last / 2)
+        return Stage(self.segments, self.latent_steps, progress < 1 - self.last_stage / 2)
 
     def table(self):
         """The schedule as text, one line a stage: what is printed at the start of training."""
-        edges = [i / self.segments * (1 - self.last) for i in range(self.segments)] if self.last < 1 else []
-        edges += [1 - self.last, 1 - self.last / 2, 1.0]
+        edges = [i / self.segments * (1 - self.last_stage) for i in range(self.segments)] if self.last_stage < 1 else []
+        edges += [1 - self.last_stage, 1 - self.last_stage / 2, 1.0]
         lines = ["progress      stage  latent steps  text that stays"]
         for a, b in zip(edges, edges[1:]):
             st = self.stage_at((a + b) / 2)
@@ -79,7 +79,7 @@ class Curriculum:
 def segment(text, parts):
     """Cut text into `parts` strings that join to it again: at sentence ends if there are enough sentences, else between
     words, never inside a word.  With fewer words than parts the last strings are empty."""
-    units = re.findall(r".+?(?:[.!?;]+(?=\s|\Z)|\Z)", text, re.S)  # sentences, each with the blank in front of it
+    units = re.findall(r".+?(?:[.!?;]+(?=\s|\Z)|[。！？；]+|\Z)", text, re.S)  # sentences, each with the blank in front of it
     if len(units) < parts:
         units = re.findall(r"\s*\S+", text)  # words
     trailing = text[sum(map(len, units)):]

@@ -19,9 +19,10 @@ import json
 import math
 import os
 import re
+import struct
 import warnings
+from array import array
 from dataclasses import dataclass, fields
-from functools import lru_cache
 
 import av
 import numpy as np
@@ -52,37 +53,42 @@ def nearest(name, known):
 # ------------------------------------------------------------------------------------------------------------- media
 
 
+# What Pillow's and FFmpeg's readers raise on broken files, other than their own errors
+DECODER_ERRORS = (OSError, SyntaxError, ValueError, TypeError, RuntimeError, LookupError, ArithmeticError, EOFError, struct.error, Image.DecompressionBombError)
+Image.init()
+IMAGE_FORMATS = [f for f in ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF") if f in Image.OPEN]  # others can start programs (EPS)
+VIDEO_OPTIONS = {"protocol_whitelist": "file",  # a playlist must not open other files or addresses
+                 "format_whitelist": "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,gif,mpeg,mpegts,mpegvideo,flv,asf,ogg,h264,hevc,ivf,y4m"}
+
+
 def load_image(source):
     """A path or Pillow image -> RGB Pillow image, upright, on white where it was transparent.
 
     Animations give their first frame.  Raises DataError for anything unreadable, truncated, too large or not 8/16-bit.
     """
-    if isinstance(source, Image.Image):
-        return to_rgb(source, "image")
     try:
+        if isinstance(source, Image.Image):
+            return to_rgb(source)
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit below is stricter
-            with Image.open(source) as image:
-                if image.width * image.height > MAX_PIXELS:
-                    raise DataError(f"{source}: {image.width}x{image.height} pixels, the limit is {MAX_PIXELS:,}")
-                return to_rgb(image, source)
-    except (OSError, SyntaxError, Image.DecompressionBombError) as e:  # Pillow raises SyntaxError for broken PNG chunks
-        raise DataError(f"{source}: cannot be read as a picture: {e}") from e
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # `to_rgb` makes it an error
+            with Image.open(source, formats=IMAGE_FORMATS) as image:
+                return to_rgb(image)
+    except DECODER_ERRORS as e:
+        raise DataError(f"{source}: cannot be used as a picture: {e}") from e
 
 
-def to_rgb(image, name):
+def to_rgb(image):
+    if image.width * image.height > MAX_PIXELS:  # before anything is decoded
+        raise DataError(f"{image.width}x{image.height} pixels, the limit is {MAX_PIXELS:,}")
     try:
         image = ImageOps.exif_transpose(image)
     except (ValueError, TypeError, KeyError):  # a broken EXIF block says nothing about the pixels
-        pass
-    if image.mode == "F":
-        raise DataError(f"{name}: 32-bit float pixels have no fixed range; convert to 8 or 16 bit first")
-    if image.mode.startswith("I"):  # 16-bit grey: 65535 -> 255
-        grey = np.asarray(image).astype(np.int64)
-        if grey.min() < 0 or grey.max() > 65535:
-            raise DataError(f"{name}: 32-bit integer pixels from {grey.min()} to {grey.max()}; convert to 8 or 16 bit first")
-        return Image.fromarray((grey // 257).astype(np.uint8)).convert("RGB")
-    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
+        image.load()
+    if image.mode in ("F", "I"):
+        raise DataError("32-bit pixels have no fixed range; convert to 8 or 16 bit first")
+    if image.mode.startswith("I;16"):  # 65535 -> 255
+        return Image.fromarray((np.asarray(image) // 257).astype(np.uint8)).convert("RGB")
+    if image.mode in ("RGBA", "LA", "PA", "RGBa") or "transparency" in image.info:
         image = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
     return image.convert("RGB")
@@ -98,7 +104,7 @@ def load_frames(source, count):
         frames = source
         if not isinstance(source, (list, tuple)):
             names = [n for n in os.listdir(source) if n.lower().endswith(IMAGE_SUFFIXES)]
-            names.sort(key=lambda n: [int(p) if p.isdigit() else p for p in re.split(r"(\d+)", n)])
+            names.sort(key=lambda n: [(int(p), "") if p.isdecimal() else (-1, p) for p in re.split(r"(\d+)", n)])
             frames = [os.path.join(source, n) for n in names]
         if not frames:
             raise DataError(f"{source!r}: a clip given as frames, but there is no frame in it")
@@ -106,38 +112,39 @@ def load_frames(source, count):
             frames = [frames[round(i)] for i in np.linspace(0, len(frames) - 1, count)]
         return [load_image(f) for f in frames]
     try:
-        with av.open(source) as container:
-            return decode_frames(container, source, count)
-    except (av.error.FFmpegError, OSError) as e:
-        raise DataError(f"{source}: cannot be read as a video: {e}") from e
+        return decode_frames(source, count)
+    except DECODER_ERRORS as e:  # FFmpegError is an OSError or ValueError
+        raise DataError(f"{source}: cannot be used as a video: {e}") from e
 
 
-def decode_frames(container, source, count):
-    if not container.streams.video:
-        raise DataError(f"{source}: no video track in this file")
-    stream = container.streams.video[0]
-    width, height = stream.codec_context.width, stream.codec_context.height
-    if width * height > MAX_PIXELS:
-        raise DataError(f"{source}: frames of {width}x{height} pixels, the limit is {MAX_PIXELS:,}")
-    packets = [(p.pts, p.duration or 0) for p in container.demux(stream) if p.size and not p.is_discard]  # nothing is decoded yet
-    if not packets:
-        raise DataError(f"{source}: no frames in the video track")
-    timed = all(pts is not None for pts, _ in packets)
-    stamps = sorted(pts for pts, _ in packets) if timed else list(range(len(packets)))
-    if timed and container.duration:
-        end, promised = float(max(map(sum, packets)) * stream.time_base), container.duration / av.time_base
-        if end < 0.8 * promised and not container.streams.audio:
-            warnings.warn(f"{source}: {promised:.1f} s promised, but the frames end after {end:.1f} s (cut off?); using these")
+def decode_frames(source, count):
+    with av.open(source, options=VIDEO_OPTIONS) as container:
+        stream = container.streams.best("video")
+        if stream is None or stream.codec_context is None:
+            raise DataError("no video track in this file")
+        index, width, height = stream.index, stream.codec_context.width, stream.codec_context.height
+        if width * height > MAX_PIXELS:
+            raise DataError(f"frames of {width}x{height} pixels, the limit is {MAX_PIXELS:,}")
+        # first pass, headers only: when is each frame shown?  (empty packets flush; discarded ones are never shown)
+        packets = [(p.pts, p.duration or 0) for p in container.demux(stream) if p.size and not p.is_discard]
+        if not packets:
+            raise DataError("no frames in the video track")
+        timed = all(pts is not None for pts, _ in packets)
+        stamps = sorted(pts for pts, _ in packets) if timed else list(range(len(packets)))
+        if timed and container.duration and not container.streams.audio:
+            end, promised = float(max(map(sum, packets)) * stream.time_base), container.duration / av.time_base
+            if end < 0.8 * promised:
+                warnings.warn(f"{source}: {promised:.1f} s promised, but the frames end after {end:.1f} s (cut off?); using these")
     wanted = stamps if len(stamps) <= count else np.linspace(stamps[0], stamps[-1], count)
     frames, before = [], None  # before: (stamp, frame) decoded last
 
     def take(frame):
-        return to_rgb(frame.to_image().rotate(frame.rotation, expand=True), source)  # phones store frames sideways
+        return to_rgb(frame.to_image().rotate(frame.rotation, expand=True))  # phones store frames sideways
 
-    with av.open(source) as again:
-        for i, frame in enumerate(again.decode(video=0)):
+    with av.open(source, options=VIDEO_OPTIONS) as container:
+        for i, frame in enumerate(container.decode(container.streams[index])):
             if frame.is_corrupt:
-                raise DataError(f"{source}: frame {i} is corrupt")
+                raise DataError(f"frame {i} is corrupt")
             stamp = frame.pts if timed and frame.pts is not None else i
             while len(frames) < len(wanted) and stamp >= wanted[len(frames)]:  # the nearer of the two around it
                 target = wanted[len(frames)]
@@ -146,8 +153,8 @@ def decode_frames(container, source, count):
             if len(frames) == len(wanted):
                 break
     if before is None:
-        raise DataError(f"{source}: no frames could be decoded")
-    return frames + [take(before[1])] * (len(wanted) - len(frames))
+        raise DataError("no frames could be decoded")
+    return frames + [take(before[1])] * (len(wanted) - len(frames))  # times behind the last decoded frame: that one
 
 
 # ------------------------------------------------------------------------------------------------------------ pixels
@@ -219,13 +226,15 @@ def parse_side(raw, root, where):
         raise DataError(f"{where}: 'conversations' must be a list of turns")
     said = {}
     for turn in turns:
-        who, text = (turn.get("from", turn.get("role")), turn.get("value", turn.get("content"))) if isinstance(turn, dict) else (None, None)
-        who = {"user": "human", "assistant": "gpt"}.get(who, who)
+        who = text = None
+        if isinstance(turn, dict):
+            who, text = turn.get("from", turn.get("role")), turn.get("value", turn.get("content"))
+            who = {"user": "human", "assistant": "gpt"}.get(str(who), who)
         if who not in ("human", "gpt") or not isinstance(text, str):
             raise DataError(f"{where}: a turn needs 'from' ('human' or 'gpt') and a text 'value', got {str(turn)[:80]}")
         if who in said:
             raise DataError(f"{where}: more than one {who!r} turn; one question and one answer make a side")
-        said[who] = text
+        said[who] = printable(text, where)
     if "human" not in said:
         raise DataError(f"{where}: no 'human' turn")
     media = {"image": [], "video": []}
@@ -234,23 +243,35 @@ def parse_side(raw, root, where):
         if kind in media and value:
             if media[kind]:
                 raise DataError(f"{where}: both {kind!r} and {kind + 's'!r} are given")
-            media[kind] = [value] if isinstance(value, str) or key == "video" else list(value)
-    parts = []
-    for piece in re.split(r"(<image>|<video>|<disc_emb>)", said["human"]):
+            media[kind] = value if isinstance(value, list) and key != "video" else [value]
+    parts = place(said["human"], media, root, where)
+    for kind, given in media.items():
+        if said["human"].count(f"<{kind}>") != len(given):
+            raise DataError(f"{where}: {said['human'].count(f'<{kind}>')} <{kind}> in the text, {len(given)} {kind} given")
+    return Side(parts, *parse_target(said.get("gpt", ""), where), where)
+
+
+def place(text, media, root, where):
+    """Text with markers -> parts: each <image>, <video> takes the next medium of its kind; <disc_emb> stays a marker."""
+    queue, parts = {k: iter(v) for k, v in media.items()}, []
+    for piece in re.split(r"(<image>|<video>|<disc_emb>)", text):
         kind = {"<image>": "image", "<video>": "video", "<disc_emb>": "disc"}.get(piece, "text")
         if kind in media:
-            n = said["human"].count(piece)
-            if n != len(media[kind]):
-                raise DataError(f"{where}: {n} {piece} in the text, {len(media[kind])} {kind} given")
-            parts.append((kind, resolve(media[kind][sum(k == kind for k, _ in parts)], root, f"{where}: {kind}")))
+            source = next(queue[kind], None)
+            parts += [] if source is None else [(kind, resolve(source, kind, root, where))]
         elif piece:
             parts.append((kind, piece))
-    for kind, given in media.items():
-        if given and f"<{kind}>" not in said["human"]:
-            raise DataError(f"{where}: 0 <{kind}> in the text, {len(given)} {kind} given")
     if sum(kind == "disc" for kind, _ in parts) > 1:
         raise DataError(f"{where}: more than one <disc_emb> in the text")
-    return Side(parts, *parse_target(said.get("gpt", ""), where), where)
+    return parts
+
+
+def printable(text, where):
+    try:
+        text.encode()
+    except UnicodeEncodeError as e:
+        raise DataError(f"{where}: the text is not valid Unicode: {e}") from e
+    return text
 
 
 def parse_target(text, where):
@@ -273,44 +294,43 @@ def parse_item(item, root="", where="item"):
     them; video = path, folder, or a list of frame paths / Pillow images.  Media stand in front of the text, unless the
     text says where with one <image> (<video>) for each."""
     if isinstance(item, str):
-        return Side([("text", item)], where=where)
-    if not isinstance(item, dict) or not item:
+        return Side([("text", printable(item, where))], where=where)
+    if not isinstance(item, dict) or all(v is None for v in item.values()):
         raise DataError(f"{where}: needs a string or an object with some of {ITEM_KEYS}, got {item!r}")
     for key in item:
         if key not in ITEM_KEYS:
             raise DataError(f"{where}: unknown key {key!r}.{nearest(key, ITEM_KEYS)}")
-    images, text = item.get("image", []), item.get("text", "")
-    if not isinstance(text, str):
+    text, image, video = (item.get(k) for k in ITEM_KEYS)
+    if not isinstance(text, (str, type(None))):
         raise DataError(f"{where}: 'text' must be a string, got {type(text).__name__}")
-    media = {"image": images if isinstance(images, (list, tuple)) else [images], "video": [item["video"]] if "video" in item else []}
-    if "image" in item and not media["image"]:
+    if image in ([], ()):
         raise DataError(f"{where}: 'image' is an empty list")
-    media = {k: [resolve(m, root, f"{where}: {k}") for m in v] for k, v in media.items()}
-    marked = all(text.count(f"<{k}>") == len(v) for k, v in media.items()) and any(media.values())
-    if not marked:
-        return Side([p for k in ("image", "video") for m in media[k] for p in ((k, m), ("text", "\n"))] + [("text", text)], where=where)
-    queue = {k: iter(v) for k, v in media.items()}
-    pieces = re.split(r"<(image|video)>", text)  # text, kind, text, kind, ...
-    return Side([("text", p) if i % 2 == 0 else (p, next(queue[p])) for i, p in enumerate(pieces)], where=where)
+    media = {"image": list(image) if isinstance(image, (list, tuple)) else [] if image is None else [image],
+             "video": [] if video is None else [video]}
+    front, marked, text = [], {}, printable(text or "", where)
+    for kind, given in media.items():
+        n = text.count(f"<{kind}>")
+        if given and n not in (0, len(given)):
+            raise DataError(f"{where}: {n} <{kind}> in the text, {len(given)} {kind} given")
+        if given and n:
+            marked[kind] = iter(given)
+        front += [p for m in given if not n for p in ((kind, resolve(m, kind, root, where)), ("text", "\n"))]
+    pieces = re.split(f"<({'|'.join(marked)})>", text) if marked else [text]  # text, kind, text, kind, ...
+    return Side(front + [(p, resolve(next(marked[p]), p, root, where)) if i % 2 else ("text", p) for i, p in enumerate(pieces)], where=where)
 
 
-def resolve(source, root, where):
-    """A media path (or list of frames) under its root; it must exist."""
-    if isinstance(source, (list, tuple)):
-        return [resolve(s, root, where) for s in source]
-    if isinstance(source, Image.Image):
+def resolve(source, kind, root, where):
+    """A medium as given -> with its path under the root; files must exist."""
+    if isinstance(source, Image.Image) and kind == "image":
         return source
+    if isinstance(source, (list, tuple)) and kind == "video" and source:
+        return [resolve(frame, "image", root, where) for frame in source]
     if not isinstance(source, (str, os.PathLike)):
-        raise DataError(f"{where}: needs a path or a Pillow image, got {type(source).__name__}")
+        raise DataError(f"{where}: {kind} needs a path or a {'Pillow image' if kind == 'image' else 'list of frames'}, got {type(source).__name__}")
     path = os.path.join(root, os.fspath(source))
-    if not exists(path):
-        raise DataError(f"{where}: {os.fspath(source)!r} does not exist under {root or '.'!r}")
+    if not os.path.isfile(path) and not (kind == "video" and os.path.isdir(path)):
+        raise DataError(f"{where}: {kind} {os.fspath(source)!r} does not exist under {os.fspath(root) or '.'!r}")
     return path
-
-
-@lru_cache(1 << 20)
-def exists(path):
-    return os.path.exists(path)
 
 
 class Pairs:
@@ -321,24 +341,24 @@ class Pairs:
     `self.bad`.  Arrays over the N good records: dataset (index into `names`), target (hash: equal targets, equal hash).
     """
 
-    def __init__(self, path, media=None, skip_bad=False):
+    def __init__(self, path, media=None, skip_bad=False, progress=True):
         self.path, self.media, self.bad = path, media or os.path.dirname(os.path.abspath(path)), []
-        spans, dataset, target, number = [], [], [], []
-        if not os.path.exists(path):
+        spans, dataset, target, number = array("q"), array("i"), array("q"), array("q")
+        if not os.path.isfile(path):
             raise DataError(f"{path}: no such file; --data takes a JSONL of training pairs")
         ids = {}
-        with open(path, "rb") as f, tqdm(total=os.path.getsize(path), desc="reading pairs", unit="B", unit_scale=True, leave=False) as bar:
+        with open(path, "rb") as f, tqdm(total=os.path.getsize(path), desc="reading pairs", unit="B", unit_scale=True, leave=False, disable=not progress) as bar:
             for n, (start, end, text) in enumerate(spans_of(f, path), 1):
                 bar.update(end - start)
                 try:
-                    raw = self.parse_json(text, n)
+                    raw = parse_json(text, f"{path}: record {n}")
                     _, pos = self.parse(raw, n)
                 except DataError as e:
                     if not skip_bad:
                         raise
                     self.bad.append(str(e))
                     continue
-                spans.append((start, end))
+                spans.extend((start, end))
                 number.append(n)
                 dataset.append(ids.setdefault(raw["dataset_name"], len(ids)))
                 target.append(int.from_bytes(hashlib.blake2b(pos.key().encode(), digest_size=8).digest(), "little", signed=True))
@@ -349,12 +369,6 @@ class Pairs:
 
     def __len__(self):
         return len(self.spans)
-
-    def parse_json(self, text, n):
-        try:
-            return json.loads(text)
-        except ValueError as e:
-            raise DataError(f"{self.path}: record {n}: not JSON: {e}") from e
 
     def parse(self, raw, n):
         where = f"{self.path}: record {n}"
@@ -376,23 +390,36 @@ class Pairs:
         with open(self.path, "rb") as f:
             f.seek(self.spans[i, 0])
             text = f.read(int(self.spans[i, 1] - self.spans[i, 0]))
-        return self.parse(self.parse_json(text, self.number[i]), self.number[i])
+        return self.parse(parse_json(text, f"{self.path}: record {self.number[i]}"), self.number[i])
+
+
+def parse_json(text, where):
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as e:
+        raise DataError(f"{where}: not JSON: {e}") from e
 
 
 def spans_of(f, path):
     """(start, end, bytes) of every record in an open binary file: JSON lines, or the objects of one JSON array."""
-    head = f.read(64).lstrip(b"\xef\xbb\xbf \t\r\n")[:1]
+    blank = b"\xef\xbb\xbf \t\r\n"
+    while (head := f.read(4096)) and not head.strip(blank):
+        pass
+    is_array = head.lstrip(blank)[:1] == b"["
     f.seek(0)
-    if head != b"[":
+    if not is_array:
         start = 0
         for line in f:
-            if text := line.strip(b"\xef\xbb\xbf \t\r\n"):
+            if text := line.strip(blank):
                 yield start, start + len(line), text
             start += len(line)
         return
-    token, depth, quoted, buffer, base, begin = re.compile(rb'\\.|["{}]', re.S), 0, False, b"", 0, 0
+    # Between objects only a comma may stand, before the first [ and behind the last ].  The buffer starts at file offset
+    # `base`, behind the last object; `begin` and `end` are the offsets of the object read now and of the end of the last.
+    token, depth, quoted, buffer, base, begin, end = re.compile(rb'\\.|["{}]', re.S), 0, False, b"", 0, 0, 0
+    broken = f"{path}: a file that starts with [ must be one JSON array of objects; it is not, at byte "
     while chunk := f.read(1 << 20):
-        scan, buffer = len(buffer), buffer + chunk  # base: file offset of the buffer, which starts with the open object
+        scan, buffer = len(buffer), buffer + chunk
         while (len(buffer) - len(buffer.rstrip(b"\\"))) % 2 and (more := f.read(1)):  # do not cut an escape in two
             buffer += more
         for m in token.finditer(buffer, scan):
@@ -400,16 +427,20 @@ def spans_of(f, path):
                 quoted = not quoted
             elif not quoted and m.group() == b"{":
                 depth += 1
-                begin = base + m.start() if depth == 1 else begin
+                if depth == 1:
+                    begin = base + m.start()
+                    if buffer[end - base : begin - base].strip(blank) != (b"," if end else b"["):
+                        raise DataError(f"{broken}{end}")
             elif not quoted and m.group() == b"}":
                 depth -= 1
+                if depth < 0:
+                    raise DataError(f"{broken}{base + m.start()}")
                 if depth == 0:
                     end = base + m.end()
                     yield begin, end, buffer[begin - base : end - base]
-        keep = begin if depth else base + len(buffer)
-        buffer, base = buffer[keep - base :], keep
-    if depth:
-        raise DataError(f"{path}: the JSON array ends in the middle of an object (cut off?)")
+        buffer, base = buffer[end - base :], end
+    if buffer.strip(blank) != b"]" and buffer.translate(None, blank) != b"[]":
+        raise DataError(f"{broken}{end}")
 
 
 # ------------------------------------------------------------------------------------------------------------ prompt
@@ -428,7 +459,7 @@ class Limits:
     video_min_pixels: int = 56 * 56  # the same for each frame of a clip
     video_max_pixels: int = 28 * 28 * 32
     num_frames: int = 8  # frames sampled from a clip
-    max_len: int = 8192  # tokens in one sequence: prefix, latent steps and suffix
+    max_len: int = 8192  # tokens in one sequence: prefix and suffix, in training also the latent steps
 
 
 class Processor:
@@ -443,14 +474,20 @@ class Processor:
         if missing := [t for t, i in self.id.items() if i is None]:
             raise ValueError(f"the tokenizer has no {' '.join(missing)}; PLUME needs all of {' '.join(QWEN_TOKENS + PLUME_TOKENS)}")
 
+    def __reduce__(self):  # the copy's setting does not survive pickling to a worker: make it anew there
+        return Processor, (self.tokenizer, self.prompt, self.limits, self.white_image)
+
     def encode(self, text):
         return self.backend.encode(text, add_special_tokens=False).ids if text else []
 
     def media(self, kind, source):
         limits = self.limits
-        if kind == "image":
-            return patchify([load_image(source)], limits.min_pixels, limits.max_pixels)
-        return patchify(load_frames(source, limits.num_frames), limits.video_min_pixels, limits.video_max_pixels)
+        try:
+            if kind == "image":
+                return patchify([load_image(source)], limits.min_pixels, limits.max_pixels)
+            return patchify(load_frames(source, limits.num_frames), limits.video_min_pixels, limits.video_max_pixels)
+        except DataError as e:
+            raise DataError(str(e) if str(source) in str(e) else f"{source}: {e}") from e
 
     def render(self, side, stage=None, curriculum=None):
         """The one prompt of training, evaluation and `encode`: a Side -> ids, positions, pixels, suffix.
@@ -468,8 +505,12 @@ class Processor:
         for i, (kind, value) in enumerate(parts):
             if kind == "text" and i and parts[i - 1][0] == "disc":  # the prompt: the released one names <gen_emb>, as a token
                 seq += [t.get(piece, piece) for piece in re.split("(<gen_emb>)", value)]
+            elif kind == "text":
+                seq.append(value)
+            elif kind == "disc":
+                seq.append(t["<disc_emb>"])
             else:
-                seq += {"text": [value], "disc": [t["<disc_emb>"]]}.get(kind) or [t["<|vision_start|>"], (kind, value), t["<|vision_end|>"]]
+                seq += [t["<|vision_start|>"], (kind, value), t["<|vision_end|>"]]
         seq += [t["<|im_end|>"], "\n", t["<|im_start|>"], "assistant\n<think>", t["<bot>"]]
 
         ids, positions, pixels, grids, nxt, text = [], [], [], [], 0, ""
@@ -501,9 +542,9 @@ class Processor:
         room = self.limits.max_len - len(ids) - K - 2 - len(closing)
         if room < 0:
             raise DataError(f"{side.where}: {len(ids)} tokens of question and media and {K + 2 + len(closing)} behind them exceed "
-                            f"max_len {self.limits.max_len}; raise --max_len, or lower --max_pixels or --num_frames")
+                            f"max_len {self.limits.max_len}; raise max_len, or lower max_pixels or num_frames")
         kept, eot = rest[:room], [t["<eot>"]]
-        suffix = (eot + kept if curriculum and curriculum.rest == "after" else kept + eot) + closing + [t["<gen_emb>"]]
+        suffix = (eot + kept if curriculum and curriculum.rest_of_rationale == "after" else kept + eot) + closing + [t["<gen_emb>"]]
         return dict(ids=ids, positions=np.concatenate(positions, 1), disc=ids.index(t["<disc_emb>"]), pixels=pixels,
                     grids=grids, suffix=suffix, cut=len(rest) - len(kept))
 
@@ -562,17 +603,16 @@ class Schedule:
         nth = np.concatenate([np.arange(c) for c in self.counts])
         at = (nth + np.random.default_rng([seed, 0]).random(steps)) / self.counts[which]
         order = np.argsort(at, kind="stable")
-        self.which, self.nth = which[order], nth[order]
+        self.which, self.nth, self.laps = which[order], nth[order], {}  # laps: the permutations used last, by data set
 
     def __getitem__(self, step):
         """-> the record numbers of this step's global batch"""
         d, size = int(self.which[step]), self.global_batch
         place = np.arange(self.nth[step] * size, (self.nth[step] + 1) * size)
-        rows, out = self.rows[d], np.empty(size, np.int64)
-        for lap in np.unique(place // len(rows)):
-            here = place // len(rows) == lap
-            out[here] = np.random.default_rng([self.seed, 1, d, int(lap)]).permutation(rows)[place[here] % len(rows)]
-        return out
+        rows, old = self.rows[d], self.laps.get(d, {})
+        self.laps[d] = {lap: old[lap] if lap in old else np.random.default_rng([self.seed, 1, d, lap]).permutation(rows)
+                        for lap in (place // len(rows)).tolist()}
+        return np.array([self.laps[d][lap][i] for lap, i in zip(*np.divmod(place, len(rows)))])
 
 
 class StepSampler(torch.utils.data.Sampler):
@@ -660,36 +700,45 @@ def read_task(root, name):
             raise DataError(f"{path}: no such file; a task needs corpus.jsonl, queries.jsonl and qrels.tsv")
         with open(path, "rb") as f:
             for n, (_, _, text) in enumerate(spans_of(f, path), 1):
-                where = f"{path}: record {n}"
-                try:
-                    raw = json.loads(text)
-                except ValueError as e:
-                    raise DataError(f"{where}: not JSON: {e}") from e
+                raw = parse_json(text, where := f"{path}: record {n}")
                 if not isinstance(raw, dict) or "_id" not in raw:
                     raise DataError(f"{where}: needs an object with '_id'")
                 if rows.setdefault(str(raw["_id"]), len(rows)) != len(sides):
                     raise DataError(f"{where}: the id {raw['_id']!r} stands there twice")
                 sides.append(parse_item({k: v for k, v in raw.items() if k not in ("_id", *extra)}, root, where))
                 raws.append(raw)
+        if not sides:
+            raise DataError(f"{path}: no record in this file")
         return rows, sides, raws
 
     corpus_row, corpus, _ = items("corpus.jsonl")
     query_row, queries, raws = items("queries.jsonl", "candidates")
     relevant = [{} for _ in queries]
     path = os.path.join(folder, "qrels.tsv")
-    with open(path, encoding="utf-8") as f:
+    judged = {}
+    with open(path, encoding="utf-8-sig", errors="replace") as f:
         for n, line in enumerate(f, 1):
             cells = line.rstrip("\r\n").split("\t")
-            if n == 1 or not line.strip():  # header
+            number = re.fullmatch(r"-?\d+", cells[-1])
+            if n == 1:
+                if number:
+                    raise DataError(f"{path}: line 1 must be a header (query-id, corpus-id, score), got {cells}")
                 continue
-            if len(cells) != 3 or cells[0] not in query_row or cells[1] not in corpus_row or not re.fullmatch(r"-?\d+", cells[2]):
+            if not line.strip():
+                continue
+            if len(cells) != 3 or cells[0] not in query_row or cells[1] not in corpus_row or not number:
                 raise DataError(f"{path}: line {n}: needs a known query id, a known corpus id and a whole-number score, got {cells}")
-            if int(cells[2]) > 0:
-                relevant[query_row[cells[0]]][corpus_row[cells[1]]] = int(cells[2])
+            query, row, gain = query_row[cells[0]], corpus_row[cells[1]], int(cells[2])
+            if judged.setdefault((query, row), gain) != gain:
+                raise DataError(f"{path}: line {n}: {cells[:2]} was judged {judged[query, row]} before")
+            if gain > 0:
+                relevant[query][row] = gain
     candidates = []
     for side, raw, gold in zip(queries, raws, relevant):
         rows = raw.get("candidates")
         if rows is not None:
+            if not isinstance(rows, list):
+                raise DataError(f"{side.where}: 'candidates' must be a list of ids, got {rows!r}")
             if unknown := [c for c in rows if str(c) not in corpus_row]:
                 raise DataError(f"{side.where}: candidate {unknown[0]!r} is not in corpus.jsonl")
             rows = list(dict.fromkeys(corpus_row[str(c)] for c in rows))
@@ -713,8 +762,8 @@ class World:
     row, heading ("bcE").  The rationale is the states passed through, the answer is the last.  Attributes as Pairs'.
     """
 
-    def __init__(self, split="train", test=400, seed=0):
-        rng = np.random.default_rng(seed)
+    def __init__(self, split="train", test=400):
+        rng = np.random.default_rng(0)  # always the same split, whatever a run's seed
         programs = rng.permutation(len(MOVES) ** 8)
         programs = programs[test:] if split == "train" else programs[:test]  # disjoint
         self.names, self.bad = list(FAMILIES), []
@@ -822,7 +871,8 @@ def world_tasks():
 
 
 def parse_flags(config_class, argv, about):
-    """`--key value` and `--key=value` -> an instance of a dataclass whose fields have defaults; `--flag` alone is true.
+    """`--key value` and `--key=value` -> an instance of a dataclass whose fields have defaults, and the set of names given.
+    `--flag` alone is true.
 
     The help is the class's own source: the comment behind each field.  Unknown names and values of the wrong type end
     the program with the nearest right name.
@@ -845,7 +895,9 @@ def parse_flags(config_class, argv, about):
         if not equals:
             value = argv.pop(0) if argv and not argv[0].startswith("--") else "true" if kind is bool else None
         try:
+            if value is None:
+                raise ValueError
             values[name] = {"true": True, "false": False}[value.lower()] if kind is bool else kind(value)
         except (ValueError, KeyError, AttributeError, TypeError):
             raise SystemExit(f"error: --{name} needs {'true or false' if kind is bool else f'a value of type {kind.__name__}'}, got {value!r}") from None
-    return config_class(**values)
+    return config_class(**values), set(values)

@@ -9,7 +9,7 @@ DIR/<meta-task>/<dataset>/ holds corpus.jsonl ({"_id", "text"?, "image"?, "video
 perhaps "candidates": [ids], to be ranked only against those) and qrels.tsv (query-id, corpus-id, score; a header line).
 
 hit@k: share of queries with a relevant document among the first k.  ndcg@5: linear gains from the graded scores.
-A tie counts against the model, so a constant embedding scores zero.  chance: expected hit@1 of a random ranking.
+A tie counts against the model, so a constant embedding is never right by luck.  chance: expected hit@1 of a random ranking.
 """
 
 import json
@@ -60,7 +60,7 @@ def rank(queries, corpus, relevant, candidates, block=(1024, 16384)):
     query, or None for all.  -> a list of (gain, rank from 1) a query.  Scores are computed in blocks: memory does not
     grow with N x M.
     """
-    above = []  # for each query, for each relevant row: documents that are not relevant and score as high
+    above = []  # for each query {relevant row: (its score less TIE, number of other documents that score at least that)}
     for a in range(0, len(queries), block[0]):
         q = queries[a : a + block[0]]
         pairs = [(i, row) for i in range(len(q)) if candidates[a + i] is None for row in relevant[a + i]]
@@ -79,14 +79,15 @@ def rank(queries, corpus, relevant, candidates, block=(1024, 16384)):
                 above.append({row: found[i, row] for row in relevant[a + i]})
             else:  # ranked against its own list only
                 rows = candidates[a + i]
-                scores = dict(zip(rows, (corpus[rows] @ q[i]).tolist()))
+                scores = dict(zip(rows, (corpus[rows] * q[i]).sum(-1).tolist()))
                 others = [s for row, s in scores.items() if row not in relevant[a + i]]
-                above.append({row: (scores[row], sum(s >= scores[row] - TIE for s in others)) for row in relevant[a + i] if row in scores})
-    ranks = []
-    for gains, rows in zip(relevant, above):
-        order = sorted(rows, key=lambda row: (-rows[row][0], gains[row]))
-        ranks.append([(gains[row], rows[row][1] + place + 1) for place, row in enumerate(order)])
-    return ranks
+                above.append({row: (scores[row] - TIE, sum(s >= scores[row] - TIE for s in others)) for row in relevant[a + i] if row in scores})
+
+    def before(j, i, gains, rows):  # among relevant documents: is j ranked before i?  The lesser one goes first in a tie
+        gap = rows[j][0] - rows[i][0]
+        return gap > TIE or (gap >= -TIE and (gains[j], j) < (gains[i], i))
+
+    return [[(gains[i], 1 + rows[i][1] + sum(before(j, i, gains, rows) for j in rows)) for i in rows] for gains, rows in zip(relevant, above)]
 
 
 def hit(ranks, k):
@@ -101,6 +102,8 @@ def ndcg(ranks, k, gains):
 
 def evaluate(task, vectors):
     """Task and (query vectors, corpus vectors) -> scores as a dict."""
+    if not all(v.isfinite().all() for v in vectors):
+        raise DataError(f"{task.name}: the model's embeddings are not finite numbers; the checkpoint is broken")
     ranks = rank(*vectors, task.relevant, task.candidates)
     sizes = [len(task.corpus) if c is None else len(c) for c in task.candidates]
     right = [len(g) if c is None else len(set(g) & set(c)) for g, c in zip(task.relevant, task.candidates)]
@@ -129,9 +132,11 @@ def table(results):
 
 
 def main(argv):
-    cfg = parse_flags(Config, argv, __doc__)
+    cfg, _ = parse_flags(Config, argv, __doc__)
     if cfg.mode not in MODES or not -1 <= cfg.steps <= 32 or (cfg.steps >= 0 and cfg.mode != "latent"):
         raise DataError(f"--mode {cfg.mode!r} --steps {cfg.steps}: mode is one of {MODES}, steps are 0..32 and belong to mode latent")
+    if cfg.batch_size < 1 or cfg.limit < 1 or not os.path.isdir(os.path.dirname(os.path.abspath(cfg.json))):
+        raise DataError(f"--batch_size {cfg.batch_size} and --limit {cfg.limit} must be at least 1, and --json {cfg.json!r} in a folder that exists")
     if not os.path.exists(cfg.ckpt) and cfg.ckpt == Config.ckpt:
         raise DataError(f"{cfg.ckpt}: no checkpoint there yet; train one with: python train.py, or name one with --ckpt")
     if cfg.data:

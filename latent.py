@@ -69,7 +69,7 @@ def rollout(lm, adapter, prefix, steps, suffix, rule="mrope", checkpointing=Fals
         probs.append(r)
     columns = torch.arange(steps, steps + suffix.shape[1], device=pos.device)
     h = decoder(lm, suffix, pos[:, None] + columns, cache, checkpointing)  # (B, T, D)
-    router = torch.stack(probs, 1) if probs else wide(z).new_zeros(len(z), 0, 0)
+    router = torch.stack(probs, 1) if steps else z.new_zeros(len(z), 0, 0)
     return Rollout(anchor, states[0], torch.stack(states, 1)[:, 1:], h, router)
 
 
@@ -157,6 +157,7 @@ def block(layer, x, cos, sin, mask, past):
     q, k = rotate(q, cos, sin), rotate(k, cos, sin)  # (B, H, L, d), (B, G, L, d)
     if past is None:
         a = F.scaled_dot_product_attention(q, expand_heads(k, q), expand_heads(v, q), attn_mask=mask)
+        k, v = k.contiguous(), v.contiguous()  # once, so that no later product has to copy them
     else:
         k_prefix, v_prefix, k_slots, v_slots, hide = past
         k, v = torch.cat([k_slots, k], 2), torch.cat([v_slots, v], 2)
@@ -177,7 +178,7 @@ def attend_two_blocks(q, k_prefix, v_prefix, k_slots, v_slots, hide, mask):
     q = q.reshape(B, G, H // G * L, d) * d**-0.5
     far = q @ k_prefix.mT + hide  # (B, G, H/G*L, P)
     near = q @ k_slots.mT + mask.repeat(H // G, 1)  # (B, G, H/G*L, n)
-    w = wide(torch.cat([far, near], -1)).softmax(-1).to(v_slots.dtype)
+    w = at_least_float32(torch.cat([far, near], -1)).softmax(-1).to(v_slots.dtype)
     return (w[..., :P] @ v_prefix + w[..., P:] @ v_slots).view(B, H, L, d)
 
 
@@ -195,17 +196,17 @@ def rotary(lm, positions, x):
 
 def rotate(x, cos, sin):
     a, b = x.chunk(2, -1)
-    return x * cos + torch.cat([-b, a], -1) * sin
+    return (x * cos + torch.cat([-b, a], -1) * sin).to(x.dtype)  # under autocast cos and sin are wider
 
 
 def rms_norm(x, norm):
-    h = wide(x)
+    h = at_least_float32(x)
     h = h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + norm.variance_epsilon)
     return norm.weight * h.to(x.dtype)
 
 
-def wide(x):
-    return x.to(torch.promote_types(x.dtype, torch.float32))  # at least float32: where half precision would lose too much
+def at_least_float32(x):
+    return x.to(torch.promote_types(x.dtype, torch.float32))  # half precision would lose too much here
 
 
 def split_heads(x, d):

@@ -12,6 +12,7 @@ import copy
 import itertools
 import json
 import os
+import re
 import shutil
 import warnings
 from dataclasses import asdict
@@ -29,22 +30,23 @@ from tqdm import tqdm
 from transformers import AutoTokenizer, PreTrainedTokenizerFast, Qwen2VLConfig, Qwen2VLForConditionalGeneration
 from transformers.utils import logging as transformers_logging
 
-from adapter import TransitionAdapter, from_released, to_released
-from data import (CLOSING, MERGE, PATCH, PLUME_TOKENS, QWEN_TOKENS, SYSTEM, TEMPORAL, Limits, Processor, Side, collate, nearest,
+from adapter import MAX_STEPS, TransitionAdapter, from_released, to_released
+from data import (CLOSING, MERGE, PATCH, PLUME_TOKENS, QWEN_TOKENS, SYSTEM, TEMPORAL, DataError, Limits, Processor, Side, collate, nearest,
                   parse_item, to_device)
-from latent import Prefix, at, greedy, rollout, single_pass, wide
+from latent import Prefix, at, at_least_float32, greedy, rollout, single_pass
 
 RELEASED_PROMPT = (
     "Represent the above input text, images, videos, or any combination of the three as embeddings. First output the "
     "thinking process in <think> </think> tags and then summarize the entire input in a word or sentence. Finally, use "
     "the <gen_emb> tag to represent the entire input.")
-RELEASED_ADAPTER = "latent_moe_transition."
+RELEASED_ADAPTER, OUR_ADAPTER = "latent_moe_transition.", "adapter."  # their names in the safetensors
 MODES = ("latent", "single", "cot")
 SPECIAL_IDS = dict(image_token_id="image_pad", video_token_id="video_pad", vision_start_token_id="vision_start", vision_end_token_id="vision_end")
 
 # What a checkpoint says about itself; `limits` is data.Limits, `adapter` TransitionAdapter's keywords.
 ADAPTER = dict(kind="moe", experts=4, top_k=2, shared_expert=True, anchor=True, step_embedding=True, router_bias=False)
-DEFAULTS = dict(latent_steps=8, latent_positions="mrope", prompt=RELEASED_PROMPT, white_image=False, adapter=ADAPTER, limits={})
+DEFAULTS = dict(latent_steps=8, latent_positions="mrope", prompt=RELEASED_PROMPT, white_image=False, adapter=ADAPTER, limits=asdict(Limits()))
+RELEASED = dict(DEFAULTS, latent_positions="cache", white_image=True)  # what the released layout implies and does not say
 
 TINY = dict(  # about a million parameters, plus 128 for each token; a laptop trains it
     text=dict(hidden_size=128, intermediate_size=384, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
@@ -60,18 +62,20 @@ class Plume(nn.Module):
 
     def __init__(self, backbone, tokenizer, settings):
         super().__init__()
-        for key in settings:
-            if key not in DEFAULTS:
-                raise ValueError(f"plume block of config.json: unknown key {key!r}.{nearest(key, DEFAULTS)}")
+        for given, known in ((settings, DEFAULTS), (settings.get("adapter", {}), ADAPTER), (settings.get("limits", {}), DEFAULTS["limits"])):
+            for key in given:
+                if key not in known:
+                    raise DataError(f"settings (the plume block of config.json): unknown key {key!r}.{nearest(key, known)}")
         text, vision = backbone.config.text_config, backbone.config.vision_config
         sizes = vision.patch_size, vision.spatial_merge_size, vision.temporal_patch_size
         if sizes != (PATCH, MERGE, TEMPORAL) or text.rope_parameters["rope_type"] != "default" or text.use_sliding_window:
-            raise ValueError("this backbone is not a plain Qwen2-VL: needs patch size 14, merge 2, temporal patch 2, "
+            raise DataError("this backbone is not a plain Qwen2-VL: needs patch size 14, merge 2, temporal patch 2, "
                              f"default rotary embedding, no sliding window; has {sizes}, {text.rope_parameters}")
         self.backbone = backbone
-        self.settings = {**DEFAULTS, **settings}
+        self.settings = {k: {**v, **settings.get(k, {})} if isinstance(v, dict) else settings.get(k, v) for k, v in DEFAULTS.items()}
+        if not 0 <= self.settings["latent_steps"] <= MAX_STEPS or self.settings["latent_positions"] not in ("mrope", "cache"):
+            raise DataError(f"latent_steps {self.settings['latent_steps']}, latent_positions {self.settings['latent_positions']!r}: needs 0..{MAX_STEPS}, 'mrope' or 'cache'")
         limits = Limits(**self.settings["limits"])
-        self.settings["limits"], self.settings["adapter"] = asdict(limits), {**ADAPTER, **self.settings["adapter"]}
         self.adapter = TransitionAdapter(text.hidden_size, **self.settings["adapter"])
         self.processor = Processor(tokenizer, self.settings["prompt"], limits, self.settings["white_image"])
         self.checkpointing = False  # activation checkpointing around every decoder layer
@@ -132,25 +136,28 @@ class Plume(nn.Module):
         """
         if mode not in MODES:
             raise ValueError(f"mode {mode!r}.{nearest(mode, MODES)}")
-        if steps is not None and (mode != "latent" or not 0 <= steps <= 32):
-            raise ValueError(f"steps {steps} in mode {mode!r}: steps are 0..32 and belong to mode 'latent'")
+        if steps is not None and (mode != "latent" or not 0 <= steps <= MAX_STEPS):
+            raise ValueError(f"steps {steps} in mode {mode!r}: steps are 0..{MAX_STEPS} and belong to mode 'latent'")
+        if batch_size < 1 or limit < 1:
+            raise ValueError(f"batch_size {batch_size}, limit {limit}: need at least 1")
         if isinstance(items, (str, dict)):
             raise TypeError("items must be a list; put a single item into [ ]")
         was_training, out = self.training, np.empty((len(items), self.lm.config.hidden_size), np.float32)
-        self.eval()
         bar = tqdm(total=len(items), desc=progress if isinstance(progress, str) else f"encode ({mode})", unit="item", disable=not progress)
-        for start in range(0, len(items), 16 * batch_size):  # pixels of one window at a time
-            window = items[start : start + 16 * batch_size]
-            sides = [x if isinstance(x, Side) else parse_item(x, where=f"item {start + i}") for i, x in enumerate(window)]
-            samples = [self.processor.render(s) for s in sides]
-            order = sorted(range(len(samples)), key=lambda i: len(samples[i]["ids"]))
-            for a in range(0, len(order), batch_size):
-                rows = order[a : a + batch_size]
-                batch = to_device(collate([samples[i] for i in rows], self.processor), self.device)
-                out[[start + i for i in rows]] = self.embed(batch, mode, steps, limit).cpu().numpy()
-                bar.update(len(rows))
-        bar.close()
-        self.train(was_training)
+        self.eval()
+        try:
+            for start in range(0, len(items), 16 * batch_size):  # pixels of one window at a time
+                window = enumerate(items[start : start + 16 * batch_size], start)
+                samples = [self.processor.render(x if isinstance(x, Side) else parse_item(x, where=f"item {i}")) for i, x in window]
+                order = sorted(range(len(samples)), key=lambda i: len(samples[i]["ids"]))
+                for a in range(0, len(order), batch_size):
+                    rows = order[a : a + batch_size]
+                    batch = to_device(collate([samples[i] for i in rows], self.processor), self.device)
+                    out[[start + i for i in rows]] = self.embed(batch, mode, steps, limit).cpu().numpy()
+                    bar.update(len(rows))
+        finally:
+            bar.close()
+            self.train(was_training)
         return out
 
     # ------------------------------------------------------------------------------------------------- making, loading
@@ -179,38 +186,39 @@ class Plume(nn.Module):
         """
         path = os.fspath(path)
         if not os.path.isdir(path):
-            if os.path.exists(path) or path.count("/") != 1 or path.startswith((".", "/")):
-                raise FileNotFoundError(f"{path!r}: no such checkpoint folder (and not a hub name like 'owner/model')")
-            path = huggingface_hub.snapshot_download(path, allow_patterns=["*.json", "*.safetensors", "*.txt"])
+            try:
+                path = huggingface_hub.snapshot_download(path, allow_patterns=["*.json", "*.safetensors", "*.txt"])
+            except (OSError, ValueError) as e:  # no such name, or no network
+                raise FileNotFoundError(f"{path!r}: no such checkpoint folder, and the Hugging Face hub says: {str(e).splitlines()[0]}") from e
         if not os.path.exists(os.path.join(path, "config.json")):
             raise FileNotFoundError(f"{path!r}: no config.json in this folder; a checkpoint has config.json, *.safetensors and a tokenizer")
         device, dtype = pick_device(device, dtype)
         config = Qwen2VLConfig.from_pretrained(path)
         if config.model_type != "qwen2_vl":
-            raise ValueError(f"{path}: model_type {config.model_type!r}; PLUME builds on 'qwen2_vl'")
-        block = config.to_dict().get("plume")
-        tensors = adapter_tensors(path, ("adapter.", RELEASED_ADAPTER))
+            raise DataError(f"{path}: model_type {config.model_type!r}; PLUME builds on 'qwen2_vl'")
+        tensors = adapter_tensors(path)
         backbone, info = quietly(Qwen2VLForConditionalGeneration.from_pretrained, path, dtype=dtype, output_loading_info=True)
-        strange = [k for k in info["unexpected_keys"] if k not in tensors]
-        if missing := sorted(info["missing_keys"]) + sorted(map(str, info["mismatched_keys"])) + strange:
-            raise ValueError(f"{path}: weights do not fit the configuration, {len(missing)} names are missing, unknown or of another shape: {missing[:5]}")
-        tokenizer = AutoTokenizer.from_pretrained(path)
-        released = {k[len(RELEASED_ADAPTER) :]: v for k, v in tensors.items() if k.startswith(RELEASED_ADAPTER)}
-        if released and block is None:
-            state, keywords = from_released(released)
-            block = dict(adapter=keywords, latent_positions="cache", white_image=True, limits=stored_limits(path))
-        elif block is not None:
-            state = {k[len("adapter.") :]: v for k, v in tensors.items()}
-        else:
-            state, block = None, dict(limits=stored_limits(path))
+        wrong = [*info["missing_keys"], *map(str, info["mismatched_keys"]), *(k for k in info["unexpected_keys"] if k not in tensors)]
+        if wrong:
+            raise DataError(f"{path}: weights do not fit the configuration, {len(wrong)} names are missing, unknown or of another shape: {sorted(wrong)[:5]}")
+        tokenizer, block, state = AutoTokenizer.from_pretrained(path), config.to_dict().get("plume"), None
+        if block is not None:  # (a)
+            state = {k.removeprefix(OUR_ADAPTER): v for k, v in tensors.items()}
+        elif tensors:  # (b)
+            state, keywords = from_released({k.removeprefix(RELEASED_ADAPTER): v for k, v in tensors.items()})
+            block = dict(RELEASED, adapter=keywords, limits=stored_limits(path))
+        else:  # (c)
+            block = dict(limits=stored_limits(path))
             add_tokens(backbone, tokenizer)
         for key, value in settings.items():
             block[key] = {**block.get(key, {}), **value} if isinstance(value, dict) else value
         model = cls(backbone, tokenizer, block)
         if state is not None:
-            model.adapter.load_state_dict(state)
-        for p in model.adapter.parameters():
-            p.data = p.data.to(dtype)
+            try:
+                model.adapter.load_state_dict(state)
+            except RuntimeError as e:
+                raise DataError(f"{path}: its adapter does not fit {model.settings['adapter']}: {e}") from e
+        model.adapter.to(dtype)
         return model.to(device)
 
     def save_pretrained(self, path, released=False):
@@ -225,13 +233,19 @@ class Plume(nn.Module):
     def write(self, folder, released=False):
         """The files of `save_pretrained`, into an existing folder."""
         config, state, a = copy.deepcopy(self.backbone.config), self.state_dict(), self.adapter
-        if released:
-            s = self.settings
-            if not a.shared_expert or not a.anchor or a.kind == "none" or s["latent_positions"] != "cache" or not s["white_image"] or s["latent_steps"] != 8:
-                warnings.warn("the released layout implies 8 latent steps, a shared expert, anchor routing, latent_positions 'cache' and a white "
-                              f"image before text; this model has {dict(s, limits=None)}, pass the differences to from_pretrained")
-        else:
+        config.__dict__.pop("plume", None)  # a loaded model's
+        if not released:
             config.plume = self.settings
+        elif a.kind == "none":
+            raise DataError("the released layout has no way to say that there is no adapter")
+        else:
+            s, implied = self.settings, dict(RELEASED, adapter=dict(ADAPTER, **from_released(to_released(a.state_dict(), a.shared_expert))[1]))
+            stored = ("min_pixels", "max_pixels")
+            lost = {k: v for k, v in s.items() if k not in ("limits", "adapter") and v != implied[k]}
+            lost |= {k: v for k, v in s["adapter"].items() if v != implied["adapter"][k]} if a.kind == "moe" else {}
+            lost |= {k: v for k, v in s["limits"].items() if k not in stored and v != implied["limits"][k]}
+            if lost:
+                warnings.warn(f"the released layout implies other values than this model's {lost}; give these to from_pretrained when you load it")
         config.save_pretrained(folder)
         tensors = {}
         for key, value in state.items():
@@ -239,7 +253,7 @@ class Plume(nn.Module):
                 key = key[len("backbone.") :].replace("model.language_model.", "model.").replace("model.visual.", "visual.")
                 tensors[key] = value  # the older key layout, which every transformers version reads
         own = {k[len("adapter.") :]: v for k, v in state.items() if k.startswith("adapter.")}
-        own, name = (to_released(own, a.shared_expert), RELEASED_ADAPTER) if released else (own, "adapter.")
+        own, name = (to_released(own, a.shared_expert), RELEASED_ADAPTER) if released else (own, OUR_ADAPTER)
         tensors |= {name + k: v for k, v in own.items()}
         save_file({k: v.cpu().contiguous() for k, v in tensors.items()}, os.path.join(folder, "model.safetensors"), {"format": "pt"})
         self.processor.tokenizer.save_pretrained(folder)
@@ -253,7 +267,7 @@ class Plume(nn.Module):
 
 
 def unit(x):
-    return F.normalize(wide(x), dim=-1)
+    return F.normalize(at_least_float32(x), dim=-1)
 
 
 def cross_entropy(h, weight, labels, elements=None):
@@ -263,26 +277,30 @@ def cross_entropy(h, weight, labels, elements=None):
     rows = max(1, elements // len(weight))
 
     def losses(h, labels):
-        return F.cross_entropy(wide(F.linear(h, weight)), labels, reduction="none")
+        return F.cross_entropy(at_least_float32(F.linear(h, weight)), labels, reduction="none")
 
     chunks = zip(h.split(rows), labels.split(rows))
     return torch.cat([checkpoint(losses, *c, use_reentrant=False) if len(h) > rows else losses(*c) for c in chunks])
 
 
 def pick_device(device=None, dtype=None, say=print):
-    """The best device there is (cuda > mps > cpu), bfloat16 where it is fast; printed with the reason."""
+    """The best device there is (cuda > mps > cpu), bfloat16 where it is fast; said with the reason unless both are given."""
+    if dtype not in (None, "float32", "bfloat16", torch.float32, torch.bfloat16, torch.float64):
+        raise DataError(f"dtype {dtype!r}: needs 'float32' or 'bfloat16'")
+    asked = device is not None, dtype is not None
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-        why = "the best available"
-    else:
-        why = "as asked"
-    device = torch.device(device)
+    try:
+        device = torch.device(device)
+    except RuntimeError as e:
+        raise DataError(f"device {device!r}: needs cuda, mps or cpu") from e
+    fast = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     if dtype is None:
-        fast = device.type == "cuda" and torch.cuda.is_bf16_supported()
-        dtype, reason = (torch.bfloat16, "supported there") if fast else (torch.float32, "bfloat16 is not known to be fast there")
-    else:
-        dtype, reason = getattr(torch, dtype) if isinstance(dtype, str) else dtype, "as asked"
-    say(f"device {device} ({why}), {str(dtype).removeprefix('torch.')} ({reason})")
+        dtype = torch.bfloat16 if fast else torch.float32
+    dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+    if not all(asked):
+        why = "as asked" if asked[1] else "supported there" if fast else "bfloat16 is not known to be fast there"
+        say(f"device {device} ({'as asked' if asked[0] else 'the best available'}), {str(dtype).removeprefix('torch.')} ({why})")
     return device, dtype
 
 
@@ -327,14 +345,14 @@ def add_tokens(backbone, tokenizer):
             table[old : len(tokenizer)] = table[:old].float().mean(0).to(table.dtype)
 
 
-def adapter_tensors(path, prefixes):
-    """The tensors of a checkpoint folder's safetensors files whose names start with one of the prefixes."""
+def adapter_tensors(path):
+    """The adapter's tensors in a checkpoint folder's safetensors files, under our names or the released ones."""
     out, files = {}, sorted(f for f in os.listdir(path) if f.endswith(".safetensors"))
     if not files:
         raise FileNotFoundError(f"{path}: no *.safetensors in this folder; other weight formats are not read")
     for file in files:
         with safe_open(os.path.join(path, file), "pt") as f:
-            out.update({k: f.get_tensor(k) for k in f.keys() if k.startswith(prefixes)})
+            out.update({k: f.get_tensor(k) for k in f.keys() if k.startswith((OUR_ADAPTER, RELEASED_ADAPTER))})
     return out
 
 
@@ -351,12 +369,21 @@ def stored_limits(path):
     return {k: v for k, v in found.items() if v}
 
 
+CHECKPOINT_FILES = re.compile(r"(generation_|tokenizer_|preprocessor_)?config\.json|.*\.safetensors(\.index\.json)?|tokenizer\.json|vocab\.json|merges\.txt|"
+                              r"(added|special)_tokens(_map)?\.json|chat_template\..*|train_state\.pt")
+
+
 @contextlib.contextmanager
 def replacing(path):
-    """A temporary folder that becomes `path` when the block ends well, in place of the checkpoint that stood there."""
-    path = os.path.abspath(path)
-    if os.path.exists(path) and (not os.path.isdir(path) or (os.listdir(path) and not os.path.exists(os.path.join(path, "config.json")))):
-        raise FileExistsError(f"{path}: exists and is not a checkpoint; choose another name")
+    """A temporary folder that becomes `path` when the block ends well, in place of the checkpoint that stood there.
+
+    A folder with anything else in it is not replaced.  Dying between the two renames leaves the old one as `path.old`.
+    """
+    path = os.path.realpath(path)
+    if os.path.exists(path) and not os.path.isdir(path):
+        raise FileExistsError(f"{path}: exists and is not a folder; choose another name")
+    if foreign := [f for f in (os.listdir(path) if os.path.exists(path) else ()) if not CHECKPOINT_FILES.fullmatch(f)]:
+        raise FileExistsError(f"{path}: holds {foreign[0]!r}, which is not part of a checkpoint; choose another name")
     temporary, old = f"{path}.writing", f"{path}.old"
     shutil.rmtree(temporary, ignore_errors=True)
     os.makedirs(temporary)
@@ -365,8 +392,8 @@ def replacing(path):
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
-    shutil.rmtree(old, ignore_errors=True)
     if os.path.exists(path):
+        shutil.rmtree(old, ignore_errors=True)
         os.rename(path, old)
     os.rename(temporary, path)
     shutil.rmtree(old, ignore_errors=True)

@@ -11,6 +11,7 @@ Ctrl-C finishes the step, writes a checkpoint and stops.
 import json
 import math
 import os
+import shlex
 import signal
 import sys
 import time
@@ -24,7 +25,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 
-from adapter import balance_loss
+from adapter import MAX_STEPS, TransitionAdapter, balance_loss
 from curriculum import Curriculum
 from data import Batches, DataError, Pairs, Schedule, StepSampler, World, parse_flags, to_device
 from model import Plume, pick_device, replacing
@@ -47,9 +48,9 @@ class Config:
     video_max_pixels: int = 0  # the same for each frame of a clip; 0: the checkpoint's own
     num_frames: int = 0  # frames sampled from a clip; 0: the checkpoint's own
     max_len: int = 0  # tokens in a sequence; a longer rationale loses its end; 0: the checkpoint's own
-    latent_positions: str = "mrope"  # positions of latent steps: "mrope" goes on counting, "cache" as released
+    latent_positions: str = "mrope"  # positions of latent steps: mrope goes on counting, cache as released; with --init as there
     freeze_vision: str = "auto"  # true, false, or auto: frozen (but for its merger) when --init is given
-    # adapter: the paper's ablations
+    # adapter: the paper's ablations; with --init of a PLUME checkpoint, its own unless given here
     adapter: str = "moe"  # moe (the paper), mlp (the shared expert alone), none (hidden states fed back as they are)
     experts: int = 4  # E, specialised experts
     top_k: int = 2  # experts that count for a row
@@ -64,7 +65,7 @@ class Config:
     reset_moments: bool = True  # forget AdamW's moments when the stage changes
     # optimization
     global_batch: int = 64  # pairs in one contrastive batch, over all ranks; part of the recipe
-    epochs: float = 10.0  # passes over the data; ignored when --steps is given
+    epochs: float = 4.0  # passes over the data; ignored when --steps is given
     steps: int = 0  # optimizer steps; 0: from --epochs
     lr: float = 1e-3  # peak learning rate; 1e-5 for a pretrained backbone
     warmup: float = 0.03  # share of the run with a rising learning rate; then a cosine down to a tenth
@@ -86,7 +87,7 @@ class Config:
     checkpointing: bool = False  # recompute activations in the backward pass: less memory, about a third slower
 
 
-FREE_ON_RESUME = ("resume", "out", "workers", "save_every", "log_every", "device", "skip_bad")  # do not change the result
+FREE_ON_RESUME = ("resume", "out", "media", "workers", "save_every", "log_every", "device", "checkpointing")  # do not change the result
 
 
 # ---------------------------------------------------------------------------------------------------------- losses
@@ -113,6 +114,12 @@ def gather(x):
     return Gather.apply(x) if dist.is_initialized() else x[None]
 
 
+def global_mean(x):
+    """x (n,), another n on every rank -> its part of the mean over all ranks: the mean of the parts is the mean of all."""
+    count = gather(torch.tensor(float(len(x)), device=x.device))
+    return x.sum() * len(count) / count.sum().clamp(min=1)
+
+
 def info_nce(query, target, same, valid, scale):
     """Symmetric InfoNCE of this rank's B pairs against the pairs of all ranks.
 
@@ -133,31 +140,34 @@ def info_nce(query, target, same, valid, scale):
 def losses(out, batch, cfg):
     """The paper's objective -> dict of scalar tensors; `loss` is the weighted sum.  Each is normalised over all ranks."""
     same, valid = gather(batch["target"]), gather(batch["valid"])
-    mean = lambda x: x.sum() * len(valid) / gather(torch.tensor(float(len(x)), device=x.device)).sum().clamp(min=1)
     real = batch["valid"].repeat(2)[:, None, None]  # queries, then targets
     router = gather((out["router"] * real).sum(0)).sum(0) / (2 * valid.sum()).clamp(min=1)  # (K, E) over all rows
-    parts = dict(ce=mean(out["ce"]), gen=info_nce(*out["gen"].chunk(2), same, valid, cfg.scale),
-                 disc=info_nce(*out["disc"].chunk(2), same, valid, cfg.scale), bal=balance_loss(router))
+    parts = dict(ce=global_mean(out["ce"]), gen=info_nce(*out["gen"].chunk(2), same, valid, cfg.scale),
+                 disc=info_nce(*out["disc"].chunk(2), same, valid, cfg.scale), bal=balance_loss(router) * valid.any())
     parts["loss"] = cfg.w_ce * parts["ce"] + cfg.w_gen * parts["gen"] + cfg.w_disc * parts["disc"] + cfg.w_balance * parts["bal"]
-    return parts | dict(first=mean(out["first"].detach()))
+    return parts | dict(first=global_mean(out["first"].detach()))
 
 
 # ------------------------------------------------------------------------------------------------------------ training
 
 
-def build_model(cfg, pairs, device):
-    """Plume in float32 on the device: --resume's, --init's, or the tiny preset with a tokenizer of the pairs' texts."""
-    wanted = ("min_pixels", "max_pixels", "video_max_pixels", "num_frames", "max_len")
-    settings = dict(latent_steps=cfg.segments * cfg.steps_per_segment, latent_positions=cfg.latent_positions,
-                    limits={k: getattr(cfg, k) for k in wanted if getattr(cfg, k)}, **({"prompt": cfg.prompt} if cfg.prompt else {}))
-    adapter = dict(kind=cfg.adapter, experts=cfg.experts, top_k=cfg.top_k, shared_expert=cfg.shared_expert,
-                   anchor=cfg.anchor, step_embedding=cfg.step_embedding)
+def build_model(cfg, given, pairs, device):
+    """Plume in float32 on the device: --resume's, --init's, or the tiny preset with a tokenizer of the pairs' texts.
+
+    What the checkpoint of --init says about itself stays, unless a flag for it was given.
+    """
+    flags = asdict(cfg)
+    settings = {k: flags[k] for k in ("prompt", "latent_positions") if k in given}
+    settings["limits"] = {k: flags[k] for k in ("min_pixels", "max_pixels", "video_max_pixels", "num_frames", "max_len") if flags[k]}
+    settings["adapter"] = {k: flags[k] for k in ("experts", "top_k", "shared_expert", "anchor", "step_embedding") if k in given}
+    settings["adapter"] |= {"kind": cfg.adapter} if "adapter" in given else {}
+    settings["latent_steps"] = cfg.segments * cfg.steps_per_segment
     if cfg.resume:
         model = Plume.from_pretrained(checkpoint_in(cfg.out), device, torch.float32)
     elif cfg.init:
-        model = Plume.from_pretrained(cfg.init, device, torch.float32, adapter=adapter, **settings)
+        model = Plume.from_pretrained(cfg.init, device, torch.float32, **settings)
     else:
-        model = Plume.tiny(pairs.texts(), cfg.seed, adapter=adapter, **settings).to(device)
+        model = Plume.tiny(pairs.texts(), cfg.seed, **settings).to(device)
     if cfg.freeze_vision == "true" or (cfg.freeze_vision == "auto" and cfg.init):
         model.backbone.model.visual.requires_grad_(False).merger.requires_grad_(True)
     model.checkpointing = cfg.checkpointing
@@ -168,11 +178,20 @@ def checkpoint_in(out):
     """The run's checkpoint; `.old` is the one that stood there if the run died between two renames."""
     found = [p for p in (os.path.join(out, "checkpoint"), os.path.join(out, "checkpoint.old")) if os.path.exists(os.path.join(p, "train_state.pt"))]
     if not found:
-        raise SystemExit(f"error: --resume: no checkpoint of a run in {out!r}")
+        raise DataError(f"--resume: no checkpoint of a run in {out!r}")
     return found[0]
 
 
+def parameter_groups(model, weight_decay):
+    """Matrices with weight decay; vectors, the step table and the experts' stacked biases without."""
+    plain = lambda name, p: p.ndim < 2 or name.startswith(("adapter.b", "adapter.step_embed"))
+    named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+    return [dict(params=[p for n, p in named if not plain(n, p)], weight_decay=weight_decay),
+            dict(params=[p for n, p in named if plain(n, p)], weight_decay=0.0)]
+
+
 def learning_rate(cfg, step, steps):
+    """Linear warm-up, then a cosine from lr to a tenth of it."""
     warm = max(1, round(cfg.warmup * steps))
     if step < warm:
         return cfg.lr * (step + 1) / warm
@@ -180,50 +199,63 @@ def learning_rate(cfg, step, steps):
 
 
 def check(cfg, world):
-    """What can be known to be wrong before anything is loaded."""
-    if cfg.global_batch % world or cfg.global_batch < 2:
-        raise SystemExit(f"error: --global_batch {cfg.global_batch} must be at least 2 and divisible by the {world} ranks")
-    if cfg.freeze_vision not in ("auto", "true", "false"):
-        raise SystemExit(f"error: --freeze_vision {cfg.freeze_vision!r}: needs auto, true or false")
-    if not cfg.resume and os.path.exists(os.path.join(cfg.out, "checkpoint")):
-        raise SystemExit(f"error: {cfg.out}/checkpoint exists: continue it with --resume, or choose another --out, or delete it")
+    """What can be known to be wrong before anything is loaded -> the curriculum."""
+    needs = [(cfg.global_batch >= 2 and cfg.global_batch % world == 0, f"--global_batch {cfg.global_batch} must be at least 2 and divisible by the {world} ranks"),
+             (cfg.freeze_vision in ("auto", "true", "false"), f"--freeze_vision {cfg.freeze_vision!r}: needs auto, true or false"),
+             (cfg.latent_positions in ("mrope", "cache"), f"--latent_positions {cfg.latent_positions!r}: needs mrope or cache"),
+             (cfg.segments * cfg.steps_per_segment <= MAX_STEPS, f"--segments {cfg.segments} x --steps_per_segment {cfg.steps_per_segment}: at most {MAX_STEPS} latent steps"),
+             (cfg.steps > 0 or cfg.epochs > 0, f"--steps {cfg.steps}, --epochs {cfg.epochs}: one of them must be above 0"),
+             (min(cfg.save_every, cfg.log_every) >= 1 and cfg.workers >= 0, "--save_every and --log_every must be at least 1, --workers at least 0"),
+             (cfg.clip > 0, "--clip must be above 0 (inf: no clipping)"),
+             (cfg.resume or not os.path.exists(os.path.join(cfg.out, "checkpoint")) and not os.path.exists(os.path.join(cfg.out, "checkpoint.old")),
+              f"{cfg.out}/checkpoint exists: continue it with --resume, or choose another --out, or delete it")]
+    for fine, problem in needs:
+        if not fine:
+            raise DataError(problem)
+    try:
+        TransitionAdapter(2, cfg.adapter, cfg.experts, cfg.top_k)
+        return Curriculum(cfg.segments, cfg.steps_per_segment, cfg.rest_of_rationale, cfg.last_stage)
+    except ValueError as e:
+        raise DataError(str(e)) from e
+
+
+def check_resume(then, now):
+    """Raises DataError that lists what differs between the run's configuration and this one."""
+    if changed := [f"{k}: {then.get(k)!r} then, {v!r} now" for k, v in now.items() if k not in FREE_ON_RESUME and then.get(k) != v]:
+        raise DataError("--resume with another configuration: " + "; ".join(changed))
 
 
 def main(argv):
-    cfg = parse_flags(Config, argv, __doc__)
+    cfg, given = parse_flags(Config, argv, __doc__)
     # ranks
     world, rank, local = (int(os.environ.get(k, d)) for k, d in (("WORLD_SIZE", 1), ("RANK", 0), ("LOCAL_RANK", 0)))
-    check(cfg, world)
+    curriculum = check(cfg, world)
     say = print if rank == 0 else lambda *a, **k: None
     device, dtype = pick_device(cfg.device or None, cfg.dtype or None, say)
     if device.type == "cuda":
-        device = torch.device("cuda", local)
+        device = torch.device("cuda", local) if world > 1 else device
         torch.cuda.set_device(device)
     if world > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     torch.manual_seed(cfg.seed)
 
     # data and curriculum
-    pairs = Pairs(cfg.data, cfg.media or None, cfg.skip_bad) if cfg.data else World(seed=cfg.seed)
+    pairs = Pairs(cfg.data, cfg.media or None, cfg.skip_bad, progress=rank == 0) if cfg.data else World()
     for line in pairs.bad:
         say("left out:", line)
     steps = cfg.steps or max(1, round(cfg.epochs * len(pairs) / cfg.global_batch))
-    curriculum = Curriculum(cfg.segments, cfg.steps_per_segment, cfg.rest_of_rationale, cfg.last_stage)
     schedule = Schedule(pairs.dataset, pairs.names, cfg.global_batch, steps, cfg.seed)
     fingerprint = blake2b(pairs.target.tobytes() + pairs.dataset.tobytes(), digest_size=8).hexdigest()
 
     # model and optimizer
-    model = build_model(cfg, pairs, device)
+    model = build_model(cfg, given, pairs, device)
     trained = [p for p in model.parameters() if p.requires_grad]
-    groups = [dict(params=[p for n, p in model.named_parameters() if p.requires_grad and (p.ndim > 1 and "step_embed" not in n and "adapter.b" not in n) == decay],
-                   weight_decay=cfg.weight_decay if decay else 0.0) for decay in (True, False)]
-    optimizer = torch.optim.AdamW(groups, lr=cfg.lr, betas=(0.9, 0.98))
+    optimizer = torch.optim.AdamW(parameter_groups(model, cfg.weight_decay), lr=cfg.lr, betas=(0.9, 0.98))
+    config = dict(asdict(cfg), pairs=fingerprint)
     start = 0
     if cfg.resume:
         state = torch.load(os.path.join(checkpoint_in(cfg.out), "train_state.pt"), map_location=device, weights_only=True)
-        now = dict(asdict(cfg), pairs=fingerprint)
-        if changed := [f"{k}: {state['config'].get(k)!r} then, {v!r} now" for k, v in now.items() if k not in FREE_ON_RESUME and state["config"].get(k) != v]:
-            raise SystemExit("error: --resume with another configuration:\n  " + "\n  ".join(changed))
+        check_resume(state["config"], config)
         optimizer.load_state_dict(state["optimizer"])
         start = state["step"]
     parallel = DistributedDataParallel(model, find_unused_parameters=True, broadcast_buffers=False) if world > 1 else model
@@ -236,12 +268,14 @@ def main(argv):
     say("\n".join(f"  {k} = {v!r}" for k, v in asdict(cfg).items()))
     say(f"{len(pairs)} pairs in {len(pairs.names)} data sets: " + ", ".join(f"{n} {len(r)} ({c} steps)" for n, r, c in zip(pairs.names, schedule.rows, schedule.counts)))
     say(f"{sum(p.numel() for p in model.parameters()):,} parameters, {sum(p.numel() for p in trained):,} trained, {sum(p.numel() for p in model.adapter.parameters()):,} in the adapter")
+    if idle := [n for n, c in zip(pairs.names, schedule.counts) if c == 0]:
+        say(f"warning: with {steps} steps these data sets get none: {', '.join(idle)}; raise --steps")
     say(f"{steps} steps; global contrastive batch {cfg.global_batch} = {world} ranks x {cfg.global_batch // world}; InfoNCE at chance {math.log(cfg.global_batch):.2f}")
     say(curriculum.table())
 
     # the loop
     stop, log = stop_on_signal(), open_log(cfg, start) if rank == 0 else None
-    cut, lost, pace, clock = 0, 0, None, time.perf_counter()
+    cut, lost, pace, saved, clock = 0, 0, None, start, time.perf_counter()
     for batch in loader:
         step, stage = batch["step"], batch["stage"]
         batch, wait = to_device(batch, device), time.perf_counter() - clock
@@ -256,10 +290,10 @@ def main(argv):
         parts = losses(out, batch, cfg)
         parts["loss"].backward()
         norm = torch.nn.utils.clip_grad_norm_(trained, cfg.clip)
-        metrics = reduce_mean(dict(parts, norm=norm, cut=batch["cut"] * world, bad=len(batch["bad"]) * world, stop=float(stop.asked)), device)
+        metrics = reduce_mean(dict(parts, norm=norm, cut=batch["cut"] * world, bad=len(batch["bad"]) * world, stop=float(stop.asked > 0)), device)
         if not math.isfinite(metrics["loss"] + metrics["norm"]):
-            raise SystemExit(f"error: step {step}, data set {batch['dataset']!r}: loss {metrics['loss']}, gradient norm {metrics['norm']}. The weights "
-                             "of before this step are kept in the last checkpoint; lower --lr, or look at this data set's records")
+            raise DataError(f"step {step}, data set {batch['dataset']!r}: loss {metrics['loss']}, gradient norm {metrics['norm']}. Nothing was written since "
+                            f"{f'step {saved}' if saved else 'the start'}; lower --lr, or look at this data set's records")
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
@@ -279,14 +313,14 @@ def main(argv):
                 print(f"step {step}/{steps} | stage {stage.index} | K {stage.latent_steps} | ce {metrics['ce']:.3f} | gen {metrics['gen']:.3f} | disc {metrics['disc']:.3f} | "
                       f"bal {metrics['bal']:.4f} | first {metrics['first']:.2f} | lr {row['lr']:.1e} | {took * 1e3:.0f} ms | {row['pairs_per_s']:.0f} pairs/s | "
                       f"wait {row['wait']:.0%} | ETA {int(eta // 60)}:{int(eta % 60):02d} | {batch['dataset']}", flush=True)
-        ends = last or curriculum.stage_at((step + 1) / steps).index != stage.index
-        if rank == 0 and (ends or (step + 1) % cfg.save_every == 0):
-            with replacing(os.path.join(cfg.out, "checkpoint")) as folder:
-                model.write(folder)
-                torch.save(dict(step=step + 1, optimizer=optimizer.state_dict(), config=dict(asdict(cfg), pairs=fingerprint)), os.path.join(folder, "train_state.pt"))
+        if last or (step + 1) % cfg.save_every == 0 or curriculum.stage_at((step + 1) / steps).index != stage.index:
+            if rank == 0:
+                with replacing(os.path.join(cfg.out, "checkpoint")) as folder:
+                    model.write(folder)
+                    torch.save(dict(step=step + 1, optimizer=optimizer.state_dict(), config=config), os.path.join(folder, "train_state.pt"))
+            saved, clock = step + 1, time.perf_counter()
         if last:
             break
-        clock = time.perf_counter() if ends else clock
     if cut:
         say(f"{cut} rationale tokens were cut off by max_len {model.processor.limits.max_len}")
     if cfg.skip_bad:
@@ -295,7 +329,7 @@ def main(argv):
         dist.barrier()
         dist.destroy_process_group()
     done = start if start >= steps else step + 1
-    say(f"{done} of {steps} steps done; checkpoint in {cfg.out}/checkpoint" + ("" if done == steps else f"; go on with: python train.py {' '.join(argv)} --resume"))
+    say(f"{done} of {steps} steps done; checkpoint in {cfg.out}/checkpoint" + ("" if done == steps else f"; go on with the same command and --resume: train.py {shlex.join([a for a in argv if a != '--resume'])} --resume"))
     return 0 if done == steps else 130
 
 
@@ -322,27 +356,31 @@ def open_log(cfg, start):
 
 
 class stop_on_signal:
-    """Ctrl-C (or SIGTERM) asks for a stop after the running step; a second one stops at once."""
+    """Ctrl-C (or SIGTERM) asks for a stop after the running step; another one, 3 seconds later or more, stops at once.
+
+    torchrun passes on what the terminal has already sent to everybody: two signals, one wish.
+    """
 
     def __init__(self):
-        self.asked = False
+        self.asked = 0.0
         for s in (signal.SIGINT, signal.SIGTERM):
             signal.signal(s, self.ask)
 
     def ask(self, number, frame):
-        if self.asked:
+        if self.asked and time.monotonic() > self.asked + 3:
             raise KeyboardInterrupt
-        self.asked = True
-        print("stopping after this step; once more to stop at once", flush=True)
+        self.asked = self.asked or time.monotonic()
+        os.write(2, b"stopping after this step; once more to stop at once\n")
 
 
 def ignore_interrupts(worker):
+    """Data workers leave with their parent, not before it has written its checkpoint."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 if __name__ == "__main__":
     try:
         sys.exit(main(sys.argv[1:]))
-    except DataError as e:  # from a worker it arrives as a traceback whose last line is the message
-        sys.exit(f"error: {str(e).strip().splitlines()[-1].removeprefix('data.DataError: ')}")
+    except (DataError, FileNotFoundError, FileExistsError) as e:  # from a worker a traceback, whose last line is the message
+        sys.exit("error: " + (str(e).strip().splitlines()[-1].removeprefix("data.DataError: ") if "Original Traceback" in str(e) else str(e)))
