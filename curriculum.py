@@ -41,7 +41,8 @@ class Curriculum:
         if self.rest_of_rationale not in ("inside", "after"):
             raise ValueError(f"rest_of_rationale {self.rest_of_rationale!r}: needs 'inside' or 'after'")
         if self.segments < 1 or self.steps_per_segment < 0 or not 0 < self.last_stage <= 1:
-            raise ValueError(f"segments {self.segments}, steps_per_segment {self.steps_per_segment}, last_stage {self.last_stage}: needs S >= 1, c >= 0, 0 < last_stage <= 1")
+            raise ValueError(f"segments {self.segments}, steps_per_segment {self.steps_per_segment}, last_stage {self.last_stage}: "
+                             "needs segments >= 1, steps_per_segment >= 0, 0 < last_stage <= 1")
 
     @property
     def latent_steps(self):

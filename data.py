@@ -809,8 +809,8 @@ def state_word(state):
 
 def program_side(start, program, shown):
     words, passed, begin = moves(program), walk(start, program), f"Start {state_word(STATES[start])}"
-    parts = {"words": lambda: [("text", f"{begin} {' '.join(words)}")], "tiles": lambda: [("image", draw_tiles(words)), ("text", "\n" + begin)],
-             "frames": lambda: [("video", [draw_tiles([w], 56) for w in words]), ("text", "\n" + begin)]}[shown]()
+    media = {"tiles": lambda: ("image", draw_tiles(words)), "frames": lambda: ("video", [draw_tiles([w], 56) for w in words])}
+    parts = [("text", f"{begin} {' '.join(words)}")] if shown == "words" else [media[shown](), ("text", "\n" + begin)]
     return Side(parts + [("text", ". Where does it end?")], " ".join(map(state_word, passed)), state_word(passed[-1]), f"turtle program {program}")
 
 
@@ -818,16 +818,17 @@ def state_side(index, target):
     """One of the 64 states as text, board, page, or a clip of the last steps of a walk that ends there."""
     x, y, h = state = STATES[index]
     back = [((x - k * HEADINGS[h][0]) % 4, (y - k * HEADINGS[h][1]) % 4, h) for k in (3, 2, 1, 0)]
-    media = {"text": lambda: [("text", state_word(state))], "board": lambda: [("image", draw_board(state)), ("text", "\nRepresent this.")],
-             "clip": lambda: [("video", [draw_board(s, 21) for s in back]), ("text", "\nRepresent this.")],
-             "page": lambda: [("image", draw_page(state)), ("text", "\nRepresent this.")]}[target]()
-    return Side(media, "", state_word(state), f"turtle state {state_word(state)}")
+    media = {"board": lambda: ("image", draw_board(state)), "clip": lambda: ("video", [draw_board(s, 21) for s in back]),
+             "page": lambda: ("image", draw_page(state))}
+    parts = [("text", state_word(state))] if target == "text" else [media[target](), ("text", "\nRepresent this.")]
+    return Side(parts, "", state_word(state), f"turtle state {state_word(state)}")
 
 
 def arrow(draw, cx, cy, r, heading, fill):
     """A triangle that points north, east, south or west."""
     dx, dy = HEADINGS[heading]
-    draw.polygon([(cx + r * dx, cy + r * dy), (cx - r * dx - r * 0.7 * dy, cy - r * dy + r * 0.7 * dx), (cx - r * dx + r * 0.7 * dy, cy - r * dy - r * 0.7 * dx)], fill=fill)
+    tail, side = (cx - r * dx, cy - r * dy), (0.7 * r * dy, -0.7 * r * dx)
+    draw.polygon([(cx + r * dx, cy + r * dy), (tail[0] - side[0], tail[1] - side[1]), (tail[0] + side[0], tail[1] + side[1])], fill=fill)
 
 
 def draw_tiles(words, size=28):
@@ -863,8 +864,12 @@ def world_tasks():
     """Every family as a Task "<family>/turtle": unseen programs against all 64 final states."""
     test = World("test")
     n = len(test) // len(FAMILIES)
-    return {f"{name}/turtle": Task(f"{name}/turtle", [test[f * n + i][0] for i in range(n)], [state_side(s, FAMILIES[name][1]) for s in range(len(STATES))],
-                                   [{int(t): 1} for t in test.target[f * n : (f + 1) * n]], [None] * n, [str(p) for p in test.programs[:n]]) for f, name in enumerate(test.names)}
+    tasks = {}
+    for f, name in enumerate(test.names):
+        rows = range(f * n, (f + 1) * n)
+        tasks[f"{name}/turtle"] = Task(f"{name}/turtle", [test[i][0] for i in rows], [state_side(s, FAMILIES[name][1]) for s in range(len(STATES))],
+                                       [{int(test.target[i]): 1} for i in rows], [None] * n, [str(test.programs[i]) for i in rows])
+    return tasks
 
 
 # ------------------------------------------------------------------------------------------------------ command line

@@ -158,7 +158,8 @@ def main(argv):
     for task in tasks:
         results[task.name] = evaluate(task, (encode(task.queries, f"{task.name} queries"), encode(task.corpus, f"{task.name} corpus")))
     total = sum(len(t.queries) + len(t.corpus) for t in tasks)
-    print(f"{cfg.ckpt}, mode {cfg.mode}" + (f", {steps} latent steps" if steps is not None else "") + f": {len(known)} items encoded ({total - len(known)} shared), {time.time() - begun:.0f} s")
+    how = cfg.mode if steps is None else f"{cfg.mode}, {steps} latent steps"
+    print(f"{cfg.ckpt}, mode {how}: {len(known)} items encoded ({total - len(known)} shared), {time.time() - begun:.0f} s")
     print(table(results))
     if cfg.json:
         with open(cfg.json + ".writing", "w") as f:

@@ -74,7 +74,8 @@ class Plume(nn.Module):
         self.backbone = backbone
         self.settings = {k: {**v, **settings.get(k, {})} if isinstance(v, dict) else settings.get(k, v) for k, v in DEFAULTS.items()}
         if not 0 <= self.settings["latent_steps"] <= MAX_STEPS or self.settings["latent_positions"] not in ("mrope", "cache"):
-            raise DataError(f"latent_steps {self.settings['latent_steps']}, latent_positions {self.settings['latent_positions']!r}: needs 0..{MAX_STEPS}, 'mrope' or 'cache'")
+            raise DataError(f"latent_steps {self.settings['latent_steps']}, latent_positions {self.settings['latent_positions']!r}: "
+                            f"needs 0..{MAX_STEPS}, 'mrope' or 'cache'")
         limits = Limits(**self.settings["limits"])
         self.adapter = TransitionAdapter(text.hidden_size, **self.settings["adapter"])
         self.processor = Processor(tokenizer, self.settings["prompt"], limits, self.settings["white_image"])

@@ -407,6 +407,26 @@ def test_chunked_cross_entropy_equals_the_plain_one():
     assert plume_model.cross_entropy(h[:0], w, y[:0]).shape == (0,)
 
 
+def test_bfloat16_is_close_to_float32(world, tmp_path):
+    m, items = make_model().float(), mixed_items(world)
+    m.save_pretrained(tmp_path / "ck")
+    half = Plume.from_pretrained(tmp_path / "ck", "cpu", "bfloat16")
+    assert all(p.dtype == torch.bfloat16 for p in half.parameters())
+    for mode in ("latent", "single"):
+        assert (m.encode(items, mode) * half.encode(items, mode)).sum(1).min() > 0.99
+    losses = []  # and the way of training: float32 weights, bfloat16 compute, recomputed activations
+    batch = Batches(Pairs(str(world / "train.jsonl")), m.processor, Curriculum(last_stage=1.0), 1)[0, np.array([1, 3, 5])]
+    for dtype in (torch.float32, torch.bfloat16):
+        m.zero_grad()
+        m.checkpointing = dtype == torch.bfloat16
+        with torch.autocast("cpu", torch.bfloat16, enabled=m.checkpointing):
+            out = m(batch, 8)
+        losses.append(train.losses(out, batch, train.Config())["loss"])
+        losses[-1].backward()
+        assert all(p.grad.isfinite().all() and p.grad.dtype == torch.float32 for p in m.parameters() if p.grad is not None)
+    assert_close(losses[1], losses[0], "loss under autocast", 0.05 * losses[0].item())
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 def test_cuda_equals_cpu(model, world):
     items, m = mixed_items(world), make_model()
@@ -438,6 +458,20 @@ def test_sharded_weights_with_an_index_load_the_same(model, tmp_path):
         save_file({n: t for n, t in tensors.items() if where[n] == file}, tmp_path / "ck" / file, {"format": "pt"})
     (tmp_path / "ck" / "model.safetensors.index.json").write_text(json.dumps(dict(metadata={}, weight_map=where)))
     assert np.array_equal(Plume.from_pretrained(tmp_path / "ck", "cpu").encode(["a"]), m.encode(["a"]))
+
+
+@pytest.mark.parametrize("kind", ["none", "mlp", "untied"])
+def test_every_kind_of_model_saves_and_loads(tmp_path, kind):
+    m = make_model(**({} if kind == "untied" else dict(adapter=dict(kind=kind)))).float()
+    if kind == "untied":  # as Qwen2-VL-7B: an output embedding of its own
+        config = type(m.backbone.config).from_dict({**m.backbone.config.to_dict(), "tie_word_embeddings": False})
+        m = Plume(type(m.backbone)(config), m.processor.tokenizer, m.settings)
+        torch.nn.init.normal_(m.backbone.lm_head.weight)
+    m.save_pretrained(tmp_path / "ck")
+    again = Plume.from_pretrained(tmp_path / "ck", "cpu")
+    ours, theirs = m.state_dict(), again.state_dict()
+    assert ours.keys() == theirs.keys() and all(torch.equal(v, theirs[k]) for k, v in ours.items())
+    assert np.array_equal(again.encode(["a"], "cot", limit=5), m.encode(["a"], "cot", limit=5))
 
 
 def test_released_layout_round_trip(world, tmp_path):
@@ -734,8 +768,9 @@ def test_broken_media_are_errors_that_name_the_file(world, tmp_path):
     (tmp_path / "empty.png").write_bytes(b"")
     (tmp_path / "page.jpg").write_text("<html>404</html>")
     Image.fromarray(np.ones((4, 4), np.float32)).save(tmp_path / "float.tiff")
-    header = b"\x89PNG\r\n\x1a\n" + (13).to_bytes(4, "big") + b"IHDR" + (12000).to_bytes(4, "big") * 2 + b"\x08\x02\0\0\0"
-    (tmp_path / "bomb.png").write_bytes(header + zlib.crc32(header[12:]).to_bytes(4, "big"))
+    chunk = lambda kind, body: len(body).to_bytes(4, "big") + kind + body + zlib.crc32(kind + body).to_bytes(4, "big")
+    header = chunk(b"IHDR", (12000).to_bytes(4, "big") * 2 + b"\x08\x02\0\0\0")
+    (tmp_path / "bomb.png").write_bytes(b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(bytes(99))) + chunk(b"IEND", b""))
     (tmp_path / "program.eps").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n")
     (tmp_path / "list.ffconcat").write_text(f"ffconcat version 1.0\nfile '{world / 'red bar.mp4'}'\n")
     Image.new("1", (9500, 9500)).save(tmp_path / "huge.png")  # valid, and few bytes

@@ -65,7 +65,7 @@ class Config:
     reset_moments: bool = True  # forget AdamW's moments when the stage changes
     # optimization
     global_batch: int = 64  # pairs in one contrastive batch, over all ranks; part of the recipe
-    epochs: float = 4.0  # passes over the data; ignored when --steps is given
+    epochs: float = 2.5  # passes over the data; ignored when --steps is given
     steps: int = 0  # optimizer steps; 0: from --epochs
     lr: float = 1e-3  # peak learning rate; 1e-5 for a pretrained backbone
     warmup: float = 0.03  # share of the run with a rising learning rate; then a cosine down to a tenth
@@ -203,11 +203,12 @@ def check(cfg, world):
     needs = [(cfg.global_batch >= 2 and cfg.global_batch % world == 0, f"--global_batch {cfg.global_batch} must be at least 2 and divisible by the {world} ranks"),
              (cfg.freeze_vision in ("auto", "true", "false"), f"--freeze_vision {cfg.freeze_vision!r}: needs auto, true or false"),
              (cfg.latent_positions in ("mrope", "cache"), f"--latent_positions {cfg.latent_positions!r}: needs mrope or cache"),
-             (cfg.segments * cfg.steps_per_segment <= MAX_STEPS, f"--segments {cfg.segments} x --steps_per_segment {cfg.steps_per_segment}: at most {MAX_STEPS} latent steps"),
+             (cfg.segments * cfg.steps_per_segment <= MAX_STEPS,
+              f"--segments {cfg.segments} x --steps_per_segment {cfg.steps_per_segment}: at most {MAX_STEPS} latent steps"),
              (cfg.steps > 0 or cfg.epochs > 0, f"--steps {cfg.steps}, --epochs {cfg.epochs}: one of them must be above 0"),
              (min(cfg.save_every, cfg.log_every) >= 1 and cfg.workers >= 0, "--save_every and --log_every must be at least 1, --workers at least 0"),
              (cfg.clip > 0, "--clip must be above 0 (inf: no clipping)"),
-             (cfg.resume or not os.path.exists(os.path.join(cfg.out, "checkpoint")) and not os.path.exists(os.path.join(cfg.out, "checkpoint.old")),
+             (cfg.resume or not any(os.path.exists(os.path.join(cfg.out, name)) for name in ("checkpoint", "checkpoint.old")),
               f"{cfg.out}/checkpoint exists: continue it with --resume, or choose another --out, or delete it")]
     for fine, problem in needs:
         if not fine:
@@ -233,7 +234,7 @@ def main(argv):
     say = print if rank == 0 else lambda *a, **k: None
     device, dtype = pick_device(cfg.device or None, cfg.dtype or None, say)
     if device.type == "cuda":
-        device = torch.device("cuda", local) if world > 1 else device
+        device = torch.device("cuda", local if world > 1 else device.index or 0)
         torch.cuda.set_device(device)
     if world > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
@@ -266,11 +267,14 @@ def main(argv):
 
     # what is about to happen
     say("\n".join(f"  {k} = {v!r}" for k, v in asdict(cfg).items()))
-    say(f"{len(pairs)} pairs in {len(pairs.names)} data sets: " + ", ".join(f"{n} {len(r)} ({c} steps)" for n, r, c in zip(pairs.names, schedule.rows, schedule.counts)))
-    say(f"{sum(p.numel() for p in model.parameters()):,} parameters, {sum(p.numel() for p in trained):,} trained, {sum(p.numel() for p in model.adapter.parameters()):,} in the adapter")
+    sets = ", ".join(f"{n} {len(r)} ({c} steps)" for n, r, c in zip(pairs.names, schedule.rows, schedule.counts))
+    say(f"{len(pairs)} pairs in {len(pairs.names)} data sets: {sets}")
+    size = lambda parameters: f"{sum(p.numel() for p in parameters):,}"
+    say(f"{size(model.parameters())} parameters, {size(trained)} trained, {size(model.adapter.parameters())} in the adapter")
     if idle := [n for n, c in zip(pairs.names, schedule.counts) if c == 0]:
         say(f"warning: with {steps} steps these data sets get none: {', '.join(idle)}; raise --steps")
-    say(f"{steps} steps; global contrastive batch {cfg.global_batch} = {world} ranks x {cfg.global_batch // world}; InfoNCE at chance {math.log(cfg.global_batch):.2f}")
+    say(f"{steps} steps; global contrastive batch {cfg.global_batch} = {world} ranks x {cfg.global_batch // world}; "
+        f"InfoNCE at chance {math.log(cfg.global_batch):.2f}")
     say(curriculum.table())
 
     # the loop
@@ -290,10 +294,11 @@ def main(argv):
         parts = losses(out, batch, cfg)
         parts["loss"].backward()
         norm = torch.nn.utils.clip_grad_norm_(trained, cfg.clip)
-        metrics = reduce_mean(dict(parts, norm=norm, cut=batch["cut"] * world, bad=len(batch["bad"]) * world, stop=float(stop.asked > 0)), device)
+        metrics = reduce_mean(dict(parts, norm=norm, cut=batch["cut"] * world, bad=len(batch["bad"]) * world,
+                                   stop=float(stop.asked > 0)), device)
         if not math.isfinite(metrics["loss"] + metrics["norm"]):
-            raise DataError(f"step {step}, data set {batch['dataset']!r}: loss {metrics['loss']}, gradient norm {metrics['norm']}. Nothing was written since "
-                            f"{f'step {saved}' if saved else 'the start'}; lower --lr, or look at this data set's records")
+            raise DataError(f"step {step}, data set {batch['dataset']!r}: loss {metrics['loss']}, gradient norm {metrics['norm']}. Nothing was "
+                            f"written since {f'step {saved}' if saved else 'the start'}; lower --lr, or look at this data set's records")
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
@@ -304,15 +309,17 @@ def main(argv):
         pace = took if pace is None else 0.95 * pace + 0.05 * took
         last = step + 1 == steps or metrics["stop"] > 0
         if log:
-            row = dict(step=step, stage=stage.index, K=stage.latent_steps, answer=stage.answer, dataset=batch["dataset"], lr=learning_rate(cfg, step, steps),
-                       **{k: v for k, v in metrics.items() if k != "stop"}, ms=took * 1e3, wait=wait / took, pairs_per_s=cfg.global_batch / took)
+            row = dict(step=step, stage=stage.index, K=stage.latent_steps, answer=stage.answer, dataset=batch["dataset"],
+                       lr=learning_rate(cfg, step, steps), **{k: v for k, v in metrics.items() if k != "stop"},
+                       ms=took * 1e3, wait=wait / took, pairs_per_s=cfg.global_batch / took)
             log.write(json.dumps(row) + "\n")
             log.flush()
             if step % cfg.log_every == 0 or last or changes:
                 eta = pace * (steps - step - 1)
-                print(f"step {step}/{steps} | stage {stage.index} | K {stage.latent_steps} | ce {metrics['ce']:.3f} | gen {metrics['gen']:.3f} | disc {metrics['disc']:.3f} | "
-                      f"bal {metrics['bal']:.4f} | first {metrics['first']:.2f} | lr {row['lr']:.1e} | {took * 1e3:.0f} ms | {row['pairs_per_s']:.0f} pairs/s | "
-                      f"wait {row['wait']:.0%} | ETA {int(eta // 60)}:{int(eta % 60):02d} | {batch['dataset']}", flush=True)
+                print(f"step {step}/{steps} | stage {stage.index} | K {stage.latent_steps} | ce {metrics['ce']:.3f} | gen {metrics['gen']:.3f} | "
+                      f"disc {metrics['disc']:.3f} | bal {metrics['bal']:.4f} | first {metrics['first']:.2f} | lr {row['lr']:.1e} | "
+                      f"{row['ms']:.0f} ms | {row['pairs_per_s']:.0f} pairs/s | wait {row['wait']:.0%} | ETA {int(eta // 60)}:{int(eta % 60):02d} | "
+                      f"{batch['dataset']}", flush=True)
         if last or (step + 1) % cfg.save_every == 0 or curriculum.stage_at((step + 1) / steps).index != stage.index:
             if rank == 0:
                 with replacing(os.path.join(cfg.out, "checkpoint")) as folder:
@@ -329,7 +336,8 @@ def main(argv):
         dist.barrier()
         dist.destroy_process_group()
     done = start if start >= steps else step + 1
-    say(f"{done} of {steps} steps done; checkpoint in {cfg.out}/checkpoint" + ("" if done == steps else f"; go on with the same command and --resume: train.py {shlex.join([a for a in argv if a != '--resume'])} --resume"))
+    again = shlex.join(["train.py", *(a for a in argv if a != "--resume"), "--resume"])
+    say(f"{done} of {steps} steps done; checkpoint in {cfg.out}/checkpoint" + ("" if done == steps else f"; go on with: {again}"))
     return 0 if done == steps else 130
 
 
