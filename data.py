@@ -758,8 +758,8 @@ FAMILIES = dict(  # as the benchmark's meta-tasks: what the program arrives as, 
 class World:
     """Turtle world, what `train.py` and `eval.py` use without --data: nothing is stored, everything is drawn on demand.
 
-    A turtle on a 4x4 torus executes 8 moves; only start and order decide where it ends.  A state is one word: column,
-    row, heading ("bcE").  The rationale is the states passed through, the answer is the last.  Attributes as Pairs'.
+    A turtle on a 4x4 torus executes 8 moves; only start and order decide where it ends.  A state is three words: column,
+    row, heading ("b y E").  The rationale is the states passed through, the answer is the last.  Attributes as Pairs'.
     """
 
     def __init__(self, split="train", test=400):
@@ -804,7 +804,7 @@ def moves(program):
 
 
 def state_word(state):
-    return "abcd"[state[0]] + "abcd"[state[1]] + "NESW"[state[2]]
+    return f"{'abcd'[state[0]]} {'wxyz'[state[1]]} {'NESW'[state[2]]}"
 
 
 def program_side(start, program, shown):
@@ -854,7 +854,7 @@ def draw_board(state, size=28):
 
 def draw_page(state):
     image, (x, y, h) = Image.new("RGB", (112, 112), "white"), state
-    lines = ("Report", f"column {'abcd'[x]}", f"row {'abcd'[y]}", f"facing {('north', 'east', 'south', 'west')[h]}")
+    lines = ("Report", f"column {'abcd'[x]}", f"row {'wxyz'[y]}", f"facing {('north', 'east', 'south', 'west')[h]}")
     for i, line in enumerate(lines):
         ImageDraw.Draw(image).text((8, 4 + 26 * i), line, fill="black", font=ImageFont.load_default(18))
     return image

@@ -41,6 +41,7 @@ RELEASED_PROMPT = (
     "the <gen_emb> tag to represent the entire input.")
 RELEASED_ADAPTER, OUR_ADAPTER = "latent_moe_transition.", "adapter."  # their names in the safetensors
 MODES = ("latent", "single", "cot")
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 SPECIAL_IDS = dict(image_token_id="image_pad", video_token_id="video_pad", vision_start_token_id="vision_start", vision_end_token_id="vision_end")
 
 # What a checkpoint says about itself; `limits` is data.Limits, `adapter` TransitionAdapter's keywords.
@@ -286,9 +287,9 @@ def cross_entropy(h, weight, labels, elements=None):
 
 def pick_device(device=None, dtype=None, say=print):
     """The best device there is (cuda > mps > cpu), bfloat16 where it is fast; said with the reason unless both are given."""
-    if dtype not in (None, "float32", "bfloat16", torch.float32, torch.bfloat16, torch.float64):
+    asked, dtype = (device is not None, dtype is not None), DTYPES.get(dtype, dtype)
+    if not isinstance(dtype, (torch.dtype, type(None))):
         raise DataError(f"dtype {dtype!r}: needs 'float32' or 'bfloat16'")
-    asked = device is not None, dtype is not None
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
@@ -298,7 +299,6 @@ def pick_device(device=None, dtype=None, say=print):
     fast = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     if dtype is None:
         dtype = torch.bfloat16 if fast else torch.float32
-    dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
     if not all(asked):
         why = "as asked" if asked[1] else "supported there" if fast else "bfloat16 is not known to be fast there"
         say(f"device {device} ({'as asked' if asked[0] else 'the best available'}), {str(dtype).removeprefix('torch.')} ({why})")
@@ -390,11 +390,10 @@ def replacing(path):
     os.makedirs(temporary)
     try:
         yield temporary
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
-    if os.path.exists(path):
+        if os.path.exists(path):
+            shutil.rmtree(old, ignore_errors=True)
+            os.rename(path, old)
+        os.rename(temporary, path)
         shutil.rmtree(old, ignore_errors=True)
-        os.rename(path, old)
-    os.rename(temporary, path)
-    shutil.rmtree(old, ignore_errors=True)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)

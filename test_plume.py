@@ -1294,7 +1294,7 @@ def test_turtle_world_moves_as_a_second_implementation_and_keeps_its_test_progra
             heading *= {"left": -1j, "right": 1j, "forward": 1}[turn]
             place += heading if turn == "forward" else 0
             place = complex(place.real % 4, place.imag % 4)
-            passed.append("abcd"[int(place.real)] + "abcd"[int(place.imag)] + "NESW"[[-1j, 1, 1j, -1].index(heading)])
+            passed.append(f"{'abcd'[int(place.real)]} {'wxyz'[int(place.imag)]} {'NESW'[[-1j, 1, 1j, -1].index(heading)]}")
         assert query.rationale == " ".join(passed) and query.answer == target.answer == passed[-1]
     assert {k for i in range(0, len(train_world), 6161) for side in train_world[i] for k, _ in side.parts} == {"text", "image", "video"}
 
