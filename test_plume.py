@@ -36,6 +36,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 
 import data
 import eval as evaluation
+import latent
 import model as plume_model
 import train
 from adapter import TransitionAdapter, balance_loss, from_released, to_released
@@ -1262,6 +1263,18 @@ def test_training_refuses_what_cannot_work(world, tmp_path, capsys):
         train.main(["--help"])
     help_ = capsys.readouterr().out
     assert all(f"--{name} " in help_ for name in vars(train.Config())) and "torchrun" in help_
+
+
+def test_checkpoints_come_at_stage_ends_every_save_every_and_at_the_end(world, tmp_path, monkeypatch):
+    saved, clips, recomputed = [], [], []
+    write, clip, recompute = train.torch.save, torch.nn.utils.clip_grad_norm_, latent.checkpoint
+    monkeypatch.setattr(train.signal, "signal", lambda *a: None)  # leave this process's own alone
+    monkeypatch.setattr(train.torch, "save", lambda state, file: (saved.append(state["step"]), write(state, file)))
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda p, norm: (clips.append(norm), clip(p, norm))[1])
+    monkeypatch.setattr(latent, "checkpoint", lambda *a, **k: (recomputed.append(1), recompute(*a, **k))[1])
+    train.main(["--data", str(world / "train.jsonl"), "--out", str(tmp_path), "--steps=6", "--save_every=2", "--workers=0",
+                "--global_batch=4", "--clip=0.5", "--checkpointing", "--device=cpu"])
+    assert saved == [1, 2, 3, 4, 6] and clips == [0.5] * 6 and len(recomputed) == 6 * 2 * 3  # steps x (prefill, suffix) x layers
 
 
 def test_skip_bad_trains_on_the_rest_and_prints_the_count(world, tmp_path):
