@@ -7,12 +7,14 @@
     batches    collate, Schedule, Batches  left-padded tensors; which records make which step
     tasks      read_task                   corpus.jsonl, queries.jsonl, qrels.tsv
     world      World, world_tasks          turtle world, the default data: drawn on demand, no download
+    look       contact_sheet               python data.py --show sheet.png [--data pairs.jsonl]
 
 Nothing here is skipped, replaced or cut silently: what cannot be used raises DataError, which names the file, the
 record and the reason.
 """
 
 import difflib
+import functools
 import hashlib
 import inspect
 import json
@@ -20,9 +22,10 @@ import math
 import os
 import re
 import struct
+import sys
 import warnings
 from array import array
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import av
 import numpy as np
@@ -31,7 +34,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from tqdm import tqdm
 
-from curriculum import CLOSING
+from curriculum import CLOSING, segment
 
 PATCH, MERGE, TEMPORAL = 14, 2, 2  # Qwen2-VL: pixels a patch, patches a token side, frames a temporal patch
 MEAN = np.array([0.48145466, 0.4578275, 0.40821073], np.float32)  # CLIP's, used by Qwen2-VL
@@ -470,6 +473,7 @@ class Processor:
         # a copy that reads special tokens in a user's text as plain characters; ours are added by id
         self.backend = tokenizers.Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
         self.backend.encode_special_tokens = True
+        self.known = {}
         self.id = {t: self.backend.token_to_id(t) for t in QWEN_TOKENS + PLUME_TOKENS}
         if missing := [t for t, i in self.id.items() if i is None]:
             raise ValueError(f"the tokenizer has no {' '.join(missing)}; PLUME needs all of {' '.join(QWEN_TOKENS + PLUME_TOKENS)}")
@@ -478,7 +482,12 @@ class Processor:
         return Processor, (self.tokenizer, self.prompt, self.limits, self.white_image)
 
     def encode(self, text):
-        return self.backend.encode(text, add_special_tokens=False).ids if text else []
+        """Text -> token ids.  What was encoded lately is remembered: the prompt around every item is the same."""
+        if text not in self.known:
+            if len(self.known) >= 4096:
+                self.known.clear()
+            self.known[text] = self.backend.encode(text, add_special_tokens=False).ids if text else []
+        return self.known[text]
 
     def media(self, kind, source):
         limits = self.limits
@@ -537,7 +546,9 @@ class Processor:
                 grids.append((gt, gh, gw))
 
         K = stage.latent_steps if stage else 0
+        replaced = [self.encode(text)[:1] for text in segment(side.rationale, curriculum.segments)[: stage.index]] if K else []
         rest, closing = curriculum.rewrite(side.rationale, side.answer, stage) if stage else ("", CLOSING)
+        before_answer = sum(a == b for a, b in zip(self.encode(CLOSING + "<answer>"), self.encode(closing)))
         rest, closing = self.encode(rest), self.encode(closing)
         room = self.limits.max_len - len(ids) - K - 2 - len(closing)
         if room < 0:
@@ -545,8 +556,10 @@ class Processor:
                             f"max_len {self.limits.max_len}; raise max_len, or lower max_pixels or num_frames")
         kept, eot = rest[:room], [t["<eot>"]]
         suffix = (eot + kept if curriculum and curriculum.rest_of_rationale == "after" else kept + eot) + closing + [t["<gen_emb>"]]
+        first = int(suffix[0] == t["<eot>"]) + (0 if kept else before_answer)
         return dict(ids=ids, positions=np.concatenate(positions, 1), disc=ids.index(t["<disc_emb>"]), pixels=pixels,
-                    grids=grids, suffix=suffix, cut=len(rest) - len(kept))
+                    grids=grids, suffix=suffix, cut=len(rest) - len(kept), first=first if side.rationale else None,
+                    replaced=[(i * curriculum.steps_per_segment, token) for i, tokens in enumerate(replaced) for token in tokens])
 
 
 # ----------------------------------------------------------------------------------------------------------- batches
@@ -557,21 +570,24 @@ def collate(samples, processor):
 
     ids (B, P), positions (3, B, P), lengths (B,), disc (B,), suffix (B, T), gen (B,) column of <gen_emb>;
     media (M,) flat places of the M media tokens in (B, P), pixels and grid of all media in that order (or None);
-    label_at (N,) flat places in (B, T), labels (N,), first (B,) rows of label_at that are a row's first token.
+    label_at (N,) flat places in (B, T), labels (N,), first (n,) rows of label_at that are the first token that can be
+    wrong: of the rationale that is left, or else of the answer, in rows that have a rationale;
+    replaced (m, 3): row, latent step and token, where a step stands for a part of the rationale: its first token.
     """
     B, P = len(samples), max(len(s["ids"]) for s in samples)
     T = max(len(s["suffix"]) for s in samples)
     pad = processor.id["<|endoftext|>"]
     ids, suffix = torch.full((B, P), pad), torch.full((B, T), pad)
     positions = torch.zeros(3, B, P, dtype=torch.long)
-    label_at, labels, first = [], [], []
+    label_at, labels, first, replaced = [], [], [], []
     for b, s in enumerate(samples):
         n, m = len(s["ids"]), len(s["suffix"])
         ids[b, P - n :] = torch.tensor(s["ids"])
         positions[:, b, P - n :] = torch.from_numpy(s["positions"])
         suffix[b, :m] = torch.tensor(s["suffix"])
         if s.get("labelled", True):
-            first.append(len(labels))
+            first += [len(labels) + s["first"]] if s["first"] is not None else []
+            replaced += [(b, step, token) for step, token in s["replaced"]]
             label_at += range(b * T, b * T + m)
             labels += s["suffix"]
     lengths = torch.tensor([len(s["ids"]) for s in samples])
@@ -582,7 +598,7 @@ def collate(samples, processor):
                 media=is_media.flatten().nonzero()[:, 0], pixels=torch.cat(pixels) if pixels else None,
                 grid=torch.tensor([g for s in samples for g in s["grids"]]) if pixels else None,
                 label_at=torch.tensor(label_at, dtype=torch.long), labels=torch.tensor(labels, dtype=torch.long),
-                first=torch.tensor(first, dtype=torch.long))
+                first=torch.tensor(first, dtype=torch.long), replaced=torch.tensor(replaced, dtype=torch.long).view(-1, 3))
 
 
 class Schedule:
@@ -616,33 +632,32 @@ class Schedule:
 
 
 class StepSampler(torch.utils.data.Sampler):
-    """(step, indices of this rank) from `start` on: the step travels with the indices, so a worker that prefetches
-    ahead always writes the text of the right curriculum stage."""
+    """(step, stage, indices of this rank) from `start` on: the stage travels with the indices, so a worker that
+    prefetches ahead always writes the text of the right one."""
 
-    def __init__(self, schedule, start=0, rank=0, world=1):
-        self.schedule, self.start, self.rank, self.rows = schedule, start, rank, schedule.global_batch // world
+    def __init__(self, schedule, progress, start=0, rank=0, world=1):
+        self.schedule, self.progress, self.start, self.rank, self.rows = schedule, progress, start, rank, schedule.global_batch // world
 
     def __iter__(self):
         for step in range(self.start, self.schedule.steps):
-            yield step, self.schedule[step][self.rank * self.rows : (self.rank + 1) * self.rows]
+            yield step, self.progress.stage(step), self.schedule[step][self.rank * self.rows : (self.rank + 1) * self.rows]
 
     def __len__(self):
         return self.schedule.steps - self.start
 
 
 class Batches(torch.utils.data.Dataset):
-    """(step, indices) -> the collated batch of B queries followed by their B targets.
+    """(step, stage, indices) -> the collated batch of B queries followed by their B targets.
 
     Adds step, dataset (name), stage, target (B,) hashes, valid (B,), cut (rationale tokens lost to max_len) and bad:
     with skip_bad a record whose media cannot be read is named there and left out of every loss.
     """
 
-    def __init__(self, pairs, processor, curriculum, steps, skip_bad=False):
-        self.pairs, self.processor, self.curriculum, self.steps, self.skip_bad = pairs, processor, curriculum, steps, skip_bad
+    def __init__(self, pairs, processor, curriculum, skip_bad=False):
+        self.pairs, self.processor, self.curriculum, self.skip_bad = pairs, processor, curriculum, skip_bad
 
     def __getitem__(self, job):
-        step, indices = job
-        stage = self.curriculum.stage_at(step / self.steps)
+        step, stage, indices = job
         rows, bad = [], []
         for i in indices:
             try:
@@ -751,24 +766,36 @@ def read_task(root, name):
 # ------------------------------------------------------------------------------------------------------- small world
 
 MOVES, HEADINGS = ("forward", "left", "right"), ((0, -1), (1, 0), (0, 1), (-1, 0))  # north, east, south, west
-FAMILIES = dict(  # as the benchmark's meta-tasks: what the program arrives as, what the final state is shown as
-    image_cls=("tiles", "text"), image_ret=("words", "board"), video_cls=("frames", "text"), video_ret=("words", "clip"), visdoc_ret=("words", "page"))
+STATES = [(x, y, h) for x in range(4) for y in range(4) for h in range(4)]
+N = 8  # moves
+FAMILIES = {  # as the benchmark's meta-tasks: how the program arrives, how the start does, how the final state is shown
+    "image_cls": ("tiles", "words", "text"),
+    "image_qa": ("words", "board", "text"),
+    "image_ret": ("words", "words", "board"),
+    "video_cls": ("frames", "words", "text"),
+    "video_qa": ("frames", "board", "text"),
+    "video_ret": ("words", "words", "clip"),
+    "visdoc_ret": ("page", "words", "board"),
+}
 
 
 class World:
     """Turtle world, what `train.py` and `eval.py` use without --data: nothing is stored, everything is drawn on demand.
 
-    A turtle on a 4x4 torus executes 8 moves; only start and order decide where it ends.  A state is three words: column,
-    row, heading ("b y E").  The rationale is the states passed through, the answer is the last.  Attributes as Pairs'.
+    A turtle on a 4x4 torus executes N moves; only their order decides where it ends.  The rationale is the states passed
+    through, the answer is the last.  Attributes as Pairs'.
     """
 
-    def __init__(self, split="train", test=400):
+    def __init__(self, split="train", families="", test=400):
+        self.names, self.bad = families.split(",") if families else list(FAMILIES), []
+        for name in self.names:
+            if name not in FAMILIES:
+                raise DataError(f"--families: {name!r} is none of turtle world's.{nearest(name, FAMILIES)}")
         rng = np.random.default_rng(0)  # always the same split, whatever a run's seed
-        programs = rng.permutation(len(MOVES) ** 8)
+        programs = rng.permutation(len(MOVES) ** N)
         programs = programs[test:] if split == "train" else programs[:test]  # disjoint
-        self.names, self.bad = list(FAMILIES), []
-        self.dataset = np.repeat(np.arange(len(FAMILIES)), len(programs)).astype(np.int32)
-        self.programs = np.tile(programs, len(FAMILIES))
+        self.dataset = np.repeat(np.arange(len(self.names)), len(programs)).astype(np.int32)
+        self.programs = np.tile(programs, len(self.names))
         self.starts = rng.integers(len(STATES), size=len(self.programs))
         self.target = np.array([STATES.index(walk(*job)[-1]) for job in zip(self.starts, self.programs)], np.int64)
 
@@ -776,16 +803,13 @@ class World:
         return len(self.dataset)
 
     def texts(self):
-        words = " ".join(MOVES) + " Where does it end? Represent this."
-        return (t for s in STATES for t in [words, state_word(s), f"Start {state_word(s)}: {state_word(s)}"] * 20)
+        """For the tokenizer: every word is one token, and so is every state."""
+        return (word for word in [" " + m for m in MOVES] + [state_word(s) for s in STATES] for _ in range(20))
 
     def __getitem__(self, i):
         """-> (query Side, target Side)"""
-        shown, target = FAMILIES[self.names[self.dataset[i]]]
-        return program_side(self.starts[i], self.programs[i], shown), state_side(self.target[i], target)
-
-
-STATES = [(x, y, h) for x in range(4) for y in range(4) for h in range(4)]
+        program, start, shown = FAMILIES[self.names[self.dataset[i]]]
+        return program_side(self.programs[i], self.starts[i], program, start), state_side(self.target[i], shown)
 
 
 def walk(start, program):
@@ -800,28 +824,34 @@ def walk(start, program):
 
 
 def moves(program):
-    return [MOVES[int(program) // 3**k % 3] for k in range(8)]
+    return tuple(MOVES[int(program) // 3**k % 3] for k in range(N))
 
 
 def state_word(state):
-    return f"{'abcd'[state[0]]} {'wxyz'[state[1]]} {'NESW'[state[2]]}"
+    """(1, 2, 1) -> " byE": column a-d, row w-z, heading.  The blank belongs to it: it makes the token the same everywhere."""
+    return " " + "abcd"[state[0]] + "wxyz"[state[1]] + "NESW"[state[2]]
 
 
-def program_side(start, program, shown):
-    words, passed, begin = moves(program), walk(start, program), f"Start {state_word(STATES[start])}"
-    media = {"tiles": lambda: ("image", draw_tiles(words)), "frames": lambda: ("video", [draw_tiles([w], 56) for w in words])}
-    parts = [("text", f"{begin} {' '.join(words)}")] if shown == "words" else [media[shown](), ("text", "\n" + begin)]
-    return Side(parts + [("text", ". Where does it end?")], " ".join(map(state_word, passed)), state_word(passed[-1]), f"turtle program {program}")
+def program_side(program, start, program_as, start_as):
+    words, passed, state = moves(program), walk(start, program), STATES[start]
+    media = {"tiles": lambda: [("image", stack([draw_tile(w) for w in words]))], "frames": lambda: [("video", [draw_tile(w) for w in words for _ in range(2)])],
+             "page": lambda: [("image", stack([draw_line(w) for w in words]))], "board": lambda: [("image", draw_board(state))]}
+    parts = [p for shown in (start_as, program_as) if shown != "words" for p in media[shown]()]
+    text = state_word(state) * (start_as == "words") + "".join(f" {w}" for w in words) * (program_as == "words")
+    return Side(parts + [("text", text)] * (text != ""), "".join(map(state_word, passed)), state_word(passed[-1]), f"turtle program {program}")
 
 
-def state_side(index, target):
-    """One of the 64 states as text, board, page, or a clip of the last steps of a walk that ends there."""
+def state_side(index, shown):
+    """One of the 64 states as text, as a board, or as a clip of a walk that ends there."""
     x, y, h = state = STATES[index]
-    back = [((x - k * HEADINGS[h][0]) % 4, (y - k * HEADINGS[h][1]) % 4, h) for k in (3, 2, 1, 0)]
-    media = {"board": lambda: ("image", draw_board(state)), "clip": lambda: ("video", [draw_board(s, 21) for s in back]),
-             "page": lambda: ("image", draw_page(state))}
-    parts = [("text", state_word(state))] if target == "text" else [media[target](), ("text", "\nRepresent this.")]
-    return Side(parts, "", state_word(state), f"turtle state {state_word(state)}")
+    walked = [((x - k * HEADINGS[h][0]) % 4, (y - k * HEADINGS[h][1]) % 4, h) for k in (3, 2, 1, 0)]
+    part = ("text", state_word(state)) if shown == "text" else ("image", draw_board(state)) if shown == "board" else ("video", [draw_board(s) for s in walked])
+    return Side([part], "", state_word(state), f"turtle state{state_word(state)}")
+
+
+# Pictures stand on the grey that becomes 0 when pixels are normalised (MEAN): what is drawn is all that the vision tower
+# sees, and it learns to read in fewer steps than on a white ground.
+GROUND = tuple(round(255 * float(m)) for m in MEAN)
 
 
 def arrow(draw, cx, cy, r, heading, fill):
@@ -831,45 +861,95 @@ def arrow(draw, cx, cy, r, heading, fill):
     draw.polygon([(cx + r * dx, cy + r * dy), (tail[0] - side[0], tail[1] - side[1]), (tail[0] + side[0], tail[1] + side[1])], fill=fill)
 
 
-def draw_tiles(words, size=28):
-    """Moves as arrows, four a row: up is forward."""
-    image = Image.new("RGB", (size * min(4, len(words)), size * -(-len(words) // 4)), "white")
+def stack(images):
+    """Pictures of one width, one below the other."""
+    out = Image.new("RGB", (images[0].width, sum(i.height for i in images)))
+    for i, image in enumerate(images):
+        out.paste(image, (0, i * image.height))
+    return out
+
+
+@functools.cache
+def draw_tile(word):
+    """A move as an arrow: up is forward."""
+    image = Image.new("RGB", (28, 28), GROUND)
+    ImageDraw.Draw(image).rectangle((0, 0, 27, 27), outline="gray")
+    arrow(ImageDraw.Draw(image), 14, 14, 10, *{"forward": (0, "black"), "left": (3, "blue"), "right": (1, "red")}[word])
+    return image
+
+
+@functools.cache
+def draw_line(word):
+    """A line of a page."""
+    image = Image.new("RGB", (56, 28), GROUND)
+    ImageDraw.Draw(image).text((2, 6), word, fill="black", font=ImageFont.load_default(14))
+    return image
+
+
+@functools.cache
+def draw_board(state):
+    """The torus, 7 pixels a cell: one visual token."""
+    image, (x, y, h) = Image.new("RGB", (28, 28), GROUND), state
     draw = ImageDraw.Draw(image)
-    for i, word in enumerate(words):
-        x, y = i % 4 * size, i // 4 * size
-        draw.rectangle((x, y, x + size - 1, y + size - 1), outline="gray")
-        arrow(draw, x + size / 2, y + size / 2, size * 0.36, {"forward": 0, "left": 3, "right": 1}[word], {"forward": "black", "left": "blue", "right": "red"}[word])
-    return image
-
-
-def draw_board(state, size=28):
-    image = Image.new("RGB", (4 * size, 4 * size), "white")
-    draw, (x, y, h) = ImageDraw.Draw(image), state
-    for i in range(4):
-        for j in range(4):
-            draw.rectangle((i * size, j * size, (i + 1) * size - 1, (j + 1) * size - 1), outline="gray")
-    arrow(draw, (x + 0.5) * size, (y + 0.5) * size, size * 0.4, h, "green")
-    return image
-
-
-def draw_page(state):
-    image, (x, y, h) = Image.new("RGB", (112, 112), "white"), state
-    lines = ("Report", f"column {'abcd'[x]}", f"row {'wxyz'[y]}", f"facing {('north', 'east', 'south', 'west')[h]}")
-    for i, line in enumerate(lines):
-        ImageDraw.Draw(image).text((8, 4 + 26 * i), line, fill="black", font=ImageFont.load_default(18))
+    for i in range(16):
+        draw.rectangle((i % 4 * 7, i // 4 * 7, i % 4 * 7 + 6, i // 4 * 7 + 6), outline="gray")
+    arrow(draw, 7 * x + 3, 7 * y + 3, 3, h, "white")
     return image
 
 
 def world_tasks():
-    """Every family as a Task "<family>/turtle": unseen programs against all 64 final states."""
+    """Every family as a Task "<family>/turtle": unseen programs against all 64 final states; and for the question answering
+    ones "<family>/turtle_hard": only against the states where one wrong move would have led."""
     test = World("test")
     n = len(test) // len(FAMILIES)
     tasks = {}
     for f, name in enumerate(test.names):
         rows = range(f * n, (f + 1) * n)
-        tasks[f"{name}/turtle"] = Task(f"{name}/turtle", [test[i][0] for i in rows], [state_side(s, FAMILIES[name][1]) for s in range(len(STATES))],
-                                       [{int(test.target[i]): 1} for i in rows], [None] * n, [str(test.programs[i]) for i in rows])
+        task = Task(f"{name}/turtle", [test[i][0] for i in rows], [state_side(s, FAMILIES[name][2]) for s in range(len(STATES))],
+                    [{int(test.target[i]): 1} for i in rows], [None] * n, [str(test.programs[i]) for i in rows])
+        tasks[task.name] = task
+        if name.endswith("_qa"):
+            near = [sorted({STATES.index(walk(test.starts[i], p)[-1]) for p in one_wrong_move(test.programs[i])} | {int(test.target[i])}) for i in rows]
+            tasks[f"{task.name}_hard"] = replace(task, name=f"{task.name}_hard", candidates=near)
     return tasks
+
+
+def one_wrong_move(program):
+    """The numbers of the 2 N programs that differ from this one in one move."""
+    return [program + (other - program // 3**k % 3) * 3**k for k in range(N) for other in range(3) if other != program // 3**k % 3]
+
+
+# ------------------------------------------------------------------------------------------------------ contact sheet
+
+
+def contact_sheet(pairs, num_frames=8):
+    """One example of each data set as a picture: what the model is shown on both sides, and what it learns to write."""
+    rows, font, zoom = [], ImageFont.load_default(18), 3
+    shrink = lambda image: image.resize((round(image.width * z), round(image.height * z)), Image.NEAREST) if (z := min(zoom, 240 / max(image.size))) else image
+    for d, name in enumerate(pairs.names):
+        shown, lines = [], [name]
+        for label, side in zip(("query", "target"), pairs[int(np.flatnonzero(pairs.dataset == d)[0])]):
+            said = " ".join("".join(v if kind == "text" else f"<{kind}>" for kind, v in side.parts if kind != "disc").split())
+            lines += [f"{label}:  {said}"] + [f"   {what}: {text.strip()}" for what, text in (("rationale", side.rationale), ("answer", side.answer)) if text]
+            for kind, value in side.parts:
+                shown += [shrink(f) for f in ([load_image(value)] if kind == "image" else load_frames(value, num_frames) if kind == "video" else [])]
+            shown.append(None)  # a gap between query and target
+        rows.append(([line[:110] for line in lines], shown))
+    heights = [max(26 * len(lines), *(i.height for i in shown if i)) + 36 for lines, shown in rows]
+    width = 700 + max(sum(i.width + 6 if i else 40 for i in shown) for _, shown in rows)
+    sheet, y = Image.new("RGB", (width, sum(heights)), "white"), 0
+    draw = ImageDraw.Draw(sheet)
+    for (lines, shown), height in zip(rows, heights):
+        for i, line in enumerate(lines):
+            draw.text((16, y + 16 + 26 * i), line, fill="black" if i else "#1f77b4", font=font)
+        x = 700
+        for image in shown:
+            if image:
+                sheet.paste(image, (x, y + 16))
+            x += image.width + 6 if image else 40
+        y += height
+        draw.line((0, y - 1, width, y - 1), fill="#cccccc")
+    return sheet
 
 
 # ------------------------------------------------------------------------------------------------------ command line
@@ -906,3 +986,27 @@ def parse_flags(config_class, argv, about):
         except (ValueError, KeyError, AttributeError, TypeError):
             raise SystemExit(f"error: --{name} needs {'true or false' if kind is bool else f'a value of type {kind.__name__}'}, got {value!r}") from None
     return config_class(**values), set(values)
+
+
+@dataclass
+class Config:
+    # contact sheet
+    show: str = ""  # PNG to write: one example of each data set, both sides
+    data: str = ""  # JSONL of training pairs; default: turtle world
+    media: str = ""  # folder that media paths are relative to; default: the folder of --data
+
+
+def main(argv):
+    cfg, _ = parse_flags(Config, argv, "Look at what the model sees: python data.py --show sheet.png")
+    if not cfg.show:
+        raise DataError("nothing to do: name a picture to write with --show sheet.png")
+    contact_sheet(Pairs(cfg.data, cfg.media or None) if cfg.data else World()).save(cfg.show + ".writing", "PNG")
+    os.replace(cfg.show + ".writing", cfg.show)
+    print(f"one example of each data set: {cfg.show}")
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except (DataError, OSError) as e:
+        sys.exit(f"error: {e}")

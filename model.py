@@ -9,11 +9,11 @@ How a checkpoint was trained is the `plume` block of its config.json, and nothin
 
 import contextlib
 import copy
-import itertools
 import json
 import os
 import re
 import shutil
+import time
 import warnings
 from dataclasses import asdict
 
@@ -49,12 +49,15 @@ ADAPTER = dict(kind="moe", experts=4, top_k=2, shared_expert=True, anchor=True, 
 DEFAULTS = dict(latent_steps=8, latent_positions="mrope", prompt=RELEASED_PROMPT, white_image=False, adapter=ADAPTER, limits=asdict(Limits()))
 RELEASED = dict(DEFAULTS, latent_positions="cache", white_image=True)  # what the released layout implies and does not say
 
-TINY = dict(  # about a million parameters, plus 128 for each token; a laptop trains it
-    text=dict(hidden_size=128, intermediate_size=384, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
-              max_position_embeddings=8192, rope_parameters=dict(rope_type="default", rope_theta=10000.0, mrope_section=[4, 6, 6])),
-    vision=dict(depth=1, embed_dim=128, hidden_size=128, num_heads=4, mlp_ratio=2),
+# About a million parameters, plus 128 for each token; a laptop trains it.  Qwen2-VL's own 0.02 as the standard deviation of
+# new weights is made for a width of 1536: here pictures would not be read at all (see README).  rope_theta: with 10000 and
+# heads of 32, columns of a picture would be all but indistinguishable.
+TINY = dict(
+    text=dict(hidden_size=128, intermediate_size=384, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, initializer_range=128**-0.5,
+              max_position_embeddings=8192, rope_parameters=dict(rope_type="default", rope_theta=100.0, mrope_section=[4, 6, 6])),
+    vision=dict(depth=1, embed_dim=128, hidden_size=128, num_heads=4, mlp_ratio=2, initializer_range=128**-0.5),
     prompt="Think, then embed.",
-    limits=dict(max_pixels=28 * 28 * 36, video_max_pixels=28 * 28 * 9, max_len=512),
+    limits=dict(min_pixels=28 * 28, max_pixels=28 * 28 * 36, video_min_pixels=28 * 28, video_max_pixels=28 * 28 * 9, max_len=512, num_frames=16),
     vocabulary=8192)
 
 
@@ -105,36 +108,42 @@ class Plume(nn.Module):
         """One training pass over a collated batch (data.collate) with K = steps.
 
         -> dict: gen, disc (B, D) unit embeddings; ce (N,) cross-entropy of every labelled token of the suffix; first
-        (B,) that of the first token behind the latents; router (B, K, E) probabilities.
+        (n,) that of the first token behind the latents; read (m,) that of the token each latent step replaced, read from the
+        state that the step starts from; router (B, K, E) probabilities.
         """
         r = rollout(self.lm, self.adapter, self.prefix(batch), steps, self.lm.embed_tokens(batch["suffix"]),
                     self.settings["latent_positions"], self.checkpointing)
         before = torch.cat([r.latents[:, -1:] if steps else r.start[:, None], r.suffix[:, :-1]], 1)  # predicts the suffix
         ce = cross_entropy(before.flatten(0, 1)[batch["label_at"]], self.backbone.lm_head.weight, batch["labels"])
-        return dict(gen=unit(at(r.suffix, batch["gen"])), disc=unit(r.anchor), ce=ce, first=ce[batch["first"]],
+        rows, step, tokens = batch["replaced"].unbind(1)
+        states = torch.cat([r.start[:, None], r.latents], 1)  # (B, K+1, D) z_0 .. z_K
+        read = cross_entropy(states[rows, step], self.backbone.lm_head.weight, tokens)
+        return dict(gen=unit(at(r.suffix, batch["gen"])), disc=unit(r.anchor), ce=ce, first=ce[batch["first"]], read=read,
                     router=r.router)
 
     @torch.no_grad()
     def embed(self, batch, mode="latent", steps=None, limit=512):
-        """A collated batch on the model's device -> (B, D) unit embeddings in float32.  See `encode`."""
+        """A collated batch on the model's device -> (B, D) unit embeddings in float32, (B,) tokens decoded.  See `encode`."""
         prefix, steps = self.prefix(batch), self.settings["latent_steps"] if steps is None else steps
         rule = self.settings["latent_positions"]
         if mode == "cot":
             gen = self.processor.id["<gen_emb>"]
-            h, _ = greedy(self.lm, self.lm.embed_tokens, self.backbone.lm_head, prefix, gen, limit, rule)
-            return unit(h)
+            h, tokens = greedy(self.lm, self.lm.embed_tokens, self.backbone.lm_head, prefix, gen, limit, rule)
+            return unit(h), (tokens != gen).sum(1) + 1
+        none = torch.zeros_like(batch["lengths"])
         if mode == "single":
-            return unit(single_pass(self.lm, prefix))
+            return unit(single_pass(self.lm, prefix)), none
         r = rollout(self.lm, self.adapter, prefix, steps, self.lm.embed_tokens(batch["suffix"]), rule)
-        return unit(at(r.suffix, batch["gen"]))
+        return unit(at(r.suffix, batch["gen"])), none
 
-    def encode(self, items, mode="latent", steps=None, batch_size=16, progress=False, limit=512):
+    def encode(self, items, mode="latent", steps=None, batch_size=16, progress=False, limit=512, took=None):
         """Embed items -> float32 array (N, D), unit rows, in the given order.
 
         items: strings or {"text"?, "image"?, "video"?}; image = path, Pillow image or a list of them; video = path,
         folder of frames, or list of frame paths / Pillow images.  Kinds may be mixed: rows are batched by length.
         mode: "latent" (steps = 0..32, default the checkpoint's K), "single" (one pass), "cot" (greedy rationale, until
-        <gen_emb> or `limit` tokens).  progress: a bar, or its label.  Raises DataError naming the item for anything that cannot be read.
+        <gen_emb> or `limit` tokens).  progress: a bar, or its label.  took: a dict whose "seconds" (of the model alone) and
+        "tokens" (decoded) are added to.  Raises DataError naming the item for anything that cannot be read.
         """
         if mode not in MODES:
             raise ValueError(f"mode {mode!r}.{nearest(mode, MODES)}")
@@ -155,7 +164,12 @@ class Plume(nn.Module):
                 for a in range(0, len(order), batch_size):
                     rows = order[a : a + batch_size]
                     batch = to_device(collate([samples[i] for i in rows], self.processor), self.device)
-                    out[[start + i for i in rows]] = self.embed(batch, mode, steps, limit).cpu().numpy()
+                    begun = time.perf_counter()
+                    vectors, tokens = self.embed(batch, mode, steps, limit)
+                    out[[start + i for i in rows]] = vectors.cpu().numpy()
+                    if took is not None:
+                        took["tokens"] += int(tokens.sum())
+                        took["seconds"] += time.perf_counter() - begun
                     bar.update(len(rows))
         finally:
             bar.close()
@@ -318,8 +332,12 @@ def quietly(make, *args, **kwargs):
             transformers_logging.enable_progress_bar()
 
 
+FRAME = (f"system\n{SYSTEM}", "user\n", TINY["prompt"], "assistant\n<think>", CLOSING, "<answer>", "</answer>\n")  # stands around every item
+
+
 def train_tokenizer(texts, size):
-    """A byte-level BPE of at most `size` entries, split like Qwen2's, with all special tokens."""
+    """A byte-level BPE of at most `size` entries, split like Qwen2's, with all special tokens.  The prompt's fixed strings
+    are one token each: in a tiny model they would be most of the work."""
     t = tokenizers.Tokenizer(tokenizers.models.BPE())
     t.normalizer = tokenizers.normalizers.NFC()
     t.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([
@@ -327,10 +345,10 @@ def train_tokenizer(texts, size):
             r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"), "isolated"),
         tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
     t.decoder = tokenizers.decoders.ByteLevel()
-    frame = f"system\n{SYSTEM}\nuser\n{TINY['prompt']}\nassistant\n<think>{CLOSING}<answer></answer>\n"
     trainer = tokenizers.trainers.BpeTrainer(vocab_size=size, special_tokens=[*QWEN_TOKENS, *PLUME_TOKENS], show_progress=False,
                                              initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet())
-    t.train_from_iterator(itertools.chain([frame] * 1000, texts), trainer)
+    t.train_from_iterator(texts, trainer)
+    t.add_tokens([tokenizers.AddedToken(piece, normalized=False) for piece in FRAME])
     return PreTrainedTokenizerFast(tokenizer_object=t, eos_token="<|im_end|>", pad_token="<|endoftext|>")
 
 

@@ -40,7 +40,7 @@ import latent
 import model as plume_model
 import train
 from adapter import TransitionAdapter, balance_loss, from_released, to_released
-from curriculum import Curriculum, Stage, segment
+from curriculum import Curriculum, Progress, Stage, segment
 from data import Batches, DataError, Pairs, Processor, Schedule, Side, StepSampler, collate, load_frames, load_image, parse_item, patchify
 from latent import Cache, Prefix, decoder, greedy, next_positions, rollout
 from model import Plume
@@ -49,6 +49,7 @@ HERE = Path(__file__).parent
 SHARED = HERE.parent / "shared" / "data"
 COLOURS = dict(red=(220, 30, 30), green=(20, 160, 40), blue=(40, 60, 220), black=(0, 0, 0))
 SHAPES = ("square", "circle", "bar")
+FINAL = Stage(4, 8, True)  # the last stage of the default curriculum, while the answer is still written
 
 
 def assert_close(a, b, what, tol=1e-5):
@@ -579,15 +580,67 @@ def test_an_interrupted_write_keeps_the_old_checkpoint_and_a_foreign_folder_is_n
 
 def test_stages_follow_the_schedule_of_the_paper():
     c = Curriculum()
-    seen = [c.stage_at(i / 1000) for i in range(1000)]
+    progress = Progress(c, 1000)
+    seen = [progress.stage(i) for i in range(1000)]
     assert [seen.index(s) for s in dict.fromkeys(seen)] == [0, 125, 250, 375, 500, 750]
-    assert list(dict.fromkeys(seen)) == [Stage(0, 0, True), Stage(1, 2, True), Stage(2, 4, True), Stage(3, 6, True), Stage(4, 8, True), Stage(4, 8, False)]
-    assert c.latent_steps == 8 and len(c.table().splitlines()) == 7
-    only = Curriculum(segments=1, steps_per_segment=8, last_stage=1.0)  # no curriculum: the final format from the start
-    assert {only.stage_at(p).latent_steps for p in (0, 0.3, 0.99)} == {8} and len(only.table().splitlines()) == 3
-    for bad in (dict(rest_of_rationale="before"), dict(segments=0), dict(last_stage=0.0)):
+    assert list(dict.fromkeys(seen)) == c.stages == [Stage(0, 0, True), Stage(1, 2, True), Stage(2, 4, True), Stage(3, 6, True), Stage(4, 8, True), Stage(4, 8, False)]
+    for step in range(1000):  # without a gate no loss is low enough
+        progress.observe(step, 0.0)
+    assert [progress.stage(i) for i in range(1000)] == seen
+    assert c.latent_steps == 8 and len(c.table(1000).splitlines()) == 7
+    only = Progress(Curriculum(segments=1, steps_per_segment=8, last_stage=1.0), 100)  # no curriculum: the final format from the start
+    assert {only.stage(p).latent_steps for p in range(100)} == {8} and len(only.curriculum.table(100).splitlines()) == 3
+    for bad in (dict(rest_of_rationale="before"), dict(segments=0), dict(last_stage=0.0), dict(gate=-1), dict(replay=1.0)):
         with pytest.raises(ValueError):
             Curriculum(**bad)
+
+
+def follow(progress, steps, loss, ahead=0):
+    """Ask for the stages `ahead` of the losses, as prefetching workers do -> the stage of each step."""
+    seen, asked = [], 0
+    for step in range(steps):
+        while asked <= min(step + ahead, steps - 1):
+            seen.append(progress.stage(asked))
+            asked += 1
+        progress.observe(step, loss(step, seen[step]))
+    return seen
+
+
+def test_the_gate_enters_a_stage_when_the_loss_is_low_and_at_the_latest_by_the_schedule():
+    c = Curriculum(segments=2, steps_per_segment=1, gate=0.1)
+    wait, delay = Progress.WINDOW, Progress.DELAY
+    entered = lambda loss: [follow(Progress(c, 1000), 1000, loss).index(s) for s in c.stages]
+    assert entered(lambda step, stage: 1.0) == c.schedule(1000) == [0, 250, 500, 750]
+    assert entered(lambda step, stage: 0.01) == [i * (wait + delay - 1) for i in range(4)]
+    once = lambda step, stage: 0.01 if step >= 60 and stage.index == 0 else 1.0  # a running mean of 20 steps under 0.1: after 19 low ones
+    assert entered(once) == [0, 60 + 18 + delay, 500, 750] and wait == 20
+    late = lambda step, stage: 0.01 if step >= 245 else 1.0  # too late to bring it forward
+    assert entered(late)[1] == 250
+
+
+def test_gate_and_replay_are_the_same_for_every_prefetch_and_after_a_resume():
+    c = Curriculum(gate=0.1, replay=0.3)
+    noise = np.random.default_rng(0).random(1000)
+    loss = lambda step, stage: float(noise[step] * (0.3 if step % 150 < 60 else 0.05))
+    plain = follow(Progress(c, 1000, 5), 1000, loss)
+    for ahead in (1, 7, Progress.DELAY - 1):
+        assert follow(Progress(c, 1000, 5), 1000, loss, ahead) == plain
+    for stop in (33, 250, 401):
+        first, second = Progress(c, 1000, 5), Progress(c, 1000, 5)
+        follow(first, stop, loss)
+        second.load(json.loads(json.dumps(first.state())))
+        for step in range(stop, 1000):
+            assert second.stage(step) == plain[step]
+            second.observe(step, loss(step, plain[step]))
+    progress = Progress(c, 1000, 5)
+    follow(progress, 1000, loss)
+    back = [progress.replayed(step) < progress.place(step) for step in range(1000)]
+    assert all(progress.replayed(step) <= progress.place(step) for step in range(1000)) and 0.2 < np.mean(back[200:]) < 0.4
+    assert {progress.replayed(step) for step in range(800, 1000) if back[step]} >= {0, 1, 2, 3, 4}  # all earlier ones
+    low = Progress(c, 1000, 5)
+    for step in range(1000):  # the loss of a replayed stage says nothing about the present one
+        low.observe(step, 0.0 if low.replayed(step) < low.place(step) else 1.0)
+    assert low.entry == c.schedule(1000)
 
 
 @pytest.mark.parametrize("text", ["", "word", "two words", "one two three four five six", "A. B! C? D; E. F.", "Two sentences only. But with many words in them all.",
@@ -939,19 +992,20 @@ def test_a_data_set_smaller_than_the_batch_is_repeated_in_a_new_order():
 
 def test_ranks_split_the_global_batch_and_resuming_skips_nothing():
     s = Schedule(np.zeros(50, int), ["a"], 12, 20, seed=0)
-    one, two = list(StepSampler(s)), [list(StepSampler(s, rank=r, world=2)) for r in (0, 1)]
-    for (step, rows), (_, a), (_, b) in zip(one, *two):
-        assert np.array_equal(rows, np.concatenate([a, b]))
-    assert [(i, r.tolist()) for i, r in StepSampler(s, start=7)] == [(i, r.tolist()) for i, r in one[7:]]
+    progress = Progress(Curriculum(replay=0.4), 20)
+    one, two = list(StepSampler(s, progress)), [list(StepSampler(s, progress, rank=r, world=2)) for r in (0, 1)]
+    for (step, stage, rows), (_, stage_a, a), (_, stage_b, b) in zip(one, *two):
+        assert np.array_equal(rows, np.concatenate([a, b])) and stage == stage_a == stage_b
+    assert [(i, st, r.tolist()) for i, st, r in StepSampler(s, progress, start=7)] == [(i, st, r.tolist()) for i, st, r in one[7:]]
 
 
 def test_workers_write_the_text_of_the_step_they_prefetch_for(model, world):
     pairs = Pairs(str(world / "train.jsonl"))
-    batches, c = Batches(pairs, model.processor, Curriculum(), 12), Curriculum()
-    sampler = StepSampler(Schedule(pairs.dataset, pairs.names, 4, 12, 0))
+    batches, progress = Batches(pairs, model.processor, Curriculum()), Progress(Curriculum(replay=0.3), 12)
+    sampler = StepSampler(Schedule(pairs.dataset, pairs.names, 4, 12, 0), progress)
     load = lambda workers: list(torch.utils.data.DataLoader(batches, batch_size=None, sampler=sampler, num_workers=workers, prefetch_factor=6 if workers else None))
     for a, b in zip(load(0), load(2)):
-        assert a["step"] == b["step"] and a["stage"] == b["stage"] == c.stage_at(a["step"] / 12)
+        assert a["step"] == b["step"] and a["stage"] == b["stage"] == progress.stage(a["step"])
         assert all(torch.equal(v, b[k]) for k, v in a.items() if torch.is_tensor(v))
         assert a["dataset"] == pairs.names[pairs.dataset[sampler.schedule[a["step"]][0]]] and len(a["target"]) == 4 and len(a["ids"]) == 8
 
@@ -961,15 +1015,15 @@ def test_a_medium_that_breaks_while_training_is_named_and_in_no_loss(model, worl
     rows = [record(pos=dict(conversations=turns(f"answer {i}"))) for i in range(4)]
     rows[2]["qry"]["image"] = [str(tmp_path / "torn.png")]
     (tmp_path / "t.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    pairs, job, m = Pairs(str(tmp_path / "t.jsonl"), str(world)), (0, np.arange(4)), make_model()
+    pairs, job, m = Pairs(str(tmp_path / "t.jsonl"), str(world)), (0, FINAL, np.arange(4)), make_model()
     with pytest.raises(DataError, match="record 3: qry: .*torn.png"):
-        Batches(pairs, m.processor, Curriculum(), 1)[job]
-    cfg, curriculum = train.Config(), Curriculum(segments=2, last_stage=1.0)
-    batch = Batches(pairs, m.processor, curriculum, 1, skip_bad=True)[job]
+        Batches(pairs, m.processor, Curriculum())[job]
+    cfg, curriculum = train.Config(), Curriculum()
+    batch = Batches(pairs, m.processor, curriculum, skip_bad=True)[job]
     assert len(batch["bad"]) == 1 and "record 3" in batch["bad"][0] and batch["valid"].tolist() == [True, True, False, True]
-    parts = train.losses(m(batch, 4), batch, cfg)
-    good = Batches(pairs, m.processor, curriculum, 1)[0, np.array([0, 1, 3])]
-    for name, value in train.losses(m(good, 4), good, cfg).items():
+    parts = train.losses(m(batch, 8), batch, cfg)
+    good = Batches(pairs, m.processor, curriculum)[0, FINAL, np.array([0, 1, 3])]
+    for name, value in train.losses(m(good, 8), good, cfg).items():
         assert_close(parts[name], value, name, 1e-6)
 
 
@@ -995,32 +1049,59 @@ def test_info_nce_by_hand_with_equal_targets(targets):
 
 def test_the_loss_is_the_weighted_sum_of_its_parts(model, world):
     pairs = Pairs(str(world / "train.jsonl"))
-    batch = Batches(pairs, model.processor, Curriculum(last_stage=1.0), 1)[0, np.flatnonzero(pairs.dataset == 0)[:4]]
+    batch = Batches(pairs, model.processor, Curriculum(last_stage=1.0))[0, FINAL, np.flatnonzero(pairs.dataset == 0)[:4]]
     out = model(batch, 8)
-    parts = train.losses(out, batch, train.Config(w_ce=0.5, w_gen=2.0, w_disc=3.0, w_balance=0.7, scale=9.0))
+    parts = train.losses(out, batch, train.Config(w_ce=0.5, w_gen=2.0, w_disc=3.0, w_balance=0.7, w_read=0.3, scale=9.0))
     q, p = out["gen"].detach().chunk(2)
     assert_close(parts["gen"], torch.tensor(by_hand(q, p, batch["target"].tolist(), 9.0), dtype=torch.float64), "gen", 1e-9)
     assert_close(parts["disc"], torch.tensor(by_hand(*out["disc"].detach().chunk(2), batch["target"].tolist(), 9.0), dtype=torch.float64), "disc", 1e-9)
     assert_close(parts["bal"], balance_loss(out["router"].mean(0)), "balance", 1e-12)
-    assert_close(parts["loss"], 0.5 * parts["ce"] + 2 * parts["gen"] + 3 * parts["disc"] + 0.7 * parts["bal"], "sum", 1e-12)
+    assert_close(parts["loss"], 0.5 * parts["ce"] + 2 * parts["gen"] + 3 * parts["disc"] + 0.3 * parts["read"] + 0.7 * parts["bal"], "sum", 1e-12)
     labels = [t for s in batch["suffix"].tolist() for t in s[: s.index(model.processor.id["<gen_emb>"]) + 1]]
     assert batch["labels"].tolist() == labels and len(out["first"]) == 8  # all of the suffix, both sides
 
 
+def test_every_latent_state_reads_the_token_it_replaced(model, world):
+    pairs, rows = Pairs(str(world / "train.jsonl")), np.array([0, 2, 4])
+    batch = Batches(pairs, model.processor, Curriculum())[0, Stage(3, 6, True), rows]
+    out, (_, states, _, _) = model(batch, 6), rollout_of(model, batch, 6)
+    sides, by_row = [pairs[i][0] for i in rows] + [pairs[i][1] for i in rows], []
+    for b, side in enumerate(sides):
+        for part in range(3):  # the state in front of latent steps 0, 2, 4 predicts the first token of parts 0, 1, 2
+            token = model.processor.encode(segment(side.rationale, 4)[part])[0]
+            by_row.append(-model.backbone.lm_head(states[b, 2 * part]).log_softmax(-1)[token])
+    assert_close(out["read"], torch.stack(by_row), "read", 1e-9)
+    assert_close(train.losses(out, batch, train.Config())["read"], torch.stack(by_row).mean(), "mean", 1e-9)
+    first = [s.index(model.processor.encode(segment(side.rationale, 4)[3])[0]) for s, side in zip(batch["suffix"].tolist(), sides)]
+    assert [int(p) % batch["suffix"].shape[1] for p in batch["label_at"][batch["first"]]] == first == [0] * 6  # what is left begins behind the latents
+    last = Batches(pairs, model.processor, Curriculum())[0, FINAL, rows]
+    assert model.processor.tokenizer.convert_ids_to_tokens(last["labels"][last["first"]]) == [model.processor.tokenizer.tokenize(side.answer)[0] for side in sides]
+    assert len(model(Batches(pairs, model.processor, Curriculum())[0, Stage(0, 0, True), rows], 0)["read"]) == 0
+
+
+def rollout_of(model, batch, steps):
+    r = rollout(model.lm, model.adapter, model.prefix(batch), steps, model.lm.embed_tokens(batch["suffix"]))
+    return r.anchor, torch.cat([r.start[:, None], r.latents], 1), r.suffix, r.router
+
+
 def test_learning_rate_weight_decay_and_frozen_vision(world, tmp_path):
-    cfg = train.Config(lr=2.0, warmup=0.1)
-    rates = [train.learning_rate(cfg, s, 100) for s in range(100)]
-    assert rates[0] == pytest.approx(0.2) and rates[9] == rates[10] == 2.0 and rates[55] == pytest.approx(1.1) and rates[99] == pytest.approx(0.2, abs=2e-3)
+    for decay, flat in ((1.0, 10), (0.2, 80)):
+        cfg = train.Config(lr=2.0, warmup=0.1, decay=decay)
+        rates = [train.learning_rate(cfg, s, 100) for s in range(100)]
+        assert rates[0] == pytest.approx(0.2) and rates[9] == rates[flat] == 2.0 and rates[(flat + 100) // 2] == pytest.approx(1.1) and rates[99] == pytest.approx(0.2, abs=0.02)
     make_model(adapter=dict(top_k=1, anchor=False), latent_positions="cache").float().save_pretrained(tmp_path / "ck")
     pairs = Pairs(str(world / "train.jsonl"))
-    m = train.build_model(train.Config(init=str(tmp_path / "ck"), segments=2, max_pixels=28 * 28 * 5), {"init"}, pairs, "cpu")
+    m = train.build_model(train.Config(init=str(tmp_path / "ck"), segments=2, steps_per_segment=2, max_pixels=28 * 28 * 5), {"init"}, pairs, "cpu")
     assert (m.settings["adapter"]["top_k"], m.settings["adapter"]["anchor"], m.settings["latent_positions"], m.settings["latent_steps"]) == (1, False, "cache", 4)  # its own
     assert m.settings["limits"]["max_pixels"] == 28 * 28 * 5
     frozen = {n for n, p in m.named_parameters() if not p.requires_grad}
     assert frozen == {n for n, _ in m.named_parameters() if "model.visual" in n and "merger" not in n}
-    decay, plain = train.parameter_groups(m, 0.3)
-    assert decay["weight_decay"] == 0.3 and plain["weight_decay"] == 0 and not frozen & {n for n, p in m.named_parameters() if any(p is x for x in decay["params"] + plain["params"])}
-    assert {n.split(".")[1] for n, p in m.named_parameters() if n.startswith("adapter") and any(p is x for x in plain["params"])} == {"ln", "b1", "b2", "step_embed"}
+    groups, where = train.parameter_groups(m, 0.3, 0.5), {}
+    for n, p in m.named_parameters():
+        where[n] = [(g["weight_decay"], g["share"]) for g in groups if any(p is x for x in g["params"])]
+    for n, p in m.named_parameters():  # each in one group, the frozen in none
+        plain = p.ndim < 2 or n.split(".")[1] in ("b1", "b2", "step_embed")
+        assert where[n] == ([] if n in frozen else [(0.0 if plain else 0.3, 0.5 if "model.visual" in n else 1.0)]), n
     m = train.build_model(train.Config(init=str(tmp_path / "ck"), top_k=3, anchor=True), {"init", "top_k", "anchor"}, pairs, "cpu")
     assert m.settings["adapter"]["top_k"] == 3 and m.settings["adapter"]["anchor"]
     with pytest.raises(DataError, match="adapter does not fit"):
@@ -1038,7 +1119,7 @@ rank = dist.get_rank() if world > 1 else 0
 m = t.make_model()
 pairs = t.Pairs({path!r})
 rows = np.flatnonzero(pairs.dataset == 0)[[0, 1, 2, 3, 2, 5, 0, 7]]  # equal targets within and across ranks
-batch = t.Batches(pairs, m.processor, t.Curriculum(last_stage=1.0), 4)[1, rows[rank * (8 // world):(rank + 1) * (8 // world)]]
+batch = t.Batches(pairs, m.processor, t.Curriculum(last_stage=1.0))[1, t.FINAL, rows[rank * (8 // world):(rank + 1) * (8 // world)]]
 net = DistributedDataParallel(m, find_unused_parameters=True) if world > 1 else m
 parts = train.losses(net(batch, batch["stage"].latent_steps), batch, train.Config())
 parts["loss"].backward()
@@ -1046,9 +1127,9 @@ if rank == 0: torch.save(dict(grads={{n: p.grad for n, p in m.named_parameters()
 """
 
 
-def run(*command, check=True, **kw):
+def run(*command, check=True, cwd=HERE, **kw):
     env = dict(os.environ, CUDA_VISIBLE_DEVICES="", OMP_NUM_THREADS="1", PYTHONWARNINGS="ignore")
-    done = subprocess.run([sys.executable, *map(str, command)], capture_output=True, text=True, cwd=HERE, env=env, timeout=240, **kw)
+    done = subprocess.run([sys.executable, HERE / command[0] if (HERE / command[0]).exists() else command[0], *map(str, command[1:])], capture_output=True, text=True, cwd=cwd, env=env, timeout=240, **kw)
     assert not check or done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return done
 
@@ -1162,6 +1243,7 @@ def test_the_real_development_set_reads_completely():
 # ------------------------------------------------------------------------------------------------------- command lines
 
 QUICK = ["--global_batch", "8", "--workers", "1", "--log_every", "1", "--lr=2e-3"]
+PAPER = ["--segments=4", "--steps_per_segment=2", "--gate=0", "--replay=0"]  # its fixed schedule
 
 
 def weights(out):
@@ -1176,7 +1258,7 @@ def log(out):
 def trained(world, tmp_path_factory):
     """A short run through all stages by the command line, uninterrupted."""
     out = tmp_path_factory.mktemp("run")
-    done = run("train.py", "--data", world / "train.jsonl", "--out", out, "--steps", 40, *QUICK)
+    done = run("train.py", "--data", world / "train.jsonl", "--out", out, "--steps", 40, *QUICK, *PAPER)
     return out, done.stdout
 
 
@@ -1212,37 +1294,47 @@ def test_evaluation_by_command_line_in_all_modes(trained, world, tmp_path):
         assert failed.returncode == 1 and why in failed.stderr and "Traceback" not in failed.stderr, failed.stderr
 
 
-def test_interrupted_and_resumed_equals_uninterrupted_bit_for_bit(trained, world, tmp_path):
-    command = [sys.executable, "-u", "train.py", "--data", str(world / "train.jsonl"), "--out", str(tmp_path), "--steps", "40", *QUICK]
+def test_interrupted_and_resumed_equals_uninterrupted_bit_for_bit(world, tmp_path):
+    command = [sys.executable, "-u", "train.py", "--data", str(world / "train.jsonl"), "--steps", "50", *QUICK, "--gate=99", "--replay=0.3", "--save_every=1000", "--out"]
     env = dict(os.environ, CUDA_VISIBLE_DEVICES="", OMP_NUM_THREADS="1")
+    run(*command[2:], tmp_path / "whole")
+    command.append(str(tmp_path / "parts"))
     running = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=HERE, env=env, start_new_session=True)
     for line in running.stdout:
-        if line.startswith("step 12/"):
+        if line.startswith("step 22/"):  # the gate has decided, and the stage has not changed yet
             os.killpg(running.pid, signal.SIGTERM)  # as a batch system does: the workers get it too
             break
     rest = running.stdout.read()
     assert running.wait(60) == 130 and "--resume" in rest
-    stopped = log(tmp_path)[-1]["step"]
-    assert 12 <= stopped < 39
-    state = torch.load(tmp_path / "checkpoint" / "train_state.pt", weights_only=True)
-    assert state["step"] == stopped + 1 and max(int(s["step"]) for s in state["optimizer"]["state"].values()) == stopped + 1 - 5 * (stopped // 5)  # moments since the stage began
-    refused = run("train.py", *command[3:], check=False)
+    stopped = log(tmp_path / "parts")[-1]["step"]
+    assert 22 <= stopped < 49
+    state = torch.load(tmp_path / "parts" / "checkpoint" / "train_state.pt", weights_only=True)
+    assert state["step"] == stopped + 1 and state["progress"]["entry"][1] < Progress(Curriculum(8, 1, gate=99), 50).entry[1] + 16
+    refused = run(*command[2:], check=False)
     assert refused.returncode == 1 and "--resume" in refused.stderr
-    changed = run("train.py", *command[3:], "--lr=1e-3", "--resume", check=False)
+    changed = run(*command[2:], "--lr=1e-3", "--resume", check=False)
     assert changed.returncode == 1 and "lr: 0.002 then, 0.001 now" in changed.stderr
-    run("train.py", *command[3:], "--resume")
-    a, b = weights(trained[0]), weights(tmp_path)
+    run(*command[2:], "--resume")
+    a, b = weights(tmp_path / "whole"), weights(tmp_path / "parts")
     assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
     timeless = lambda rows: [{k: v for k, v in r.items() if k not in ("ms", "wait", "pairs_per_s")} for r in rows]
-    assert timeless(log(trained[0])) == timeless(log(tmp_path))
+    assert timeless(log(tmp_path / "whole")) == timeless(log(tmp_path / "parts"))
+    assert len({r["stage"] for r in log(tmp_path / "parts")}) > 2
+
+
+def test_moments_are_forgotten_when_a_stage_is_entered(trained):
+    state = torch.load(trained[0] / "checkpoint" / "train_state.pt", weights_only=True)
+    assert state["step"] == 40 and {int(s["step"]) for s in state["optimizer"]["state"].values()} == {10}  # since the answer was dropped
 
 
 def test_two_ranks_by_torchrun_train_the_weights_of_one(world, tmp_path):
-    flags = ["--data", world / "train.jsonl", "--steps", 6, "--global_batch", 8, "--workers", 0, "--lr=1e-3", "--checkpointing"]
+    flags = ["--data", world / "train.jsonl", "--steps", 60, "--global_batch", 8, "--workers", 0, "--lr=1e-3", "--checkpointing", "--gate=4", "--replay=0.2"]
     run("train.py", "--out", tmp_path / "one", *flags)
     printed = torchrun(2, "train.py", "--out", tmp_path / "two", *flags).stdout
     assert "global contrastive batch 8 = 2 ranks x 4" in printed
-    for a, b in zip(log(tmp_path / "one"), log(tmp_path / "two")):
+    one, two = log(tmp_path / "one"), log(tmp_path / "two")
+    assert [r["stage"] for r in one] == [r["stage"] for r in two]
+    for a, b in zip(one[:6], two[:6]):
         for name in ("ce", "gen", "disc", "bal", "norm", "first"):
             assert a[name] == pytest.approx(b[name], rel=2e-3, abs=1e-4), (a["step"], name)
 
@@ -1273,7 +1365,7 @@ def test_checkpoints_come_at_stage_ends_every_save_every_and_at_the_end(world, t
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda p, norm: (clips.append(norm), clip(p, norm))[1])
     monkeypatch.setattr(latent, "checkpoint", lambda *a, **k: (recomputed.append(1), recompute(*a, **k))[1])
     train.main(["--data", str(world / "train.jsonl"), "--out", str(tmp_path), "--steps=6", "--save_every=2", "--workers=0",
-                "--global_batch=4", "--clip=0.5", "--checkpointing", "--device=cpu"])
+                "--global_batch=4", "--clip=0.5", "--checkpointing", "--device=cpu", *PAPER])
     assert saved == [1, 2, 3, 4, 6] and clips == [0.5] * 6 and len(recomputed) == 6 * 2 * 3  # steps x (prefill, suffix) x layers
 
 
@@ -1298,7 +1390,7 @@ def test_skip_bad_trains_on_the_rest_and_prints_the_count(world, tmp_path):
 def test_turtle_world_moves_as_a_second_implementation_and_keeps_its_test_programs_apart():
     train_world, test_world = data.World(), data.World("test")
     assert not set(train_world.programs) & set(test_world.programs) and len(set(test_world.programs)) == 400
-    assert set(train_world.target) == set(range(64)) and len(train_world) == 5 * (3**8 - 400)
+    assert set(train_world.target) == set(range(64)) and len(train_world) == 7 * (3**8 - 400)
     for i in (0, 7000, 30000):
         query, target = train_world[i]
         begin, turns_ = data.STATES[train_world.starts[i]], data.moves(train_world.programs[i])
@@ -1307,12 +1399,69 @@ def test_turtle_world_moves_as_a_second_implementation_and_keeps_its_test_progra
             heading *= {"left": -1j, "right": 1j, "forward": 1}[turn]
             place += heading if turn == "forward" else 0
             place = complex(place.real % 4, place.imag % 4)
-            passed.append(f"{'abcd'[int(place.real)]} {'wxyz'[int(place.imag)]} {'NESW'[[-1j, 1, 1j, -1].index(heading)]}")
-        assert query.rationale == " ".join(passed) and query.answer == target.answer == passed[-1]
-    assert {k for i in range(0, len(train_world), 6161) for side in train_world[i] for k, _ in side.parts} == {"text", "image", "video"}
+            passed.append(f" {'abcd'[int(place.real)]}{'wxyz'[int(place.imag)]}{'NESW'[[-1j, 1, 1j, -1].index(heading)]}")
+        assert query.rationale == "".join(passed) and query.answer == target.answer == passed[-1]
+    other = data.World("train", "video_ret,image_qa")
+    assert other.names == ["video_ret", "image_qa"] and len(other) == 2 * (3**8 - 400)
+    with pytest.raises(DataError, match="Did you mean 'image_qa'"):
+        data.World("train", "image_q")
 
 
-def test_turtle_world_trains_and_evaluates_without_any_data(tmp_path):
-    run("train.py", "--out", tmp_path, "--steps", 6, *QUICK)
-    printed = run("eval.py", "--task", "visdoc_ret", "--ckpt", tmp_path / "checkpoint", "--mode", "single").stdout
-    assert "visdoc_ret/turtle" in printed and re.search(r"1\.6%\s+400\s+64", printed)
+def test_every_family_of_turtle_world_shows_what_it_names():
+    world_ = data.World()
+    for d, (name, (program, start, shown)) in enumerate(data.FAMILIES.items()):
+        query, target = world_[int(np.flatnonzero(world_.dataset == d)[5])]
+        kinds = [k for k, _ in query.parts]
+        assert ("video" in kinds) == (program == "frames") and kinds.count("image") == (program in ("tiles", "page")) + (start == "board")
+        assert [k for k, _ in target.parts] == [{"text": "text", "board": "image", "clip": "video"}[shown]]
+        said = "".join(v for k, v in query.parts if k == "text").split()
+        assert len(said) == 8 * (program == "words") + (start == "words")
+    boards = {data.draw_board(s).tobytes() for s in data.STATES}
+    assert len(boards) == 64 and len({data.draw_tile(m).tobytes() for m in data.MOVES}) == len({data.draw_line(m).tobytes() for m in data.MOVES}) == 3
+    tokenizer = plume_model.train_tokenizer(world_.texts(), 8192)
+    assert all(len(tokenizer.tokenize(w)) == 1 for w in [*map(data.state_word, data.STATES), *(f" {m}" for m in data.MOVES)])
+
+
+def test_hard_candidates_are_where_one_wrong_move_leads():
+    tasks = data.world_tasks()
+    assert len(tasks) == 9 and all(len(t.queries) == 400 and len(t.corpus) == 64 for t in tasks.values())
+    hard, test_world = tasks["image_qa/turtle_hard"], data.World("test")
+    first = 400 * test_world.names.index("image_qa")
+    for i in (0, 399):
+        words = data.moves(test_world.programs[first + i])
+        ends = set()
+        for k in range(8):
+            for wrong in data.MOVES:
+                number = sum(3**j * data.MOVES.index(w) for j, w in enumerate((*words[:k], wrong, *words[k + 1 :])))
+                ends.add(data.STATES.index(data.walk(test_world.starts[first + i], number)[-1]))
+        assert hard.candidates[i] == sorted(ends) and set(hard.relevant[i]) < ends  # the right program is among them
+
+
+def test_contact_sheet_by_command_line(world, tmp_path):
+    run("data.py", "--show", tmp_path / "sheet.png")
+    sheet = Image.open(tmp_path / "sheet.png")
+    assert sheet.width > 900 and sheet.height > 700 and len(sheet.convert("RGB").getcolors(1 << 24)) > 20
+    run("data.py", "--show", tmp_path / "pairs.png", "--data", world / "train.jsonl")
+    assert Image.open(tmp_path / "pairs.png").height < sheet.height
+    for flags, why in (([], "--show sheet.png"), (["--shw", "x"], "Did you mean 'show'"), (["--show", tmp_path / "no" / "x.png"], "No such file")):
+        failed = run("data.py", *flags, check=False)
+        assert failed.returncode == 1 and why in failed.stderr and "Traceback" not in failed.stderr, failed.stderr
+
+
+def test_turtle_world_trains_evaluates_and_compares_without_any_data(tmp_path):
+    missing = run("eval.py", check=False, cwd=tmp_path)
+    assert missing.returncode == 1 and "python train.py" in missing.stderr
+    run("train.py", "--out", tmp_path, "--steps", 6, *QUICK, "--segments=2", "--families=visdoc_ret,image_qa")
+    base = ["eval.py", "--ckpt", tmp_path / "checkpoint"]
+    assert re.search(r"visdoc_ret/turtle.*1\.6%\s+400\s+64", run(*base, "--task", "visdoc_ret", "--mode", "single").stdout)
+    printed = run(*base, "--task", "image_qa", "--compare", tmp_path / "c.png", "--json", tmp_path / "c.json", "--limit", 12).stdout
+    rows = json.loads((tmp_path / "c.json").read_text())["rows"]
+    assert [(r["mode"], r["steps"]) for r in rows] == [("single", None), ("latent", 0), ("latent", 1), ("latent", 2), ("cot", None)]
+    assert [r["tokens"] for r in rows[:4]] == [0] * 4 and 0 < rows[4]["tokens"] <= 12 and all(r["ms"] > 0 for r in rows)
+    assert "hard candidates" in printed and Image.open(tmp_path / "c.png").size == (1000, 620)
+    alone = run(*base, "--task", "image_qa", "--steps", 1, "--json", tmp_path / "one.json")
+    scores = json.loads((tmp_path / "one.json").read_text())["tasks"]
+    assert {t: r["hit@1"] for t, r in scores.items()} == rows[2]["hits"]
+    for flags, why in ((["--compare", tmp_path / "c.png", "--steps", 2], "leave out"), (["--task", "image_qa,vidoe_ret"], "Did you mean 'video_ret'")):
+        failed = run(*base, *flags, check=False)
+        assert failed.returncode == 1 and why in failed.stderr, failed.stderr

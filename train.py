@@ -3,6 +3,7 @@
     python train.py                                                turtle world, tiny preset, a laptop
     python train.py --data pairs.jsonl                             your pairs, tiny preset, from scratch
     torchrun --nproc_per_node=8 train.py --data pairs.jsonl --init Qwen/Qwen2-VL-2B-Instruct --lr 1e-5
+    python train.py --ablations ablations.json --steps 800         the paper's ablations in turtle world, a run for each
 
 Writes OUT/checkpoint (for Plume.from_pretrained, eval.py --ckpt and --resume) and OUT/log.jsonl, one object a step.
 Ctrl-C finishes the step, writes a checkpoint and stops.
@@ -13,8 +14,10 @@ import math
 import os
 import shlex
 import signal
+import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from hashlib import blake2b
 
@@ -24,10 +27,11 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
 
 from adapter import MAX_STEPS, TransitionAdapter, balance_loss
-from curriculum import Curriculum
-from data import Batches, DataError, Pairs, Schedule, StepSampler, World, parse_flags, to_device
+from curriculum import Curriculum, Progress
+from data import FAMILIES, Batches, DataError, Pairs, Schedule, StepSampler, World, parse_flags, to_device
 from model import Plume, pick_device, replacing
 
 # -------------------------------------------------------------------------------------------------------------- config
@@ -37,6 +41,7 @@ from model import Plume, pick_device, replacing
 class Config:
     # data
     data: str = ""  # JSONL (or JSON array) of training pairs; default: turtle world, drawn on demand
+    families: str = ""  # families of turtle world, with commas between; default: all
     media: str = ""  # folder that media paths are relative to; default: the folder of --data
     skip_bad: bool = False  # leave out records that cannot be read, count and list them; default: stop at the first
     workers: int = 1  # processes that decode and tokenize ahead; raise while the log's `wait` is not near 0
@@ -58,27 +63,34 @@ class Config:
     anchor: bool = True  # the router sees the anchor
     step_embedding: bool = True  # the router sees the number of the step
     # curriculum
-    segments: int = 4  # S, parts a rationale is cut into; 1 stage each
-    steps_per_segment: int = 2  # c, latent steps a part turns into; K = S * c
+    segments: int = 8  # S, parts a rationale is cut into; 1 stage each
+    steps_per_segment: int = 1  # c, latent steps a part turns into; K = S * c
     rest_of_rationale: str = "inside"  # where the text that is left goes: inside the thought, or after it as released
-    last_stage: float = 0.5  # share of the run in the last stage; its second half drops the answer too
+    last_stage: float = 0.3  # share of the run in the last stage (paper: 0.5); its second half drops the answer too
+    gate: float = 0.3  # enter a stage when the running mean of `first` is under this, at the latest by the schedule; 0: by the schedule alone, as the paper
+    replay: float = 0.15  # share of the steps that go back to a random earlier stage
     reset_moments: bool = True  # forget AdamW's moments when the stage changes
     # optimization
     global_batch: int = 64  # pairs in one contrastive batch, over all ranks; part of the recipe
-    epochs: float = 2.5  # passes over the data; ignored when --steps is given
+    epochs: float = 2.6  # passes over the data; ignored when --steps is given
     steps: int = 0  # optimizer steps; 0: from --epochs
     lr: float = 2e-3  # peak learning rate for the tiny preset in turtle world; 1e-3 on real pictures, 1e-5 for a pretrained backbone
-    warmup: float = 0.03  # share of the run with a rising learning rate; then a cosine down to a tenth
-    weight_decay: float = 0.01  # of matrices; vectors and the step table have none
+    warmup: float = 0.03  # share of the run with a rising learning rate
+    decay: float = 0.6  # share of the run, at its end, with a falling one: a cosine down to a tenth; 1: all of it, as the paper
+    vision_lr: float = 0.5  # learning rate of the vision tower, as a share of lr
+    weight_decay: float = 0.1  # of matrices; vectors and the step table have none
     clip: float = 1.0  # largest gradient norm
-    scale: float = 50.0  # 1 / temperature of the contrastive losses
+    scale: float = 10.0  # 1 / temperature of the contrastive losses
     w_ce: float = 1.0  # weight of the cross-entropy on the text of both sides
     w_gen: float = 1.0  # weight of InfoNCE on <gen_emb>
-    w_disc: float = 1.0  # weight of InfoNCE on <disc_emb>
+    w_disc: float = 0.1  # weight of InfoNCE on <disc_emb>
+    w_read: float = 1.0  # weight of the cross-entropy that reads from each latent state the token it replaced (not in the paper: 0)
     w_balance: float = 0.1  # weight of the router's balance loss
     # run
     out: str = "out"  # folder for checkpoint and log
     resume: bool = False  # continue the run in --out
+    ablations: str = ""  # run every ablation of the paper with the other flags given, results into this JSON; goes on where it stopped
+    seeds: int = 2  # runs of each ablation
     save_every: int = 500  # steps between checkpoints; there is also one at the end of each stage, at the end, on Ctrl-C
     log_every: int = 10  # steps between printed lines; log.jsonl has every step
     seed: int = 0  # of weights and of the order of the data
@@ -143,8 +155,8 @@ def losses(out, batch, cfg):
     real = batch["valid"].repeat(2)[:, None, None]  # queries, then targets
     router = gather((out["router"] * real).sum(0)).sum(0) / (2 * valid.sum()).clamp(min=1)  # (K, E) over all rows
     parts = dict(ce=global_mean(out["ce"]), gen=info_nce(*out["gen"].chunk(2), same, valid, cfg.scale),
-                 disc=info_nce(*out["disc"].chunk(2), same, valid, cfg.scale), bal=balance_loss(router) * valid.any())
-    parts["loss"] = cfg.w_ce * parts["ce"] + cfg.w_gen * parts["gen"] + cfg.w_disc * parts["disc"] + cfg.w_balance * parts["bal"]
+                 disc=info_nce(*out["disc"].chunk(2), same, valid, cfg.scale), read=global_mean(out["read"]), bal=balance_loss(router) * valid.any())
+    parts["loss"] = cfg.w_ce * parts["ce"] + cfg.w_gen * parts["gen"] + cfg.w_disc * parts["disc"] + cfg.w_read * parts["read"] + cfg.w_balance * parts["bal"]
     return parts | dict(first=global_mean(out["first"].detach()))
 
 
@@ -182,20 +194,22 @@ def checkpoint_in(out):
     return found[0]
 
 
-def parameter_groups(model, weight_decay):
+def parameter_groups(model, weight_decay, vision_lr):
     """Matrices with weight decay; vectors, the step table and the experts' stacked biases without."""
     plain = lambda name, p: p.ndim < 2 or name.startswith(("adapter.b", "adapter.step_embed"))
     named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
-    return [dict(params=[p for n, p in named if not plain(n, p)], weight_decay=weight_decay),
-            dict(params=[p for n, p in named if plain(n, p)], weight_decay=0.0)]
+    groups = [dict(params=[p for n, p in named if ("visual" in n) == vision and plain(n, p) == vector], weight_decay=0.0 if vector else weight_decay,
+                   share=vision_lr if vision else 1.0) for vision in (False, True) for vector in (False, True)]
+    return [g for g in groups if g["params"]]
 
 
 def learning_rate(cfg, step, steps):
-    """Linear warm-up, then a cosine from lr to a tenth of it."""
+    """Linear warm-up, lr, and at the end of the run a cosine from lr to a tenth of it."""
     warm = max(1, round(cfg.warmup * steps))
+    fall = max(warm, round((1 - cfg.decay) * steps))
     if step < warm:
         return cfg.lr * (step + 1) / warm
-    return cfg.lr * (0.1 + 0.45 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm))))
+    return cfg.lr * (0.1 + 0.45 * (1 + math.cos(math.pi * max(0, step - fall) / max(1, steps - fall))))
 
 
 def check(cfg, world):
@@ -215,7 +229,7 @@ def check(cfg, world):
             raise DataError(problem)
     try:
         TransitionAdapter(2, cfg.adapter, cfg.experts, cfg.top_k)
-        return Curriculum(cfg.segments, cfg.steps_per_segment, cfg.rest_of_rationale, cfg.last_stage)
+        return Curriculum(cfg.segments, cfg.steps_per_segment, cfg.rest_of_rationale, cfg.last_stage, cfg.gate, cfg.replay)
     except ValueError as e:
         raise DataError(str(e)) from e
 
@@ -228,6 +242,8 @@ def check_resume(then, now):
 
 def main(argv):
     cfg, given = parse_flags(Config, argv, __doc__)
+    if cfg.ablations:
+        return ablate(cfg, given)
     # ranks
     world, rank, local = (int(os.environ.get(k, d)) for k, d in (("WORLD_SIZE", 1), ("RANK", 0), ("LOCAL_RANK", 0)))
     curriculum = check(cfg, world)
@@ -241,7 +257,7 @@ def main(argv):
     torch.manual_seed(cfg.seed)
 
     # data and curriculum
-    pairs = Pairs(cfg.data, cfg.media or None, cfg.skip_bad, progress=rank == 0) if cfg.data else World()
+    pairs = Pairs(cfg.data, cfg.media or None, cfg.skip_bad, progress=rank == 0) if cfg.data else World("train", cfg.families)
     for line in pairs.bad:
         say("left out:", line)
     steps = cfg.steps or max(1, round(cfg.epochs * len(pairs) / cfg.global_batch))
@@ -251,18 +267,19 @@ def main(argv):
     # model and optimizer
     model = build_model(cfg, given, pairs, device)
     trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameter_groups(model, cfg.weight_decay), lr=cfg.lr, betas=(0.9, 0.98))
+    optimizer = torch.optim.AdamW(parameter_groups(model, cfg.weight_decay, cfg.vision_lr), lr=cfg.lr, betas=(0.9, 0.95), fused=True)
     config = dict(asdict(cfg), pairs=fingerprint)
-    start = 0
+    start, progress = 0, Progress(curriculum, steps, cfg.seed)
     if cfg.resume:
         state = torch.load(os.path.join(checkpoint_in(cfg.out), "train_state.pt"), map_location=device, weights_only=True)
         check_resume(state["config"], config)
         optimizer.load_state_dict(state["optimizer"])
         start = state["step"]
+        progress.load(state["progress"])
     parallel = DistributedDataParallel(model, find_unused_parameters=True, broadcast_buffers=False) if world > 1 else model
-    loader = torch.utils.data.DataLoader(Batches(pairs, model.processor, curriculum, steps, cfg.skip_bad), batch_size=None,
-                                         sampler=StepSampler(schedule, start, rank, world), num_workers=cfg.workers,
-                                         prefetch_factor=4 if cfg.workers else None, pin_memory=device.type == "cuda",
+    loader = torch.utils.data.DataLoader(Batches(pairs, model.processor, curriculum, cfg.skip_bad), batch_size=None,
+                                         sampler=StepSampler(schedule, progress, start, rank, world), num_workers=cfg.workers,
+                                         prefetch_factor=min(4, (Progress.DELAY - 1) // cfg.workers) if cfg.workers else None, pin_memory=device.type == "cuda",
                                          worker_init_fn=ignore_interrupts)
 
     # what is about to happen
@@ -275,7 +292,7 @@ def main(argv):
         say(f"warning: with {steps} steps these data sets get none: {', '.join(idle)}; raise --steps")
     say(f"{steps} steps; global contrastive batch {cfg.global_batch} = {world} ranks x {cfg.global_batch // world}; "
         f"InfoNCE at chance {math.log(cfg.global_batch):.2f}")
-    say(curriculum.table())
+    say(curriculum.table(steps))
 
     # the loop
     stop, log = stop_on_signal(), open_log(cfg, start) if rank == 0 else None
@@ -283,22 +300,24 @@ def main(argv):
     for batch in loader:
         step, stage = batch["step"], batch["stage"]
         batch, wait = to_device(batch, device), time.perf_counter() - clock
-        changes = step > 0 and stage.index != curriculum.stage_at((step - 1) / steps).index
+        changes = step > 0 and progress.place(step) != progress.place(step - 1)
         if changes and cfg.reset_moments:
             optimizer.state.clear()
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(cfg, step, steps)
+            group["lr"] = learning_rate(cfg, step, steps) * group["share"]
 
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             out = parallel(batch, stage.latent_steps)
         parts = losses(out, batch, cfg)
         parts["loss"].backward()
         norm = torch.nn.utils.clip_grad_norm_(trained, cfg.clip)
-        metrics = reduce_mean(dict(parts, norm=norm, cut=batch["cut"] * world, bad=len(batch["bad"]) * world,
+        metrics = reduce_mean(dict(parts, norm=norm, firsts=len(batch["first"]) * world, cut=batch["cut"] * world, bad=len(batch["bad"]) * world,
                                    stop=float(stop.asked > 0)), device)
         if not math.isfinite(metrics["loss"] + metrics["norm"]):
             raise DataError(f"step {step}, data set {batch['dataset']!r}: loss {metrics['loss']}, gradient norm {metrics['norm']}. Nothing was "
                             f"written since {f'step {saved}' if saved else 'the start'}; lower --lr, or look at this data set's records")
+        if metrics.pop("firsts"):
+            progress.observe(step, metrics["first"])
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
@@ -309,7 +328,7 @@ def main(argv):
         pace = took if pace is None else 0.95 * pace + 0.05 * took
         last = step + 1 == steps or metrics["stop"] > 0
         if log:
-            row = dict(step=step, stage=stage.index, K=stage.latent_steps, answer=stage.answer, dataset=batch["dataset"],
+            row = dict(step=step, reached=progress.stages[progress.place(step)].index, stage=stage.index, K=stage.latent_steps, answer=stage.answer, dataset=batch["dataset"],
                        lr=learning_rate(cfg, step, steps), **{k: v for k, v in metrics.items() if k != "stop"},
                        ms=took * 1e3, wait=wait / took, pairs_per_s=cfg.global_batch / took)
             log.write(json.dumps(row) + "\n")
@@ -317,14 +336,14 @@ def main(argv):
             if step % cfg.log_every == 0 or last or changes:
                 eta = pace * (steps - step - 1)
                 print(f"step {step}/{steps} | stage {stage.index} | K {stage.latent_steps} | ce {metrics['ce']:.3f} | gen {metrics['gen']:.3f} | "
-                      f"disc {metrics['disc']:.3f} | bal {metrics['bal']:.4f} | first {metrics['first']:.2f} | lr {row['lr']:.1e} | "
+                      f"disc {metrics['disc']:.3f} | bal {metrics['bal']:.4f} | read {metrics['read']:.2f} | first {metrics['first']:.2f} | lr {row['lr']:.1e} | "
                       f"{row['ms']:.0f} ms | {row['pairs_per_s']:.0f} pairs/s | wait {row['wait']:.0%} | ETA {int(eta // 60)}:{int(eta % 60):02d} | "
                       f"{batch['dataset']}", flush=True)
-        if last or (step + 1) % cfg.save_every == 0 or curriculum.stage_at((step + 1) / steps).index != stage.index:
+        if last or (step + 1) % cfg.save_every == 0 or progress.place(step + 1) != progress.place(step):
             if rank == 0:
                 with replacing(os.path.join(cfg.out, "checkpoint")) as folder:
                     model.write(folder)
-                    torch.save(dict(step=step + 1, optimizer=optimizer.state_dict(), config=config), os.path.join(folder, "train_state.pt"))
+                    torch.save(dict(step=step + 1, optimizer=optimizer.state_dict(), progress=progress.state(), config=config), os.path.join(folder, "train_state.pt"))
             saved, clock = step + 1, time.perf_counter()
         if last:
             break
@@ -339,6 +358,69 @@ def main(argv):
     again = shlex.join(["train.py", *(a for a in argv if a != "--resume"), "--resume"])
     say(f"{done} of {steps} steps done; checkpoint in {cfg.out}/checkpoint" + ("" if done == steps else f"; go on with: {again}"))
     return 0 if done == steps else 130
+
+
+# setting: its flags, and the paper's score for it (Table "ablations", All)
+ABLATIONS = {
+    "full": ({}, 61.6), "no latent transition": (dict(adapter="none"), 58.8), "single MLP": (dict(adapter="mlp"), 59.2),
+    "no anchor": (dict(anchor=False), 60.1), "no shared expert": (dict(shared_expert=False), 60.3), "top-1": (dict(top_k=1), 60.8),
+    "no step embedding": (dict(step_embedding=False), 60.4), "no curriculum": (dict(last_stage=1.0, replay=0.0, w_read=0.0), 54.8),
+    "K = 4": (dict(segments=4), 59.9), "K = 6": (dict(segments=6), 61.1), "rest after the thought": (dict(rest_of_rationale="after"), None),
+    "no read-out loss": (dict(w_read=0.0), None)}
+
+
+def ablate(cfg, given):
+    """Train and evaluate every setting with every seed, one process a core; finished runs stay in the JSON, begun ones are resumed."""
+    base = {k: getattr(cfg, k) for k in sorted(given - {"ablations", "seeds", "seed", "out", "resume", "workers"})}
+    results = dict(flags=base, cores=os.cpu_count(), torch=torch.__version__, runs=[])
+    if os.path.exists(cfg.ablations):
+        with open(cfg.ablations) as f:
+            results = json.load(f)
+        if results["flags"] != base:
+            raise DataError(f"{cfg.ablations} holds runs with the flags {results['flags']}, now they are {base}; choose another file, or the same flags")
+    done = {(r["setting"], r["seed"]) for r in results["runs"]}
+    todo = [(name, seed) for seed in range(cfg.seeds) for name in ABLATIONS if (name, seed) not in done]
+    here, tasks = os.path.dirname(os.path.abspath(__file__)), ",".join(f"{f}/turtle" for f in (cfg.families.split(",") if cfg.families else FAMILIES))
+
+    def run(job):
+        name, seed = job
+        out = os.path.join(cfg.out, "ablations", f"{name}-{seed}".replace(" ", "_"))
+        flags = dict(base, **ABLATIONS[name][0], seed=seed, out=out, workers=0)
+        command = [sys.executable, os.path.join(here, "train.py"), *(f"--{k}={v}" for k, v in flags.items())]
+        os.makedirs(out, exist_ok=True)
+        with open(os.path.join(out, "output.txt"), "a") as log:
+            call = lambda c: subprocess.run(c, stdout=log, stderr=log, env=dict(os.environ, OMP_NUM_THREADS="1")).returncode
+            if call(command + ["--resume"] * os.path.exists(os.path.join(out, "checkpoint"))):
+                return name, seed, None
+            if call([sys.executable, os.path.join(here, "eval.py"), "--task", tasks, "--ckpt", os.path.join(out, "checkpoint"), "--json", os.path.join(out, "scores.json")]):
+                return name, seed, None
+        with open(os.path.join(out, "scores.json")) as f, open(os.path.join(out, "log.jsonl")) as log:
+            hits = {task: r["hit@1"] for task, r in json.load(f)["tasks"].items()}
+            seconds = sum(json.loads(line)["ms"] for line in log) / 1e3
+        return name, seed, dict(setting=name, seed=seed, hits=hits, mean=sum(hits.values()) / len(hits), seconds=round(seconds))
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool, tqdm(total=len(todo), desc="ablations", unit="run") as bar:
+        try:
+            for future in as_completed([pool.submit(run, job) for job in todo]):
+                name, seed, result = future.result()
+                if result is None:
+                    raise DataError(f"{name}, seed {seed}: did not finish; see its output.txt below {cfg.out}/ablations. The same command goes on")
+                results["runs"].append(result)
+                with open(cfg.ablations + ".writing", "w") as f:
+                    json.dump(results, f, indent=1)
+                os.replace(cfg.ablations + ".writing", cfg.ablations)
+                bar.update()
+        except KeyboardInterrupt:
+            print("stopped; the same command goes on")
+            return 130
+        finally:
+            pool.shutdown(cancel_futures=True)
+    print("setting                   hit@1 mean  (lowest - highest)  paper, MMEB-V2")
+    for name, (_, paper) in ABLATIONS.items():
+        scores = [r["mean"] for r in results["runs"] if r["setting"] == name]
+        print(f"{name:26}{sum(scores) / len(scores):10.1%}  ({min(scores):.1%} - {max(scores):.1%})".ljust(60) + (f"{paper}" if paper else ""))
+    print(f"{len(results['runs'])} runs, {sum(r['seconds'] for r in results['runs']) / 3600:.1f} hours of training on one core each")
+    return 0
 
 
 def reduce_mean(metrics, device):
