@@ -832,6 +832,9 @@ def state_word(state):
     return " " + "abcd"[state[0]] + "wxyz"[state[1]] + "NESW"[state[2]]
 
 
+# A frame of every clip stands twice: two frames make one visual token, and so each token shows one thing.
+
+
 def program_side(program, start, program_as, start_as):
     words, passed, state = moves(program), walk(start, program), STATES[start]
     media = {"tiles": lambda: [("image", stack([draw_tile(w) for w in words]))], "frames": lambda: [("video", [draw_tile(w) for w in words for _ in range(2)])],
@@ -845,7 +848,7 @@ def state_side(index, shown):
     """One of the 64 states as text, as a board, or as a clip of a walk that ends there."""
     x, y, h = state = STATES[index]
     walked = [((x - k * HEADINGS[h][0]) % 4, (y - k * HEADINGS[h][1]) % 4, h) for k in (3, 2, 1, 0)]
-    part = ("text", state_word(state)) if shown == "text" else ("image", draw_board(state)) if shown == "board" else ("video", [draw_board(s) for s in walked])
+    part = ("text", state_word(state)) if shown == "text" else ("image", draw_board(state)) if shown == "board" else ("video", [draw_board(s) for s in walked for _ in range(2)])
     return Side([part], "", state_word(state), f"turtle state{state_word(state)}")
 
 

@@ -203,7 +203,8 @@ def draw_comparison(rows, path, title):
         (x, y), colour = place(r), {"single": "#d62728", "latent": "#1f77b4", "cot": "#2ca02c"}[r["mode"]]
         draw.ellipse((x - 6, y - 6, x + 6, y + 6), fill=colour)
         label = str(r["steps"]) if r["mode"] == "latent" else f"cot, {r['tokens']:.0f} tokens" if r["mode"] == "cot" else "single pass"
-        draw.text((x, y - 10), label, fill=colour, font=small, anchor="mb" if r["mode"] == "latent" else "rb" if r["mode"] == "cot" else "lb")
+        above = r["mode"] == "latent"
+        draw.text((x, y - 10 if above else y + 10), label, fill=colour, font=small, anchor="mb" if above else "mt")
     image.save(path + ".writing", "PNG")
     os.replace(path + ".writing", path)
 

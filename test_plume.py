@@ -230,6 +230,7 @@ def our_rollout(m, samples, K, rule="mrope", checkpointing=False):
 
 
 def test_prefill_logits_and_mrope_positions_equal_transformers(model, world):
+    # float64, but transformers' rotary tables are float32: equal to 1e-5
     samples = rendered(model, mixed_items(world))
     batch = collate(samples, model.processor)
     prefix = model.prefix(batch)
@@ -242,8 +243,8 @@ def test_prefill_logits_and_mrope_positions_equal_transformers(model, world):
             assert next_positions(prefix, "mrope")[i] == n + delta[0, 0]
         model.backbone.model.rope_deltas = None
         theirs = model.backbone(**inputs)
-        assert_close(model.backbone.lm_head(h[i, -n:]), theirs.logits[0], f"logits of item {i}", 1e-6)
-        assert_close(h[i, -n:], reference_prefill(model, s)[0], f"hidden states of item {i}", 1e-6)
+        assert_close(model.backbone.lm_head(h[i, -n:]), theirs.logits[0], f"logits of item {i}", 1e-5)
+        assert_close(h[i, -n:], reference_prefill(model, s)[0], f"hidden states of item {i}", 1e-5)
 
 
 @pytest.mark.parametrize("rule", ["mrope", "cache"])
@@ -264,9 +265,9 @@ def test_batched_rollout_equals_one_by_one_through_transformers_in_values_and_gr
     naive = [reference_rollout(model, s, K, rule) for s in samples]
     theirs = gradients(*zip(*naive))
     for i, (anchor, latents, suffix) in enumerate(naive):
-        assert_close(r.anchor[i], anchor, f"anchor of row {i}", 1e-6)
-        assert_close(r.latents[i], latents, f"latents of row {i}", 1e-6)
-        assert_close(r.suffix[i, : len(suffix)], suffix, f"suffix of row {i}", 1e-6)
+        assert_close(r.anchor[i], anchor, f"anchor of row {i}", 1e-5)
+        assert_close(r.latents[i], latents, f"latents of row {i}", 1e-5)
+        assert_close(r.suffix[i, : len(suffix)], suffix, f"suffix of row {i}", 1e-5)
     assert ours.keys() == theirs.keys()
     for name in ours:
         assert_close(ours[name], theirs[name], f"gradient of {name}", 1e-5 * max(1.0, theirs[name].abs().max().item()))
@@ -388,7 +389,7 @@ def test_greedy_rationale_equals_transformers_and_stops_at_gen_emb(model, world)
     h, tokens = greedy(model.lm, model.lm.embed_tokens, model.backbone.lm_head, model.prefix(batch), gen, limit)
     for i, (theirs, state) in enumerate(expected):
         assert tokens[i].tolist() == theirs + [gen] * (limit - len(theirs))
-        assert_close(h[i], state, f"row {i}", 1e-6)
+        assert_close(h[i], state, f"row {i}", 1e-5)
     # a token as `end` that comes early in some rows: they stop there, and their neighbours go on
     early = int(tokens[0, 2])
     h2, t2 = greedy(model.lm, model.lm.embed_tokens, model.backbone.lm_head, model.prefix(batch), early, limit)
@@ -417,7 +418,7 @@ def test_bfloat16_is_close_to_float32(world, tmp_path):
     for mode in ("latent", "single"):
         assert (m.encode(items, mode) * half.encode(items, mode)).sum(1).min() > 0.99
     losses = []  # and the way of training: float32 weights, bfloat16 compute, recomputed activations
-    batch = Batches(Pairs(str(world / "train.jsonl")), m.processor, Curriculum(last_stage=1.0), 1)[0, np.array([1, 3, 5])]
+    batch = Batches(Pairs(str(world / "train.jsonl")), m.processor, Curriculum())[0, FINAL, np.array([1, 3, 5])]
     for dtype in (torch.float32, torch.bfloat16):
         m.zero_grad()
         m.checkpointing = dtype == torch.bfloat16
@@ -519,7 +520,7 @@ def test_a_plain_qwen2_vl_gets_the_tokens_at_the_mean_and_a_near_identity_adapte
     (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
     plain = Plume.from_pretrained(folder, "cpu")
     old = tensors["model.embed_tokens.weight"]
-    size = len(tokenizer["model"]["vocab"])
+    size = len({*tokenizer["model"]["vocab"], *(t["content"] for t in tokenizer["added_tokens"])})
     ids = [plain.processor.id[t] for t in data.PLUME_TOKENS]
     assert ids == list(range(size, size + 5)) and plain.settings["latent_positions"] == "mrope" and not plain.settings["white_image"]
     for i in ids:
@@ -1243,7 +1244,7 @@ def test_the_real_development_set_reads_completely():
 # ------------------------------------------------------------------------------------------------------- command lines
 
 QUICK = ["--global_batch", "8", "--workers", "1", "--log_every", "1", "--lr=2e-3"]
-PAPER = ["--segments=4", "--steps_per_segment=2", "--gate=0", "--replay=0"]  # its fixed schedule
+PAPER = ["--segments=4", "--steps_per_segment=2", "--gate=0", "--replay=0", "--last_stage=0.5", "--decay=1"]  # its fixed schedule
 
 
 def weights(out):
@@ -1289,7 +1290,7 @@ def test_evaluation_by_command_line_in_all_modes(trained, world, tmp_path):
     assert "mode cot" in run(*base, "--task", "video_cls", "--mode", "cot", "--limit", 20).stdout
     assert "image_ret" not in run(*base, "--task", "video_cls/v2t", "--mode", "single").stdout
     for flags, why in ((["--taks", "x"], "Did you mean 'task'"), (["--mode", "lattent"], "mode is one of"), (["--steps", "few"], "--steps needs a value of type int"), (["--ckpt", tmp_path / "no"], "no such checkpoint"),
-                       (["--dtype", "float31"], "needs 'float32' or 'bfloat16'"), (["--json", tmp_path / "no" / "x.json"], "in a folder that exists"), (["--json"], "--json needs a value")):
+                       (["--dtype", "float31"], "needs 'float32' or 'bfloat16'"), (["--json", tmp_path / "no" / "x.json"], "in folders that exist"), (["--json"], "--json needs a value")):
         failed = run(*base, *flags, check=False)
         assert failed.returncode == 1 and why in failed.stderr and "Traceback" not in failed.stderr, failed.stderr
 
@@ -1364,9 +1365,9 @@ def test_checkpoints_come_at_stage_ends_every_save_every_and_at_the_end(world, t
     monkeypatch.setattr(train.torch, "save", lambda state, file: (saved.append(state["step"]), write(state, file)))
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda p, norm: (clips.append(norm), clip(p, norm))[1])
     monkeypatch.setattr(latent, "checkpoint", lambda *a, **k: (recomputed.append(1), recompute(*a, **k))[1])
-    train.main(["--data", str(world / "train.jsonl"), "--out", str(tmp_path), "--steps=6", "--save_every=2", "--workers=0",
+    train.main(["--data", str(world / "train.jsonl"), "--out", str(tmp_path), "--steps=9", "--save_every=8", "--workers=0",
                 "--global_batch=4", "--clip=0.5", "--checkpointing", "--device=cpu", *PAPER])
-    assert saved == [1, 2, 3, 4, 6] and clips == [0.5] * 6 and len(recomputed) == 6 * 2 * 3  # steps x (prefill, suffix) x layers
+    assert saved == [2, 3, 4, 5, 7, 8, 9] and clips == [0.5] * 9 and len(recomputed) == 9 * 2 * 3  # steps x (prefill, suffix) x layers
 
 
 def test_skip_bad_trains_on_the_rest_and_prints_the_count(world, tmp_path):
