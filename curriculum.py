@@ -46,7 +46,7 @@ class Curriculum:
     rest_of_rationale: str = "inside"  # where the rationale that is still text goes: "inside" the thought or "after" <eot>
     last_stage: float = 0.5  # share of the run spent in stage S; in its second half the answer is dropped too
     gate: float = 0.0  # enter the next stage as soon as `first` has fallen under this; 0: by the schedule alone (paper)
-    replay: float = 0.0  # share of the steps that go back to a random earlier stage
+    replay: float = 0.0  # share of the steps that go back: one half to stage 0, where all is still written, the other to a random earlier one
 
     def __post_init__(self):
         if self.rest_of_rationale not in ("inside", "after"):
@@ -83,7 +83,7 @@ class Curriculum:
         if self.gate:
             lines.append(f"earlier, as soon as the running mean of `first` is under {self.gate:g}")
         if self.replay:
-            lines.append(f"{self.replay:.0%} of the steps go back to a random earlier stage")
+            lines.append(f"{self.replay:.0%} of the steps go back, half of them to stage 0, half to a random earlier one")
         return "\n".join(lines)
 
     def rewrite(self, rationale, answer, stage):
@@ -119,7 +119,7 @@ class Progress:
     def replayed(self, step):
         """Index into `stages` that this step is trained in: the run's, or an earlier one.  A pure function of the step."""
         dice, here = random.Random(f"{self.seed} {step}"), self.place(step)
-        return dice.randrange(here) if here and dice.random() < self.curriculum.replay else here
+        return dice.choice((0, dice.randrange(here))) if here and dice.random() < self.curriculum.replay else here
 
     def stage(self, step):
         return self.stages[self.replayed(step)]

@@ -832,10 +832,8 @@ def state_word(state):
     return " " + "abcd"[state[0]] + "wxyz"[state[1]] + "NESW"[state[2]]
 
 
-# A frame of every clip stands twice: two frames make one visual token, and so each token shows one thing.
-
-
 def program_side(program, start, program_as, start_as):
+    """Start and program as a query.  A frame of a clip stands twice: two frames make one visual token, so each shows one thing."""
     words, passed, state = moves(program), walk(start, program), STATES[start]
     media = {"tiles": lambda: [("image", stack([draw_tile(w) for w in words]))], "frames": lambda: [("video", [draw_tile(w) for w in words for _ in range(2)])],
              "page": lambda: [("image", stack([draw_line(w) for w in words]))], "board": lambda: [("image", draw_board(state))]}
@@ -848,7 +846,8 @@ def state_side(index, shown):
     """One of the 64 states as text, as a board, or as a clip of a walk that ends there."""
     x, y, h = state = STATES[index]
     walked = [((x - k * HEADINGS[h][0]) % 4, (y - k * HEADINGS[h][1]) % 4, h) for k in (3, 2, 1, 0)]
-    part = ("text", state_word(state)) if shown == "text" else ("image", draw_board(state)) if shown == "board" else ("video", [draw_board(s) for s in walked for _ in range(2)])
+    clip = lambda: [draw_board(s, tuple(walked[:k])) for k, s in enumerate(walked) for _ in range(2)]
+    part = ("text", state_word(state)) if shown == "text" else ("image", draw_board(state)) if shown == "board" else ("video", clip())
     return Side([part], "", state_word(state), f"turtle state{state_word(state)}")
 
 
@@ -890,12 +889,14 @@ def draw_line(word):
 
 
 @functools.cache
-def draw_board(state):
-    """The torus, 7 pixels a cell: one visual token."""
+def draw_board(state, trail=()):
+    """The torus, 7 pixels a cell: one visual token.  States of the trail leave their cells dark, which tells a clip's frames apart."""
     image, (x, y, h) = Image.new("RGB", (28, 28), GROUND), state
     draw = ImageDraw.Draw(image)
     for i in range(16):
         draw.rectangle((i % 4 * 7, i // 4 * 7, i % 4 * 7 + 6, i // 4 * 7 + 6), outline="gray")
+    for i, j, _ in trail:
+        draw.rectangle((7 * i + 1, 7 * j + 1, 7 * i + 5, 7 * j + 5), fill="black")
     arrow(draw, 7 * x + 3, 7 * y + 3, 3, h, "white")
     return image
 

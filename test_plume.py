@@ -1408,6 +1408,21 @@ def test_turtle_world_moves_as_a_second_implementation_and_keeps_its_test_progra
         data.World("train", "image_q")
 
 
+def test_turtle_world_is_the_same_for_every_number_of_workers_and_another_for_every_seed():
+    def draw(workers, seed):
+        pairs, curriculum = data.World(), Curriculum(8, 1, replay=0.3)
+        processor = Plume.tiny(pairs.texts()).processor  # a tokenizer of its own for each run, as training has
+        sampler = StepSampler(Schedule(pairs.dataset, pairs.names, 4, 30, seed), Progress(curriculum, 30, seed))
+        loader = torch.utils.data.DataLoader(Batches(pairs, processor, curriculum), batch_size=None, sampler=sampler, num_workers=workers)
+        return [b | dict(pixels=b["pixels"] if b["pixels"] is not None else torch.zeros(0)) for b in loader]
+
+    alone, same = draw(0, 5), lambda a, b: all(torch.equal(v, b[k]) if torch.is_tensor(v) else v == b[k] for k, v in a.items())
+    assert len({b["dataset"] for b in alone}) == 7 and len({b["stage"] for b in alone}) > 5
+    for workers in (1, 3):
+        assert all(same(a, b) for a, b in zip(alone, draw(workers, 5), strict=True)), workers
+    assert not any(same(a, b) for a, b in zip(alone, draw(0, 6), strict=True) if a["dataset"] == b["dataset"])
+
+
 def test_every_family_of_turtle_world_shows_what_it_names():
     world_ = data.World()
     for d, (name, (program, start, shown)) in enumerate(data.FAMILIES.items()):
@@ -1466,3 +1481,37 @@ def test_turtle_world_trains_evaluates_and_compares_without_any_data(tmp_path):
     for flags, why in ((["--compare", tmp_path / "c.png", "--steps", 2], "leave out"), (["--task", "image_qa,vidoe_ret"], "Did you mean 'video_ret'")):
         failed = run(*base, *flags, check=False)
         assert failed.returncode == 1 and why in failed.stderr, failed.stderr
+
+
+def test_turtle_world_is_learnt_step_by_step(tmp_path):
+    """The claim in small: one family, the curriculum from explicit to latent, unseen programs, 64 candidates."""
+    run("train.py", "--out", tmp_path, "--families=image_ret", "--global_batch=32", "--steps=SHORT", "--workers=1", OMP)
+    tasks = ["eval.py", "--ckpt", tmp_path / "checkpoint", "--task=image_ret", "--json", tmp_path / "s.json"]
+    hits = {}
+    for name, flags in (("latent", []), ("none", ["--steps=0"]), ("single", ["--mode=single"]), ("cot", ["--mode=cot"])):
+        run(*tasks, *flags)
+        hits[name] = json.loads((tmp_path / "s.json").read_text())["tasks"]["image_ret/turtle"]["hit@1"]
+    assert hits["latent"] > 0.6 and hits["cot"] > 0.6 and max(hits["none"], hits["single"]) < 0.3, hits  # chance 1.6%
+
+
+def test_ablations_by_one_command_that_goes_on_where_it_stopped(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(train, "ABLATIONS", {"full": ({}, 61.6), "single MLP": (dict(adapter="mlp"), 59.2), "K = 4": (dict(segments=4), None)})
+    file, flags = tmp_path / "a.json", ["--families=image_cls", "--steps=3", "--global_batch=4", f"--out={tmp_path}"]
+    command = ["--ablations", str(file), "--seeds=2", *flags]
+    assert train.main(command) == 0
+    printed, first = capsys.readouterr().out, json.loads(file.read_text())
+    assert first["flags"] == dict(families="image_cls", steps=3, global_batch=4) and re.search(r"single MLP +\d+\.\d% .*59\.2", printed) and "6 runs" in printed
+    assert {(r["setting"], r["seed"]) for r in first["runs"]} == {(n, s) for n in train.ABLATIONS for s in (0, 1)}
+    for r in first["runs"]:  # each setting did what it says, with its own seed
+        settings = json.loads((tmp_path / "ablations" / f"{r['setting']}-{r['seed']}".replace(" ", "_") / "checkpoint" / "config.json").read_text())["plume"]
+        assert settings["adapter"]["kind"] == ("mlp" if r["setting"] == "single MLP" else "moe") and settings["latent_steps"] == (4 if r["setting"] == "K = 4" else 8)
+        assert list(r["hits"]) == ["image_cls/turtle"] and r["mean"] == r["hits"]["image_cls/turtle"]
+    # stopped before the last results were written: of one run the checkpoint is there, of the other nothing
+    *kept, known, lost = first["runs"]
+    file.write_text(json.dumps(first | dict(runs=kept)))
+    shutil.rmtree(tmp_path / "ablations" / f"{lost['setting']}-{lost['seed']}".replace(" ", "_"))
+    assert train.main(command) == 0
+    timeless = lambda runs: sorted((r["setting"], r["seed"], r["mean"]) for r in runs)
+    assert timeless(json.loads(file.read_text())["runs"]) == timeless(first["runs"])
+    with pytest.raises(DataError, match="another file, or the same flags"):
+        train.main([*command, "--lr=1e-3"])
