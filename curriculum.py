@@ -46,7 +46,7 @@ class Curriculum:
     rest_of_rationale: str = "inside"  # where the rationale that is still text goes: "inside" the thought or "after" <eot>
     last_stage: float = 0.5  # share of the run spent in stage S; in its second half the answer is dropped too
     gate: float = 0.0  # enter the next stage as soon as `first` has fallen under this; 0: by the schedule alone (paper)
-    replay: float = 0.0  # share of the steps that go back: one half to stage 0, where all is still written, the other to a random earlier one
+    replay: float = 0.0  # share of the steps that go back: half of them to stage 0 (mode cot), half to a random earlier one
 
     def __post_init__(self):
         if self.rest_of_rationale not in ("inside", "after"):
@@ -69,7 +69,7 @@ class Curriculum:
     def schedule(self, steps):
         """The step at which each of `stages` is entered in a run of so many steps (with a gate: at the latest)."""
         S, before = self.segments, 1 - self.last_stage
-        shares = [i / S for i in range(S + 1)] if not self.gate else [0] + [(1 + i / max(1, S - 1)) / 2 for i in range(S)]
+        shares = [i / S for i in range(S + 1)] if not self.gate else [0] + [(1 + i / (S - 1)) / 2 if S > 1 else 1 for i in range(S)]
         return [math.ceil(s * before * steps - 1e-6) for s in shares] + [math.ceil((1 - self.last_stage / 2) * steps - 1e-6)]
 
     def table(self, steps):

@@ -780,7 +780,7 @@ FAMILIES = {  # as the benchmark's meta-tasks: how the program arrives, how the 
 
 
 class World:
-    """Turtle world, what `train.py` and `eval.py` use without --data: nothing is stored, everything is drawn on demand.
+    """Turtle world, what `train.py` and `eval.py` use without --data: no files, pictures are drawn when they are needed.
 
     A turtle on a 4x4 torus executes N moves; only their order decides where it ends.  The rationale is the states passed
     through, the answer is the last.  Attributes as Pairs'.
@@ -791,6 +791,8 @@ class World:
         for name in self.names:
             if name not in FAMILIES:
                 raise DataError(f"--families: {name!r} is none of turtle world's.{nearest(name, FAMILIES)}")
+        if len(set(self.names)) < len(self.names):
+            raise DataError(f"--families {families!r}: one stands there twice")
         rng = np.random.default_rng(0)  # always the same split, whatever a run's seed
         programs = rng.permutation(len(MOVES) ** N)
         programs = programs[test:] if split == "train" else programs[:test]  # disjoint
@@ -939,7 +941,7 @@ def contact_sheet(pairs, num_frames=8):
                 shown += [shrink(f) for f in ([load_image(value)] if kind == "image" else load_frames(value, num_frames) if kind == "video" else [])]
             shown.append(None)  # a gap between query and target
         rows.append(([line[:110] for line in lines], shown))
-    heights = [max(26 * len(lines), *(i.height for i in shown if i)) + 36 for lines, shown in rows]
+    heights = [max([26 * len(lines), *(i.height for i in shown if i)]) + 36 for lines, shown in rows]
     width = 700 + max(sum(i.width + 6 if i else 40 for i in shown) for _, shown in rows)
     sheet, y = Image.new("RGB", (width, sum(heights)), "white"), 0
     draw = ImageDraw.Draw(sheet)

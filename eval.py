@@ -221,9 +221,9 @@ def main(argv):
         raise DataError(f"--mode {cfg.mode!r} --steps {cfg.steps}: mode is one of {MODES}, steps are 0..32 and belong to mode latent")
     if cfg.compare and given & {"mode", "steps"}:
         raise DataError("--compare runs every mode: leave out --mode and --steps")
-    if cfg.batch_size < 1 or cfg.limit < 1 or not all(os.path.isdir(os.path.dirname(os.path.abspath(f))) for f in (cfg.json, cfg.compare)):
+    if cfg.batch_size < 1 or cfg.limit < 1 or any(os.path.isdir(f) or not os.path.isdir(os.path.dirname(os.path.abspath(f))) for f in (cfg.json, cfg.compare)):
         raise DataError(f"--batch_size {cfg.batch_size} and --limit {cfg.limit} must be at least 1, --json {cfg.json!r} and --compare {cfg.compare!r} "
-                        "in folders that exist")
+                        "files in folders that exist")
     if not os.path.exists(cfg.ckpt) and cfg.ckpt == Config.ckpt:
         raise DataError(f"{cfg.ckpt}: no checkpoint there yet; train one with: python train.py, or name one with --ckpt")
     if cfg.data:

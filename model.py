@@ -49,7 +49,7 @@ ADAPTER = dict(kind="moe", experts=4, top_k=2, shared_expert=True, anchor=True, 
 DEFAULTS = dict(latent_steps=8, latent_positions="mrope", prompt=RELEASED_PROMPT, white_image=False, adapter=ADAPTER, limits=asdict(Limits()))
 RELEASED = dict(DEFAULTS, latent_positions="cache", white_image=True)  # what the released layout implies and does not say
 
-# About a million parameters, plus 128 for each token; a laptop trains it.  Qwen2-VL's own 0.02 as the standard deviation of
+# 1.5 million parameters, plus 128 for each token; a laptop trains it.  Qwen2-VL's own 0.02 as the standard deviation of
 # new weights is made for a width of 1536: here pictures would not be read at all (see README).  rope_theta: with 10000 and
 # heads of 32, columns of a picture would be all but indistinguishable.
 TINY = dict(

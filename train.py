@@ -3,7 +3,7 @@
     python train.py                                                turtle world, tiny preset, a laptop
     python train.py --data pairs.jsonl                             your pairs, tiny preset, from scratch
     torchrun --nproc_per_node=8 train.py --data pairs.jsonl --init Qwen/Qwen2-VL-2B-Instruct --lr 1e-5
-    python train.py --ablations ablations.json --steps 800         the paper's ablations in turtle world, a run for each
+    python train.py --ablations ablations.json --steps 600         the paper's ablations in turtle world, a run for each
 
 Writes OUT/checkpoint (for Plume.from_pretrained, eval.py --ckpt and --resume) and OUT/log.jsonl, one object a step.
 Ctrl-C finishes the step, writes a checkpoint and stops.
@@ -12,13 +12,14 @@ Ctrl-C finishes the step, writes a checkpoint and stops.
 import json
 import math
 import os
+import re
 import shlex
 import signal
 import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from hashlib import blake2b
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the data workers are the parallelism
@@ -40,11 +41,11 @@ from model import Plume, pick_device, replacing
 @dataclass
 class Config:
     # data
-    data: str = ""  # JSONL (or JSON array) of training pairs; default: turtle world, drawn on demand
+    data: str = ""  # JSONL (or JSON array) of training pairs; default: turtle world
     families: str = ""  # families of turtle world, with commas between; default: all
     media: str = ""  # folder that media paths are relative to; default: the folder of --data
     skip_bad: bool = False  # leave out records that cannot be read, count and list them; default: stop at the first
-    workers: int = 1  # processes that decode and tokenize ahead; raise while the log's `wait` is not near 0
+    workers: int = 1  # processes that decode and tokenize ahead (with a gate up to 15); raise while the log's `wait` is not near 0
     # model
     init: str = ""  # checkpoint folder or hub name to start from; default: the tiny preset, from scratch
     prompt: str = ""  # text behind <disc_emb>; default: the checkpoint's own
@@ -186,10 +187,13 @@ def build_model(cfg, given, pairs, device):
     return model
 
 
-def checkpoint_in(out):
+def checkpoints_in(out):
     """The run's checkpoint; `.old` is the one that stood there if the run died between two renames."""
-    found = [p for p in (os.path.join(out, "checkpoint"), os.path.join(out, "checkpoint.old")) if os.path.exists(os.path.join(p, "train_state.pt"))]
-    if not found:
+    return [p for p in (os.path.join(out, "checkpoint"), os.path.join(out, "checkpoint.old")) if os.path.exists(os.path.join(p, "train_state.pt"))]
+
+
+def checkpoint_in(out):
+    if not (found := checkpoints_in(out)):
         raise DataError(f"--resume: no checkpoint of a run in {out!r}")
     return found[0]
 
@@ -219,9 +223,14 @@ def check(cfg, world):
              (cfg.latent_positions in ("mrope", "cache"), f"--latent_positions {cfg.latent_positions!r}: needs mrope or cache"),
              (cfg.segments * cfg.steps_per_segment <= MAX_STEPS,
               f"--segments {cfg.segments} x --steps_per_segment {cfg.steps_per_segment}: at most {MAX_STEPS} latent steps"),
-             (cfg.steps > 0 or cfg.epochs > 0, f"--steps {cfg.steps}, --epochs {cfg.epochs}: one of them must be above 0"),
+             (cfg.steps > 0 or cfg.steps == 0 < cfg.epochs, f"--steps {cfg.steps}, --epochs {cfg.epochs}: one of them must be above 0"),
              (min(cfg.save_every, cfg.log_every) >= 1 and cfg.workers >= 0, "--save_every and --log_every must be at least 1, --workers at least 0"),
-             (cfg.clip > 0, "--clip must be above 0 (inf: no clipping)"),
+             (not cfg.gate or cfg.workers < Progress.DELAY, f"--workers {cfg.workers} with --gate: at most {Progress.DELAY - 1}, which would write ahead no "
+              "further than a stage is known"),
+             (min(cfg.lr, cfg.scale, cfg.clip) > 0, f"--lr {cfg.lr}, --scale {cfg.scale}, --clip {cfg.clip}: must be above 0 (--clip inf: no clipping)"),
+             (0 <= cfg.warmup < 1 and 0 <= cfg.decay <= 1 and cfg.vision_lr >= 0,
+              f"--warmup {cfg.warmup}, --decay {cfg.decay}, --vision_lr {cfg.vision_lr}: needs shares of the run, and a share of --lr"),
+             (not (cfg.data and cfg.families), "--families belongs to turtle world: leave it out, or --data"),
              (cfg.resume or not any(os.path.exists(os.path.join(cfg.out, name)) for name in ("checkpoint", "checkpoint.old")),
               f"{cfg.out}/checkpoint exists: continue it with --resume, or choose another --out, or delete it")]
     for fine, problem in needs:
@@ -279,7 +288,7 @@ def main(argv):
     parallel = DistributedDataParallel(model, find_unused_parameters=True, broadcast_buffers=False) if world > 1 else model
     loader = torch.utils.data.DataLoader(Batches(pairs, model.processor, curriculum, cfg.skip_bad), batch_size=None,
                                          sampler=StepSampler(schedule, progress, start, rank, world), num_workers=cfg.workers,
-                                         prefetch_factor=min(4, (Progress.DELAY - 1) // cfg.workers) if cfg.workers else None, pin_memory=device.type == "cuda",
+                                         prefetch_factor=min(4, (Progress.DELAY - 1) // cfg.workers or 1) if cfg.workers else None, pin_memory=device.type == "cuda",
                                          worker_init_fn=ignore_interrupts)
 
     # what is about to happen
@@ -374,46 +383,60 @@ ABLATIONS = {
     "K = 6": (dict(segments=6), 61.1),
     "rest after the thought": (dict(rest_of_rationale="after"), None),
     "no read-out loss": (dict(w_read=0.0), None),
-    "fixed schedule": (dict(gate=0.0, replay=0.0), None),
+    "paper's schedule": (dict(gate=0.0, replay=0.0, last_stage=0.5), None),
+    "no curriculum, but read-out loss": (dict(last_stage=1.0, replay=0.0), None),
 }
 
 
 def ablate(cfg, given):
     """Train and evaluate every setting with every seed, one process a core; finished runs stay in the JSON, begun ones are resumed."""
-    base = {k: getattr(cfg, k) for k in sorted(given - {"ablations", "seeds", "seed", "out", "resume", "workers"})}
-    results = dict(flags=base, cores=os.cpu_count(), torch=torch.__version__, runs=[])
+    if wrong := sorted(given & {"data", "init", "seed", "resume", "workers"}):
+        raise DataError(f"--ablations runs turtle world from scratch with {cfg.seeds} seeds: leave out --{' --'.join(wrong)}")
+    if cfg.seeds < 1 or not os.path.isdir(os.path.dirname(os.path.abspath(cfg.ablations))):
+        raise DataError(f"--seeds {cfg.seeds} must be at least 1, and --ablations {cfg.ablations!r} in a folder that exists")
+    families = World("test", cfg.families).names
+    out_of = lambda name, seed: os.path.join(cfg.out, "ablations", re.sub(r"\W+", "_", f"{name} {seed}"))
+    flags_of = lambda name, seed: asdict(replace(cfg, **ABLATIONS[name][0], ablations="", seed=seed, out=out_of(name, seed), workers=0))
+    for name in ABLATIONS:
+        check(Config(**dict(flags_of(name, 0), resume=True)), 1)
+    base = {k: v for k, v in asdict(cfg).items() if k not in FREE_ON_RESUME + ("ablations", "seeds", "seed")}
+    results = dict(config=base, settings={name: flags for name, (flags, _) in ABLATIONS.items()}, cores=os.cpu_count(), torch=torch.__version__, runs=[])
     if os.path.exists(cfg.ablations):
         with open(cfg.ablations) as f:
-            results = json.load(f)
-        if results["flags"] != base:
-            raise DataError(f"{cfg.ablations} holds runs with the flags {results['flags']}, now they are {base}; choose another file, or the same flags")
+            then = json.load(f)
+        if changed := [k for k in ("config", "settings") if then[k] != results[k]]:
+            raise DataError(f"{cfg.ablations} holds runs of another {changed[0]} ({then[changed[0]]}); choose another file, or the same flags")
+        results = then
     done = {(r["setting"], r["seed"]) for r in results["runs"]}
     todo = [(name, seed) for seed in range(cfg.seeds) for name in ABLATIONS if (name, seed) not in done]
-    here, tasks = os.path.dirname(os.path.abspath(__file__)), ",".join(f"{f}/turtle" for f in (cfg.families.split(",") if cfg.families else FAMILIES))
+    here, running, stopping = os.path.dirname(os.path.abspath(__file__)), [], []
 
     def run(job):
-        name, seed = job
-        out = os.path.join(cfg.out, "ablations", f"{name}-{seed}".replace(" ", "_"))
-        flags = dict(base, **ABLATIONS[name][0], seed=seed, out=out, workers=0)
-        command = [sys.executable, os.path.join(here, "train.py"), *(f"--{k}={v}" for k, v in flags.items())]
+        out = out_of(*job)
         os.makedirs(out, exist_ok=True)
-        with open(os.path.join(out, "output.txt"), "a") as log:
-            call = lambda c: subprocess.run(c, stdout=log, stderr=log, env=dict(os.environ, OMP_NUM_THREADS="1")).returncode
-            if call(command + ["--resume"] * os.path.exists(os.path.join(out, "checkpoint"))):
-                return name, seed, None
-            if call([sys.executable, os.path.join(here, "eval.py"), "--task", tasks, "--ckpt", os.path.join(out, "checkpoint"), "--json", os.path.join(out, "scores.json")]):
-                return name, seed, None
+        flags = [f"--{k}={v}" for k, v in flags_of(*job).items() if v != getattr(Config, k)]
+        train = ["train.py", *flags, *["--resume"] * bool(checkpoints_in(out))]
+        test = ["eval.py", "--task", ",".join(f"{f}/turtle" for f in families), "--ckpt", os.path.join(out, "checkpoint"),
+                "--json", os.path.join(out, "scores.json")]
+        for script, *rest in (train, test):
+            with open(os.path.join(out, "output.txt"), "a") as log:
+                process = subprocess.Popen([sys.executable, os.path.join(here, script), *rest], stdout=log, stderr=log,
+                                           env=dict(os.environ, OMP_NUM_THREADS="1"))
+            running.append(process)
+            if process.wait() or stopping:
+                return None
         with open(os.path.join(out, "scores.json")) as f, open(os.path.join(out, "log.jsonl")) as log:
             hits = {task: r["hit@1"] for task, r in json.load(f)["tasks"].items()}
             seconds = sum(json.loads(line)["ms"] for line in log) / 1e3
-        return name, seed, dict(setting=name, seed=seed, hits=hits, mean=sum(hits.values()) / len(hits), seconds=round(seconds))
+        return dict(setting=job[0], seed=job[1], hits=hits, mean=sum(hits.values()) / len(hits), seconds=round(seconds))
 
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
     with ThreadPoolExecutor(os.cpu_count()) as pool, tqdm(total=len(todo), desc="ablations", unit="run") as bar:
         try:
-            for future in as_completed([pool.submit(run, job) for job in todo]):
-                name, seed, result = future.result()
-                if result is None:
-                    raise DataError(f"{name}, seed {seed}: did not finish; see its output.txt below {cfg.out}/ablations. The same command goes on")
+            jobs = {pool.submit(run, job): job for job in todo}
+            for future in as_completed(jobs):
+                if (result := future.result()) is None:
+                    raise DataError(f"{jobs[future]} did not finish; see output.txt in {out_of(*jobs[future])}. The same command goes on")
                 results["runs"].append(result)
                 with open(cfg.ablations + ".writing", "w") as f:
                     json.dump(results, f, indent=1)
@@ -423,11 +446,14 @@ def ablate(cfg, given):
             print("stopped; the same command goes on")
             return 130
         finally:
-            pool.shutdown(cancel_futures=True)
-    print("setting                   hit@1 mean  (lowest - highest)  paper, MMEB-V2")
+            stopping.append(True)
+            pool.shutdown(wait=False, cancel_futures=True)
+            for process in running:  # those that still run write a checkpoint
+                process.terminate()
+    print("setting                           hit@1 mean  (lowest - highest)  paper, MMEB-V2")
     for name, (_, paper) in ABLATIONS.items():
         scores = [r["mean"] for r in results["runs"] if r["setting"] == name]
-        print(f"{name:26}{sum(scores) / len(scores):10.1%}  ({min(scores):.1%} - {max(scores):.1%})".ljust(60) + (f"{paper}" if paper else ""))
+        print(f"{name:34}{sum(scores) / len(scores):10.1%}  ({min(scores):.1%} - {max(scores):.1%})".ljust(68) + (f"{paper}" if paper else ""))
     print(f"{len(results['runs'])} runs, {sum(r['seconds'] for r in results['runs']) / 3600:.1f} hours of training on one core each")
     return 0
 
