@@ -647,14 +647,15 @@ class StepSampler(torch.utils.data.Sampler):
 
 
 class Batches(torch.utils.data.Dataset):
-    """(step, stage, indices) -> the collated batch of B queries followed by their B targets.
+    """(step, stage, indices) -> a batch of B pairs, collated in micro-batches.
 
-    Adds step, dataset (name), stage, target (B,) hashes, valid (B,), cut (rationale tokens lost to max_len) and bad:
-    with skip_bad a record whose media cannot be read is named there and left out of every loss.
+    micro: list of collated batches of up to `micro_batch` queries followed by their targets (0: all B in one);
+    step, dataset (name), stage, target (B,) hashes, valid (B,), cut (rationale tokens lost to max_len) and bad: with
+    skip_bad a record whose media cannot be read is named there and left out of every loss.
     """
 
-    def __init__(self, pairs, processor, curriculum, skip_bad=False):
-        self.pairs, self.processor, self.curriculum, self.skip_bad = pairs, processor, curriculum, skip_bad
+    def __init__(self, pairs, processor, curriculum, skip_bad=False, micro_batch=0):
+        self.pairs, self.processor, self.curriculum, self.skip_bad, self.micro_batch = pairs, processor, curriculum, skip_bad, micro_batch
 
     def __getitem__(self, job):
         step, stage, indices = job
@@ -668,11 +669,11 @@ class Batches(torch.utils.data.Dataset):
                 bad.append(str(e))
                 blank = self.processor.render(Side([("text", "")]), stage, self.curriculum)
                 rows.append([dict(blank, labelled=False)] * 2)
-        samples = [r[0] for r in rows] + [r[1] for r in rows]
-        batch = collate(samples, self.processor)
-        return dict(batch, step=step, dataset=self.pairs.names[self.pairs.dataset[indices[0]]], stage=stage,
-                    target=torch.from_numpy(self.pairs.target[indices]), bad=bad, cut=sum(s["cut"] for s in samples),
-                    valid=torch.tensor([r[0].get("labelled", True) for r in rows]))
+        parts = [rows[i : i + (self.micro_batch or len(rows))] for i in range(0, len(rows), self.micro_batch or len(rows))]
+        return dict(micro=[collate([query for query, _ in part] + [target for _, target in part], self.processor) for part in parts],
+                    step=step, dataset=self.pairs.names[self.pairs.dataset[indices[0]]], stage=stage, bad=bad,
+                    target=torch.from_numpy(self.pairs.target[indices]), cut=sum(side["cut"] for row in rows for side in row),
+                    valid=torch.tensor([query.get("labelled", True) for query, _ in rows]))
 
 
 def to_device(batch, device):

@@ -118,7 +118,11 @@ class Plume(nn.Module):
         rows, step, tokens = batch["replaced"].unbind(1)
         states = torch.cat([r.start[:, None], r.latents], 1)  # (B, K+1, D) z_0 .. z_K
         read = cross_entropy(states[rows, step], self.backbone.lm_head.weight, tokens)
-        return dict(gen=unit(at(r.suffix, batch["gen"])), disc=unit(r.anchor), ce=ce, first=ce[batch["first"]], read=read,
+        gen = unit(at(r.suffix, batch["gen"]))
+        for module, used in ((self.adapter, steps), (self.backbone.model.visual, batch["pixels"] is not None)):
+            if not used:  # its gradient is 0, not missing: all ranks have gradients of the same parameters
+                gen = gen + sum(0 * p.sum() for p in module.parameters() if p.requires_grad)
+        return dict(gen=gen, disc=unit(r.anchor), ce=ce, first=ce[batch["first"]], read=read,
                     router=r.router)
 
     @torch.no_grad()
@@ -246,9 +250,9 @@ class Plume(nn.Module):
         with replacing(path) as folder:
             self.write(folder, released)
 
-    def write(self, folder, released=False):
-        """The files of `save_pretrained`, into an existing folder."""
-        config, state, a = copy.deepcopy(self.backbone.config), self.state_dict(), self.adapter
+    def write(self, folder, released=False, state=None):
+        """The files of `save_pretrained`, into an existing folder; state: of the whole model, when this one is sharded."""
+        config, state, a = copy.deepcopy(self.backbone.config), state or self.state_dict(), self.adapter
         config.__dict__.pop("plume", None)  # a loaded model's
         if not released:
             config.plume = self.settings

@@ -6,6 +6,7 @@ batches, losses, ranking, command lines.
 Everything is made here: pictures, clips, records, a tiny model.  When ../shared/data is there, real files are used too.
 """
 
+import contextlib
 import json
 import math
 import os
@@ -57,6 +58,12 @@ def assert_close(a, b, what, tol=1e-5):
     assert a.shape == b.shape, f"{what}: shapes {tuple(a.shape)} and {tuple(b.shape)}"
     worst = (a.double() - b.double()).abs().max().item() if a.numel() else 0.0
     assert worst <= tol, f"{what}: differs by {worst:.2e}, allowed {tol:.0e}"
+
+
+def whole(batch):
+    """A batch of Batches that is all in one micro-batch, as one dict."""
+    (micro,) = batch["micro"]
+    return {k: v for k, v in batch.items() if k != "micro"} | micro
 
 
 def picture(colour, shape, size=(84, 84), at=0):
@@ -418,7 +425,7 @@ def test_bfloat16_is_close_to_float32(world, tmp_path):
     for mode in ("latent", "single"):
         assert (m.encode(items, mode) * half.encode(items, mode)).sum(1).min() > 0.99
     losses = []  # and the way of training: float32 weights, bfloat16 compute, recomputed activations
-    batch = Batches(Pairs(str(world / "train.jsonl")), m.processor, Curriculum())[0, FINAL, np.array([1, 3, 5])]
+    batch = whole(Batches(Pairs(str(world / "train.jsonl")), m.processor, Curriculum())[0, FINAL, np.array([1, 3, 5])])
     for dtype in (torch.float32, torch.bfloat16):
         m.zero_grad()
         m.checkpointing = dtype == torch.bfloat16
@@ -1004,7 +1011,7 @@ def test_workers_write_the_text_of_the_step_they_prefetch_for(model, world):
     pairs = Pairs(str(world / "train.jsonl"))
     batches, progress = Batches(pairs, model.processor, Curriculum()), Progress(Curriculum(replay=0.3), 12)
     sampler = StepSampler(Schedule(pairs.dataset, pairs.names, 4, 12, 0), progress)
-    load = lambda workers: list(torch.utils.data.DataLoader(batches, batch_size=None, sampler=sampler, num_workers=workers, prefetch_factor=6 if workers else None))
+    load = lambda workers: map(whole, torch.utils.data.DataLoader(batches, batch_size=None, sampler=sampler, num_workers=workers, prefetch_factor=6 if workers else None))
     for a, b in zip(load(0), load(2)):
         assert a["step"] == b["step"] and a["stage"] == b["stage"] == progress.stage(a["step"])
         assert all(torch.equal(v, b[k]) for k, v in a.items() if torch.is_tensor(v))
@@ -1020,10 +1027,10 @@ def test_a_medium_that_breaks_while_training_is_named_and_in_no_loss(model, worl
     with pytest.raises(DataError, match="record 3: qry: .*torn.png"):
         Batches(pairs, m.processor, Curriculum())[job]
     cfg, curriculum = train.Config(), Curriculum()
-    batch = Batches(pairs, m.processor, curriculum, skip_bad=True)[job]
+    batch = whole(Batches(pairs, m.processor, curriculum, skip_bad=True)[job])
     assert len(batch["bad"]) == 1 and "record 3" in batch["bad"][0] and batch["valid"].tolist() == [True, True, False, True]
     parts = train.losses(m(batch, 8), batch, cfg)
-    good = Batches(pairs, m.processor, curriculum)[0, FINAL, np.array([0, 1, 3])]
+    good = whole(Batches(pairs, m.processor, curriculum)[0, FINAL, np.array([0, 1, 3])])
     for name, value in train.losses(m(good, 8), good, cfg).items():
         assert_close(parts[name], value, name, 1e-6)
 
@@ -1050,7 +1057,7 @@ def test_info_nce_by_hand_with_equal_targets(targets):
 
 def test_the_loss_is_the_weighted_sum_of_its_parts(model, world):
     pairs = Pairs(str(world / "train.jsonl"))
-    batch = Batches(pairs, model.processor, Curriculum(last_stage=1.0))[0, FINAL, np.flatnonzero(pairs.dataset == 0)[:4]]
+    batch = whole(Batches(pairs, model.processor, Curriculum(last_stage=1.0))[0, FINAL, np.flatnonzero(pairs.dataset == 0)[:4]])
     out = model(batch, 8)
     parts = train.losses(out, batch, train.Config(w_ce=0.5, w_gen=2.0, w_disc=3.0, w_balance=0.7, w_read=0.3, scale=9.0))
     q, p = out["gen"].detach().chunk(2)
@@ -1064,7 +1071,7 @@ def test_the_loss_is_the_weighted_sum_of_its_parts(model, world):
 
 def test_every_latent_state_reads_the_token_it_replaced(model, world):
     pairs, rows = Pairs(str(world / "train.jsonl")), np.array([0, 2, 4])
-    batch = Batches(pairs, model.processor, Curriculum())[0, Stage(3, 6, True), rows]
+    batch = whole(Batches(pairs, model.processor, Curriculum())[0, Stage(3, 6, True), rows])
     out, (_, states, _, _) = model(batch, 6), rollout_of(model, batch, 6)
     sides, by_row = [pairs[i][0] for i in rows] + [pairs[i][1] for i in rows], []
     for b, side in enumerate(sides):
@@ -1075,9 +1082,9 @@ def test_every_latent_state_reads_the_token_it_replaced(model, world):
     assert_close(train.losses(out, batch, train.Config())["read"], torch.stack(by_row).mean(), "mean", 1e-9)
     first = [s.index(model.processor.encode(segment(side.rationale, 4)[3])[0]) for s, side in zip(batch["suffix"].tolist(), sides)]
     assert [int(p) % batch["suffix"].shape[1] for p in batch["label_at"][batch["first"]]] == first == [0] * 6  # what is left begins behind the latents
-    last = Batches(pairs, model.processor, Curriculum())[0, FINAL, rows]
+    last = whole(Batches(pairs, model.processor, Curriculum())[0, FINAL, rows])
     assert model.processor.tokenizer.convert_ids_to_tokens(last["labels"][last["first"]]) == [model.processor.tokenizer.tokenize(side.answer)[0] for side in sides]
-    assert len(model(Batches(pairs, model.processor, Curriculum())[0, Stage(0, 0, True), rows], 0)["read"]) == 0
+    assert len(model(whole(Batches(pairs, model.processor, Curriculum())[0, Stage(0, 0, True), rows]), 0)["read"]) == 0
 
 
 def rollout_of(model, batch, steps):
@@ -1109,22 +1116,24 @@ def test_learning_rate_weight_decay_and_frozen_vision(world, tmp_path):
         train.build_model(train.Config(init=str(tmp_path / "ck"), experts=7), {"init", "experts"}, pairs, "cpu")
 
 
-TWO_RANKS = """
-import sys, numpy as np, torch, torch.distributed as dist
+GRADIENTS = """
+import sys, contextlib, numpy as np, torch, torch.distributed as dist
 sys.path.insert(0, {here!r})
 import test_plume as t, train
 from torch.nn.parallel import DistributedDataParallel
 world = int(sys.argv[1])
 if world > 1: dist.init_process_group("gloo")
 rank = dist.get_rank() if world > 1 else 0
-m = t.make_model()
+m, kept = t.make_model(), {{}}
 pairs = t.Pairs({path!r})
-rows = np.flatnonzero(pairs.dataset == 0)[[0, 1, 2, 3, 2, 5, 0, 7]]  # equal targets within and across ranks
-batch = t.Batches(pairs, m.processor, t.Curriculum(last_stage=1.0))[1, t.FINAL, rows[rank * (8 // world):(rank + 1) * (8 // world)]]
-net = DistributedDataParallel(m, find_unused_parameters=True) if world > 1 else m
-parts = train.losses(net(batch, batch["stage"].latent_steps), batch, train.Config())
-parts["loss"].backward()
-if rank == 0: torch.save(dict(grads={{n: p.grad for n, p in m.named_parameters() if p.grad is not None}}, bal=parts["bal"].detach()), {out!r} + sys.argv[1])
+rows = np.flatnonzero(pairs.dataset == 0)[[0, 1, 2, 3, 2, 5, 0, 7]]  # equal targets within and across ranks and micro-batches
+net = DistributedDataParallel(m) if world > 1 else m
+for micro in range(8 // world + 1):
+    batch = t.Batches(pairs, m.processor, t.Curriculum(last_stage=1.0), micro_batch=micro)[1, t.FINAL, rows[rank * (8 // world):(rank + 1) * (8 // world)]]
+    parts = train.backward(net, batch, train.Config(), contextlib.nullcontext())
+    kept[str(micro)] = dict({{n: p.grad for n, p in m.named_parameters() if p.grad is not None}}, **{{k: torch.as_tensor(v).detach() for k, v in parts.items() if k in ("bal", "gen", "disc")}})
+    m.zero_grad()
+if rank == 0: torch.save(kept, {out!r} + sys.argv[1])
 """
 
 
@@ -1139,15 +1148,46 @@ def torchrun(ranks, *command, **kw):
     return run("-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", *command, **kw)
 
 
-def test_two_ranks_have_the_gradients_of_one(world, tmp_path):
-    script, out = tmp_path / "ranks.py", str(tmp_path / "grads")
-    script.write_text(TWO_RANKS.format(here=str(HERE), path=str(world / "train.jsonl"), out=out))
+def test_two_ranks_and_all_micro_batches_have_the_gradients_of_one_big_batch(world, tmp_path):
+    """GradCache against the loss of the whole batch, differentiated in one piece."""
+    script, out = tmp_path / "gradients.py", str(tmp_path / "grads")
+    script.write_text(GRADIENTS.format(here=str(HERE), path=str(world / "train.jsonl"), out=out))
     run(script, 1), torchrun(2, script, 2)
-    one, two = (torch.load(out + n, weights_only=True) for n in "12")
-    assert_close(one["bal"], two["bal"], "balance loss", 1e-12)
-    assert one["grads"].keys() == two["grads"].keys() and len(one["grads"]) > 40
-    for name, g in one["grads"].items():
-        assert_close(two["grads"][name], g, name, 1e-9 * max(1.0, g.abs().max().item()))
+    m, pairs = make_model(), Pairs(str(world / "train.jsonl"))
+    batch = whole(Batches(pairs, m.processor, Curriculum(last_stage=1.0))[1, FINAL, np.flatnonzero(pairs.dataset == 0)[[0, 1, 2, 3, 2, 5, 0, 7]]])
+    parts = train.losses(m(batch, 8), batch, train.Config())
+    parts["loss"].backward()
+    expected = {n: p.grad for n, p in m.named_parameters() if p.grad is not None}
+    assert len(expected) > 40 and parts["bal"] > 0 and {"adapter.router.weight", "backbone.model.visual.patch_embed.proj.weight"} <= expected.keys()
+    for ranks, sizes in ((1, range(9)), (2, range(5))):
+        kept = torch.load(f"{out}{ranks}", weights_only=True)
+        for size in sizes:
+            grads = kept[f"{size}"]
+            assert_close(grads.pop("bal"), parts["bal"].detach(), "balance loss", 1e-12)
+            if ranks == 1:  # with more, a rank's InfoNCE is its share
+                assert_close(grads["gen"], parts["gen"].detach(), "InfoNCE", 1e-12)
+            assert {n for n in grads if "." in n} == expected.keys()
+            for name, g in expected.items():
+                assert_close(grads[name], g, f"{ranks} ranks, micro-batches of {size}: {name}", 1e-9 * g.abs().max().item())
+
+
+def test_micro_batches_replay_their_random_state(world):
+    m, pairs = make_model(), Pairs(str(world / "train.jsonl"))
+    m.adapter.ln.register_forward_hook(lambda module, args, out: F.dropout(out, 0.2))
+    batch, grads = Batches(pairs, m.processor, Curriculum(), micro_batch=2)[1, FINAL, np.arange(5)], []
+    assert [len(part["ids"]) for part in batch["micro"]] == [4, 4, 2]
+    for one_graph in (False, True):
+        m.zero_grad()
+        torch.manual_seed(0)
+        if one_graph:
+            outs = [m(part, 8) for part in batch["micro"]]
+            both = {k: torch.cat([o[k].chunk(2)[side] for side in (0, 1) for o in outs]) for k in ("gen", "disc", "router")}
+            train.losses(both | {k: torch.cat([o[k] for o in outs]) for k in ("ce", "read", "first")}, batch, train.Config())["loss"].backward()
+        else:
+            train.backward(m, batch, train.Config(), contextlib.nullcontext())
+        grads.append({n: p.grad.clone() for n, p in m.named_parameters() if p.grad is not None})
+    for name, g in grads[1].items():
+        assert_close(grads[0][name], g, name, 1e-9 * g.abs().max().item())
 
 
 # ------------------------------------------------------------------------------------------------------------- ranking
@@ -1336,11 +1376,44 @@ def test_two_ranks_by_torchrun_train_the_weights_of_one(world, tmp_path):
     run("train.py", "--out", tmp_path / "one", *flags)
     printed = torchrun(2, "train.py", "--out", tmp_path / "two", *flags).stdout
     assert "global contrastive batch 8 = 2 ranks x 4" in printed
-    one, two = log(tmp_path / "one"), log(tmp_path / "two")
-    assert [r["stage"] for r in one] == [r["stage"] for r in two] and [r["reached"] for r in one].index(1) == 35 < Progress(Curriculum(2, last_stage=0.05, gate=99), 80).entry[1]
-    for a, b in zip(one[:6], two[:6]):
+    torchrun(2, "train.py", "--out", tmp_path / "shards", "--fsdp", "--micro_batch", 3, *flags)
+    one, two, shards = (log(tmp_path / name) for name in ("one", "two", "shards"))
+    assert [r["stage"] for r in one] == [r["stage"] for r in two] == [r["stage"] for r in shards]
+    assert [r["reached"] for r in one].index(1) == 35 < Progress(Curriculum(2, last_stage=0.05, gate=99), 80).entry[1]
+    for rows in zip(one[:6], two[:6], shards[:6]):
         for name in ("ce", "gen", "disc", "bal", "norm", "first"):
-            assert a[name] == pytest.approx(b[name], rel=2e-3, abs=1e-4), (a["step"], name)
+            assert [r[name] for r in rows] == pytest.approx([rows[0][name]] * 3, rel=2e-3, abs=1e-4), (rows[0]["step"], name)
+
+
+DIES = """
+import os, signal, sys
+sys.path.insert(0, {here!r})
+import train
+backward = train.backward
+def dying(model, batch, *rest):
+    if batch["step"] == 6 and os.environ["RANK"] == "1" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+        os.kill(os.getpid(), signal.SIGKILL)
+    return backward(model, batch, *rest)
+train.backward = dying
+sys.exit(train.main(sys.argv[1:]))
+"""
+
+
+def test_a_killed_rank_costs_nothing_and_shards_go_on_as_copies(world, tmp_path):
+    (tmp_path / "dies.py").write_text(DIES.format(here=str(HERE)))
+    flags = ["--data", world / "train.jsonl", "--steps", 12, "--save_every", 4, "--fsdp", "--micro_batch", 2, *QUICK, "--out"]
+    torchrun(2, "train.py", *flags, tmp_path / "whole")
+    assert torchrun(2, tmp_path / "dies.py", *flags, tmp_path / "killed", check=False).returncode
+    state = torch.load(tmp_path / "killed" / "checkpoint" / "train_state.pt", weights_only=True)
+    assert 0 < state["step"] <= 6 and state["ranks"] == 2
+    printed = run("train.py", *(f for f in flags if f != "--fsdp"), tmp_path / "killed", "--resume").stdout  # shards to one whole model
+    assert "began on 2 ranks and goes on with 1" in printed
+    run("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--max-restarts=1", tmp_path / "dies.py", *flags, tmp_path / "elastic")
+    whole, killed, elastic = (weights(tmp_path / name) for name in ("whole", "killed", "elastic"))
+    assert all(torch.equal(elastic[k], v) for k, v in whole.items()) and elastic.keys() == whole.keys() == killed.keys()
+    for k, v in whole.items():
+        assert_close(killed[k], v, k, 2e-3)
+    assert [r["step"] for r in log(tmp_path / "elastic")] == list(range(12))
 
 
 def test_training_refuses_what_cannot_work(world, tmp_path, capsys):
@@ -1418,7 +1491,7 @@ def test_turtle_world_is_the_same_for_every_number_of_workers_and_another_for_ev
         processor = Plume.tiny(pairs.texts()).processor  # a tokenizer of its own for each run, as training has
         sampler = StepSampler(Schedule(pairs.dataset, pairs.names, 4, 30, seed), Progress(curriculum, 30, seed))
         loader = torch.utils.data.DataLoader(Batches(pairs, processor, curriculum), batch_size=None, sampler=sampler, num_workers=workers)
-        return [b | dict(pixels=b["pixels"] if b["pixels"] is not None else torch.zeros(0)) for b in loader]
+        return list(map(whole, loader))
 
     alone, same = draw(0, 5), lambda a, b: all(torch.equal(v, b[k]) if torch.is_tensor(v) else v == b[k] for k, v in a.items())
     assert len({b["dataset"] for b in alone}) == 7 and len({b["stage"] for b in alone}) > 5

@@ -19,6 +19,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from hashlib import blake2b
 
@@ -27,6 +28,9 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the data workers are
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
@@ -73,6 +77,7 @@ class Config:
     reset_moments: bool = True  # forget AdamW's moments when the stage changes
     # optimization
     global_batch: int = 32  # pairs in one contrastive batch, over all ranks; part of the recipe
+    micro_batch: int = 0  # pairs that a rank runs through the model at a time: memory, not recipe; 0: its whole share of the global batch
     epochs: float = 1.5  # passes over the data; ignored when --steps is given
     steps: int = 0  # optimizer steps; 0: from --epochs
     lr: float = 2e-3  # peak learning rate for the tiny preset in turtle world; 1e-3 on real pictures, 1e-5 for a pretrained backbone
@@ -97,10 +102,11 @@ class Config:
     seed: int = 0  # of weights and of the order of the data
     device: str = ""  # cuda, mps or cpu; default: the best there is
     dtype: str = ""  # compute type, float32 or bfloat16 (weights stay float32); default: bfloat16 where it is fast
+    fsdp: bool = False  # shard weights, gradients and AdamW's moments over the ranks (FSDP2) instead of a copy on each
     checkpointing: bool = False  # recompute activations in the backward pass: less memory, about a third slower
 
 
-FREE_ON_RESUME = ("resume", "out", "media", "workers", "save_every", "log_every", "device", "checkpointing")  # do not change the result
+FREE_ON_RESUME = ("resume", "out", "media", "workers", "save_every", "log_every", "device", "checkpointing", "micro_batch", "fsdp")  # do not change the result, but for rounding
 
 
 # ---------------------------------------------------------------------------------------------------------- losses
@@ -161,6 +167,35 @@ def losses(out, batch, cfg):
     return parts | dict(first=global_mean(out["first"].detach()))
 
 
+def backward(model, batch, cfg, autocast):
+    """Gradients of the global batch's loss from micro-batches that fit in memory -> `losses` (GradCache, arXiv 2101.06983).
+
+    Each micro-batch runs without a graph; the loss is taken on the outputs of all of them and of all ranks; then each runs
+    again with a graph, in the same random state, and back-propagates the loss's gradient with respect to its outputs.
+    """
+    micro, device = batch["micro"], next(model.parameters()).device
+    several = len(micro) > 1
+
+    def run(part):
+        with autocast:
+            return model(to_device(part, device), batch["stage"].latent_steps)
+
+    with torch.random.fork_rng([device] * (device.type == "cuda"), enabled=several), torch.set_grad_enabled(not several):
+        outs = [run(part) for part in micro]
+    leaves = [{k: v.detach().requires_grad_() for k, v in out.items()} for out in outs]
+    rows = lambda k: torch.cat([leaf[k].chunk(2)[side] for side in (0, 1) for leaf in leaves])  # all queries, then all targets
+    joined = {k: rows(k) if k in ("gen", "disc", "router") else torch.cat([leaf[k] for leaf in leaves]) for k in leaves[0]}
+    parts = losses(joined, to_device({k: batch[k] for k in ("target", "valid")}, device), cfg)
+    parts["loss"].backward()
+    for i, (part, leaf) in enumerate(zip(micro, leaves)):
+        # with copies (DDP) ranks average their gradients once a step, with shards each micro-batch's at once: less memory
+        with model.no_sync() if isinstance(model, DistributedDataParallel) and i + 1 < len(micro) else nullcontext():
+            out = run(part) if several else outs[i]
+            used = [k for k in out if leaf[k].grad is not None and out[k].requires_grad]
+            torch.autograd.backward([out[k] for k in used], [leaf[k].grad for k in used])
+    return parts
+
+
 # ------------------------------------------------------------------------------------------------------------ training
 
 
@@ -198,6 +233,23 @@ def checkpoint_in(out):
     return found[0]
 
 
+def full(x):
+    """A tensor, or the whole of a sharded one (all ranks have to ask)."""
+    return x.full_tensor() if isinstance(x, DTensor) else x
+
+
+def optimizer_state(optimizer):
+    """The optimizer's state dict with whole tensors: the same for one rank, for copies and for shards."""
+    state = optimizer.state_dict()
+    return dict(state, state={i: {k: full(v).cpu() for k, v in moments.items()} for i, moments in state["state"].items()})
+
+
+def load_optimizer_state(optimizer, state):
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    shard = lambda v, p: distribute_tensor(v.to(p.device), p.device_mesh, p.placements) if isinstance(p, DTensor) and v.shape == p.shape else v
+    optimizer.load_state_dict(dict(state, state={i: {k: shard(v, parameters[i]) for k, v in moments.items()} for i, moments in state["state"].items()}))
+
+
 def parameter_groups(model, weight_decay, vision_lr):
     """Matrices with weight decay; vectors, the step table and the experts' stacked biases without."""
     plain = lambda name, p: p.ndim < 2 or name.startswith(("adapter.b", "adapter.step_embed"))
@@ -219,6 +271,8 @@ def learning_rate(cfg, step, steps):
 def check(cfg, world):
     """What can be known to be wrong before anything is loaded -> the curriculum."""
     needs = [(cfg.global_batch >= 2 and cfg.global_batch % world == 0, f"--global_batch {cfg.global_batch} must be at least 2 and divisible by the {world} ranks"),
+             (cfg.micro_batch >= 0, f"--micro_batch {cfg.micro_batch}: at least 1 pair, or 0 for a rank's whole share of the global batch"),
+             (world > 1 or not cfg.fsdp, "--fsdp needs several ranks: start with torchrun --nproc_per_node=N train.py, or leave it out"),
              (cfg.freeze_vision in ("auto", "true", "false"), f"--freeze_vision {cfg.freeze_vision!r}: needs auto, true or false"),
              (cfg.latent_positions in ("mrope", "cache"), f"--latent_positions {cfg.latent_positions!r}: needs mrope or cache"),
              (cfg.segments * cfg.steps_per_segment <= MAX_STEPS,
@@ -255,6 +309,8 @@ def main(argv):
         return ablate(cfg, given)
     # ranks
     world, rank, local = (int(os.environ.get(k, d)) for k, d in (("WORLD_SIZE", 1), ("RANK", 0), ("LOCAL_RANK", 0)))
+    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) and checkpoints_in(cfg.out):
+        cfg.resume = True  # torchrun --max-restarts has started all ranks again
     curriculum = check(cfg, world)
     say = print if rank == 0 else lambda *a, **k: None
     device, dtype = pick_device(cfg.device or None, cfg.dtype or None, say)
@@ -272,21 +328,30 @@ def main(argv):
     steps = cfg.steps or max(1, round(cfg.epochs * len(pairs) / cfg.global_batch))
     schedule = Schedule(pairs.dataset, pairs.names, cfg.global_batch, steps, cfg.seed)
     fingerprint = blake2b(pairs.target.tobytes() + pairs.dataset.tobytes(), digest_size=8).hexdigest()
+    if world > 1:
+        dist.all_gather_object(seen := [None] * world, (len(pairs), fingerprint))
+        if different := [f"rank {r}: {n} pairs, {h}" for r, (n, h) in enumerate(seen) if (n, h) != seen[0]]:
+            raise DataError(f"--data {cfg.data!r} is not the same file everywhere: rank 0: {seen[0][0]} pairs, {seen[0][1]}; {'; '.join(different[:4])}")
 
     # model and optimizer
     model = build_model(cfg, given, pairs, device)
+    if cfg.fsdp:
+        fully_shard(model, mesh=init_device_mesh(device.type, (world,)), mp_policy=MixedPrecisionPolicy(None if dtype == torch.float32 else dtype, torch.float32))
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameter_groups(model, cfg.weight_decay, cfg.vision_lr), lr=cfg.lr, betas=(0.9, 0.95), fused=True)
     config = dict(asdict(cfg), pairs=fingerprint)
     start, progress = 0, Progress(curriculum, steps, cfg.seed)
     if cfg.resume:
-        state = torch.load(os.path.join(checkpoint_in(cfg.out), "train_state.pt"), map_location=device, weights_only=True)
+        state = torch.load(os.path.join(checkpoint_in(cfg.out), "train_state.pt"), map_location="cpu", weights_only=True)
         check_resume(state["config"], config)
-        optimizer.load_state_dict(state["optimizer"])
+        load_optimizer_state(optimizer, state["optimizer"])
+        if state["ranks"] != world:
+            say(f"the run began on {state['ranks']} ranks and goes on with {world}: the same but for rounding")
         start = state["step"]
         progress.load(state["progress"])
-    parallel = DistributedDataParallel(model, find_unused_parameters=True, broadcast_buffers=False) if world > 1 else model
-    loader = torch.utils.data.DataLoader(Batches(pairs, model.processor, curriculum, cfg.skip_bad), batch_size=None,
+    parallel = DistributedDataParallel(model, broadcast_buffers=False) if world > 1 and not cfg.fsdp else model
+    autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32 and not cfg.fsdp)
+    loader = torch.utils.data.DataLoader(Batches(pairs, model.processor, curriculum, cfg.skip_bad, cfg.micro_batch), batch_size=None,
                                          sampler=StepSampler(schedule, progress, start, rank, world), num_workers=cfg.workers,
                                          prefetch_factor=min(4, (Progress.DELAY - 1) // cfg.workers or 1) if cfg.workers else None, pin_memory=device.type == "cuda",
                                          worker_init_fn=ignore_interrupts)
@@ -308,25 +373,25 @@ def main(argv):
     cut, lost, pace, saved, clock = 0, 0, None, start, time.perf_counter()
     for batch in loader:
         step, stage = batch["step"], batch["stage"]
-        batch, wait = to_device(batch, device), time.perf_counter() - clock
+        wait = time.perf_counter() - clock
         changes = step > 0 and progress.place(step) != progress.place(step - 1)
         if changes and cfg.reset_moments:
             optimizer.state.clear()
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(cfg, step, steps) * group["share"]
 
-        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            out = parallel(batch, stage.latent_steps)
-        parts = losses(out, batch, cfg)
-        parts["loss"].backward()
-        norm = torch.nn.utils.clip_grad_norm_(trained, cfg.clip)
-        metrics = reduce_mean(dict(parts, norm=norm, firsts=len(batch["first"]) * world, cut=batch["cut"] * world, bad=len(batch["bad"]) * world,
+        parts = backward(parallel, batch, cfg, autocast)
+        norm = full(torch.nn.utils.clip_grad_norm_(trained, cfg.clip))
+        metrics = reduce_mean(dict(parts, norm=norm, firsts=sum(len(part["first"]) for part in batch["micro"]) * world, media=sum(part["pixels"] is not None for part in batch["micro"]), cut=batch["cut"] * world, bad=len(batch["bad"]) * world,
                                    stop=float(stop.asked > 0)), device)
         if not math.isfinite(metrics["loss"] + metrics["norm"]):
             raise DataError(f"step {step}, data set {batch['dataset']!r}: loss {metrics['loss']}, gradient norm {metrics['norm']}. Nothing was "
                             f"written since {f'step {saved}' if saved else 'the start'}; lower --lr, or look at this data set's records")
         if metrics.pop("firsts"):
             progress.observe(step, metrics["first"])
+        for module, used in ((model.adapter, stage.latent_steps), (model.backbone.model.visual, metrics.pop("media"))):
+            if not used:  # on no rank: its gradient is 0, and it shall not be moved by old moments either
+                module.zero_grad(set_to_none=True)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
@@ -349,10 +414,12 @@ def main(argv):
                       f"{row['ms']:.0f} ms | {row['pairs_per_s']:.0f} pairs/s | wait {row['wait']:.0%} | ETA {int(eta // 60)}:{int(eta % 60):02d} | "
                       f"{batch['dataset']}", flush=True)
         if last or (step + 1) % cfg.save_every == 0 or progress.place(step + 1) != progress.place(step):
+            weights, moments = {k: full(v).cpu() for k, v in model.state_dict().items()}, optimizer_state(optimizer)
             if rank == 0:
                 with replacing(os.path.join(cfg.out, "checkpoint")) as folder:
-                    model.write(folder)
-                    torch.save(dict(step=step + 1, optimizer=optimizer.state_dict(), progress=progress.state(), config=config), os.path.join(folder, "train_state.pt"))
+                    model.write(folder, state=weights)
+                    torch.save(dict(step=step + 1, ranks=world, optimizer=moments, progress=progress.state(), config=config), os.path.join(folder, "train_state.pt"))
+            del weights, moments
             saved, clock = step + 1, time.perf_counter()
         if last:
             break
