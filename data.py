@@ -606,12 +606,14 @@ class Schedule:
 
     Every global batch comes from one data set (its other rows are hard negatives).  A data set gets steps in proportion
     to its size, spread over the whole run, and passes through all its records before it shows one again.
+    dataset (pairs,): number of each record's data set, -1: held out.
     """
 
     def __init__(self, dataset, names, global_batch, steps, seed):
         self.rows = [np.flatnonzero(dataset == d) for d in range(len(names))]
         self.global_batch, self.steps, self.seed = global_batch, steps, seed
-        share = np.array([len(r) for r in self.rows]) / len(dataset) * steps
+        share = np.array([len(r) for r in self.rows])
+        share = share / share.sum() * steps
         self.counts = np.floor(share).astype(int)
         for d in np.argsort(self.counts - share, kind="stable")[: steps - self.counts.sum()]:  # largest remainders
             self.counts[d] += 1

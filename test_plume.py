@@ -1416,12 +1416,36 @@ def test_a_killed_rank_costs_nothing_and_shards_go_on_as_copies(world, tmp_path)
     assert [r["step"] for r in log(tmp_path / "elastic")] == list(range(12))
 
 
+def test_the_paper_s_preset_and_hit_at_1_on_held_out_pairs(world, tmp_path):
+    make_model().float().save_pretrained(tmp_path / "ck")
+    lines = (world / "train.jsonl").read_text().splitlines()
+    (tmp_path / "t.jsonl").write_text("\n".join(lines + lines))  # 48 pairs: 4 are held out
+    flags = ["--preset=qwen2vl_2b", "--init", tmp_path / "ck", "--data", tmp_path / "t.jsonl", "--media", world, "--dtype=float32", "--steps=4", *QUICK, "--eval_every=2"]
+    printed = run("train.py", *flags, "--out", tmp_path / "one", "--micro_batch=3").stdout
+    config = torch.load(tmp_path / "one" / "checkpoint" / "train_state.pt", weights_only=True)["config"]
+    given = dict(init=str(tmp_path / "ck"), dtype="float32", global_batch=8, lr=2e-3)
+    assert {k: config[k] for k in train.PRESETS["qwen2vl_2b"]} == train.PRESETS["qwen2vl_2b"] | given
+    rows = log(tmp_path / "one")
+    assert [("hit" in r) for r in rows] == [False, True, False, True] and "4 pairs are held out" in printed and "48 pairs in 2 data sets" in printed
+    m, pairs = Plume.from_pretrained(tmp_path / "one" / "checkpoint", "cpu"), Pairs(str(tmp_path / "t.jsonl"), str(world))
+    held = np.random.default_rng([0, 2]).permutation(48)[:4]
+    q, t = (m.encode([pairs[i][side] for i in held]) for side in (0, 1))
+    mine = [pairs.target[held][j] == pairs.target[i] for i, j in zip(held, (q @ t.T).argmax(1))]
+    assert rows[-1]["hit"] == np.mean(mine)
+    schedule = Schedule(np.where(np.isin(np.arange(48), held), -1, pairs.dataset), pairs.names, 8, 40, 0)
+    assert not {int(i) for step in range(40) for i in schedule[step]} & set(held.tolist())
+    torchrun(2, "train.py", *flags, "--out", tmp_path / "two", "--fsdp")
+    assert [r.get("hit") for r in log(tmp_path / "two")] == [r.get("hit") for r in rows]
+    with pytest.raises(DataError, match="Did you mean 'qwen2vl_2b'"):
+        train.main(["--preset", "qwen2vl_2"])
+
+
 def test_training_refuses_what_cannot_work(world, tmp_path, capsys):
     flags = ["--data", world / "train.jsonl", "--out", tmp_path]
     for extra, why in ((["--global_bach", "1"], "Did you mean"), (["--lr", "fast"], "--lr needs a value of type float"), (["--reset_moments", "maybe"], "true or false"),
                        (["--global_batch", "1"], "at least 2"), (["--data", tmp_path / "no.jsonl"], "no such file"), (["--rest_of_rationale", "before"], "'inside' or 'after'"),
                        (["--segments=8", "--steps_per_segment=5"], "at most 32"), (["--latent_positions", "rope"], "mrope or cache"), (["--adapter", "moo"], "'moe', 'mlp' or 'none'"), (["--save_every", "0"], "at least 1"), (["--steps=-5"], "above 0"),
-                       (["--decay=-1"], "needs shares of the run"), (["--scale=0"], "must be above 0"), (["--workers=16"], "at most 15"), (["--families=image_ret"], "leave it out"),
+                       (["--decay=-1"], "needs shares of the run"), (["--scale=0"], "must be above 0"), (["--workers=16"], "at most 15"), (["--micro_batch=-1"], "at least 1 pair"), (["--fsdp"], "torchrun"), (["--families=image_ret"], "leave it out"),
                        (["--dtype", "bf16"], "needs 'float32'"), (["--init", tmp_path / "nowhere"], "no such checkpoint"), (["--resume"], "no checkpoint of a run")):
         with pytest.raises((SystemExit, DataError, FileNotFoundError), match=re.escape(why)):
             train.main(list(map(str, [*flags, *extra])))

@@ -25,18 +25,19 @@ from hashlib import blake2b
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the data workers are the parallelism
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from adapter import MAX_STEPS, TransitionAdapter, balance_loss
 from curriculum import Curriculum, Progress
-from data import FAMILIES, Batches, DataError, Pairs, Schedule, StepSampler, World, parse_flags, to_device
+from data import Batches, DataError, Pairs, Schedule, StepSampler, World, nearest, parse_flags, to_device
 from model import Plume, pick_device, replacing
 
 # -------------------------------------------------------------------------------------------------------------- config
@@ -93,6 +94,8 @@ class Config:
     w_read: float = 1.0  # weight of the cross-entropy that reads from each latent state the token it replaced (not in the paper: 0)
     w_balance: float = 0.1  # weight of the router's balance loss
     # run
+    preset: str = ""  # qwen2vl_2b: the paper's settings; other flags win over it
+    eval_every: int = 0  # steps between hit@1 on 256 pairs (a tenth at most) that are held out of training; 0: never, none held out
     out: str = "out"  # folder for checkpoint and log
     resume: bool = False  # continue the run in --out
     ablations: str = ""  # run every ablation of the paper with the other flags given, results into this JSON; goes on where it stopped
@@ -105,6 +108,11 @@ class Config:
     fsdp: bool = False  # shard weights, gradients and AdamW's moments over the ranks (FSDP2) instead of a copy on each
     checkpointing: bool = False  # recompute activations in the backward pass: less memory, about a third slower
 
+
+# The paper's settings.  It gives no batch size: 1,024 is the one of VLM2Vec-V2, whose line of training data it continues.
+PRESETS = {"qwen2vl_2b": dict(init="Qwen/Qwen2-VL-2B-Instruct", max_pixels=2359296, video_max_pixels=32 * 28 * 28, segments=4, steps_per_segment=2,
+                              last_stage=0.5, gate=0.0, replay=0.0, global_batch=1024, epochs=1.0, lr=1e-5, decay=1.0, vision_lr=1.0, scale=50.0,
+                              w_disc=1.0, w_read=0.0, dtype="bfloat16", checkpointing=True)}
 
 FREE_ON_RESUME = ("resume", "out", "media", "workers", "save_every", "log_every", "device", "checkpointing", "micro_batch", "fsdp")  # do not change the result, but for rounding
 
@@ -233,6 +241,29 @@ def checkpoint_in(out):
     return found[0]
 
 
+def readable(pairs, rows, processor, skip_bad, say):
+    """Those of the held-out rows whose media can be read; the first bad one is an error without --skip_bad."""
+    good = []
+    for i in rows:
+        try:
+            for side in pairs[i]:
+                processor.render(side)
+            good.append(i)
+        except DataError as e:
+            if not skip_bad:
+                raise
+            say("left out:", e)
+    return np.array(good, int)
+
+
+def held_out_hit(model, pairs, rows, autocast):
+    """hit@1 of the rows' queries against their targets, with all latent steps: what the run is watched by."""
+    sides, (_, first, gold) = [pairs[i] for i in rows], np.unique(pairs.target[rows], return_index=True, return_inverse=True)
+    with autocast:
+        queries, targets = model.encode([query for query, _ in sides]), model.encode([sides[i][1] for i in first])
+    return float(((queries @ targets.T).argmax(1) == gold).mean())
+
+
 def full(x):
     """A tensor, or the whole of a sharded one (all ranks have to ask)."""
     return x.full_tensor() if isinstance(x, DTensor) else x
@@ -278,7 +309,8 @@ def check(cfg, world):
              (cfg.segments * cfg.steps_per_segment <= MAX_STEPS,
               f"--segments {cfg.segments} x --steps_per_segment {cfg.steps_per_segment}: at most {MAX_STEPS} latent steps"),
              (cfg.steps > 0 or cfg.steps == 0 < cfg.epochs, f"--steps {cfg.steps}, --epochs {cfg.epochs}: one of them must be above 0"),
-             (min(cfg.save_every, cfg.log_every) >= 1 and cfg.workers >= 0, "--save_every and --log_every must be at least 1, --workers at least 0"),
+             (min(cfg.save_every, cfg.log_every) >= 1 and min(cfg.workers, cfg.eval_every) >= 0,
+              "--save_every and --log_every must be at least 1, --workers and --eval_every at least 0"),
              (not cfg.gate or cfg.workers < Progress.DELAY, f"--workers {cfg.workers} with --gate: at most {Progress.DELAY - 1}, which would write ahead no "
               "further than a stage is known"),
              (min(cfg.lr, cfg.scale, cfg.clip) > 0, f"--lr {cfg.lr}, --scale {cfg.scale}, --clip {cfg.clip}: must be above 0 (--clip inf: no clipping)"),
@@ -305,6 +337,10 @@ def check_resume(then, now):
 
 def main(argv):
     cfg, given = parse_flags(Config, argv, __doc__)
+    if cfg.preset:
+        if cfg.preset not in PRESETS:
+            raise DataError(f"--preset {cfg.preset!r}: there is {', '.join(PRESETS)}.{nearest(cfg.preset, PRESETS)}")
+        cfg = replace(cfg, **{k: v for k, v in PRESETS[cfg.preset].items() if k not in given})
     if cfg.ablations:
         return ablate(cfg, given)
     # ranks
@@ -326,7 +362,10 @@ def main(argv):
     for line in pairs.bad:
         say("left out:", line)
     steps = cfg.steps or max(1, round(cfg.epochs * len(pairs) / cfg.global_batch))
-    schedule = Schedule(pairs.dataset, pairs.names, cfg.global_batch, steps, cfg.seed)
+    held = np.random.default_rng([cfg.seed, 2]).permutation(len(pairs))[: min(256, len(pairs) // 10) if cfg.eval_every else 0]
+    dataset = pairs.dataset.copy()
+    dataset[held] = -1
+    schedule = Schedule(dataset, pairs.names, cfg.global_batch, steps, cfg.seed)
     fingerprint = blake2b(pairs.target.tobytes() + pairs.dataset.tobytes(), digest_size=8).hexdigest()
     if world > 1:
         dist.all_gather_object(seen := [None] * world, (len(pairs), fingerprint))
@@ -337,6 +376,7 @@ def main(argv):
     model = build_model(cfg, given, pairs, device)
     if cfg.fsdp:
         fully_shard(model, mesh=init_device_mesh(device.type, (world,)), mp_policy=MixedPrecisionPolicy(None if dtype == torch.float32 else dtype, torch.float32))
+        register_fsdp_forward_method(model, "embed")
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameter_groups(model, cfg.weight_decay, cfg.vision_lr), lr=cfg.lr, betas=(0.9, 0.95), fused=True)
     config = dict(asdict(cfg), pairs=fingerprint)
@@ -367,6 +407,9 @@ def main(argv):
     say(f"{steps} steps; global contrastive batch {cfg.global_batch} = {world} ranks x {cfg.global_batch // world}; "
         f"InfoNCE at chance {math.log(cfg.global_batch):.2f}")
     say(curriculum.table(steps))
+    if cfg.eval_every:
+        held = readable(pairs, held, model.processor, cfg.skip_bad, say)
+        say(f"{len(held)} pairs are held out; hit@1 by chance {1 / len(set(pairs.target[held])):.1%}")
 
     # the loop
     stop, log = stop_on_signal(), open_log(cfg, start) if rank == 0 else None
@@ -401,6 +444,10 @@ def main(argv):
         took, clock = time.perf_counter() - clock, time.perf_counter()
         pace = took if pace is None else 0.95 * pace + 0.05 * took
         last = step + 1 == steps or metrics["stop"] > 0
+        if cfg.eval_every and ((step + 1) % cfg.eval_every == 0 or last):
+            metrics["hit"] = held_out_hit(model, pairs, held, autocast)
+            say(f"after step {step}: hit@1 {metrics['hit']:.1%} on {len(held)} held-out pairs")
+            clock = time.perf_counter()
         if log:
             row = dict(step=step, reached=progress.stages[progress.place(step)].index, stage=stage.index, K=stage.latent_steps, answer=stage.answer, dataset=batch["dataset"],
                        lr=learning_rate(cfg, step, steps), **{k: v for k, v in metrics.items() if k != "stop"},
