@@ -1408,7 +1408,7 @@ def test_a_killed_rank_costs_nothing_and_shards_go_on_as_copies(world, tmp_path)
     assert 0 < state["step"] <= 6 and state["ranks"] == 2
     printed = run("train.py", *(f for f in flags if f != "--fsdp"), tmp_path / "killed", "--resume").stdout  # shards to one whole model
     assert "began on 2 ranks and goes on with 1" in printed
-    run("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--max-restarts=1", tmp_path / "dies.py", *flags, tmp_path / "elastic")
+    run("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--max-restarts=3", tmp_path / "dies.py", *flags, tmp_path / "elastic")
     whole, killed, elastic = (weights(tmp_path / name) for name in ("whole", "killed", "elastic"))
     assert all(torch.equal(elastic[k], v) for k, v in whole.items()) and elastic.keys() == whole.keys() == killed.keys()
     for k, v in whole.items():
