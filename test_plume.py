@@ -1284,7 +1284,7 @@ def test_the_real_development_set_reads_completely():
 # ------------------------------------------------------------------------------------------------------- command lines
 
 QUICK = ["--global_batch", "8", "--workers", "1", "--log_every", "1", "--lr=2e-3"]
-PAPER = ["--segments=4", "--steps_per_segment=2", "--gate=0", "--replay=0", "--last_stage=0.5", "--decay=1"]  # its fixed schedule
+PAPER = ["--reset_moments", "--segments=4", "--steps_per_segment=2", "--gate=0", "--replay=0", "--last_stage=0.5", "--decay=1"]  # its fixed schedule
 
 
 GATED = ["--segments=2", "--last_stage=0.1", "--gate=99", "--replay=0.2"]  # gated stages that come before their latest time

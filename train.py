@@ -75,11 +75,11 @@ class Config:
     last_stage: float = 0.3  # share of the run in the last stage (paper: 0.5); its second half drops the answer too
     gate: float = 0.3  # enter a stage when the running mean of `first` is under this, at the latest by the schedule; 0: by the schedule alone, as the paper
     replay: float = 0.15  # share of the steps that go back: half of them to stage 0, half to a random earlier one
-    reset_moments: bool = True  # forget AdamW's moments when the stage changes
+    reset_moments: bool = False  # forget AdamW's moments when the stage changes
     # optimization
     global_batch: int = 32  # pairs in one contrastive batch, over all ranks; part of the recipe
     micro_batch: int = 0  # pairs that a rank runs through the model at a time: memory, not recipe; 0: its whole share of the global batch
-    epochs: float = 1.5  # passes over the data; ignored when --steps is given
+    epochs: float = 2.0  # passes over the data; ignored when --steps is given
     steps: int = 0  # optimizer steps; 0: from --epochs
     lr: float = 2e-3  # peak learning rate for the tiny preset in turtle world; 1e-3 on real pictures, 1e-5 for a pretrained backbone
     warmup: float = 0.03  # share of the run with a rising learning rate
