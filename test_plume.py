@@ -1414,6 +1414,12 @@ def test_a_killed_rank_costs_nothing_and_shards_go_on_as_copies(world, tmp_path)
     for k, v in whole.items():
         assert_close(killed[k], v, k, 2e-3)
     assert [r["step"] for r in log(tmp_path / "elastic")] == list(range(12))
+    lines = (world / "train.jsonl").read_text().splitlines(True)
+    for rank, text in enumerate((lines, lines[:-2])):
+        (tmp_path / f"{rank}.jsonl").write_text("".join(text))
+    (tmp_path / "differ.py").write_text(f"import os, sys; sys.path.insert(0, {str(HERE)!r}); import train\ntrain.main([*sys.argv[1:], '--data', os.environ['RANK'] + '.jsonl'])")
+    refused = torchrun(2, tmp_path / "differ.py", "--media", world, "--out", tmp_path / "none", check=False, cwd=tmp_path)
+    assert refused.returncode and "rank 1: 22 pairs" in refused.stderr and not (tmp_path / "none").exists()
 
 
 def test_the_paper_s_preset_and_hit_at_1_on_held_out_pairs(world, tmp_path):

@@ -109,7 +109,7 @@ class Config:
     checkpointing: bool = False  # recompute activations in the backward pass: less memory, about a third slower
 
 
-# The paper's settings.  It gives no batch size: 1,024 is the one of VLM2Vec-V2, whose line of training data it continues.
+# The paper's settings; batch size and number of epochs, which we did not find there, are our choice.
 PRESETS = {"qwen2vl_2b": dict(init="Qwen/Qwen2-VL-2B-Instruct", max_pixels=2359296, video_max_pixels=32 * 28 * 28, segments=4, steps_per_segment=2,
                               last_stage=0.5, gate=0.0, replay=0.0, global_batch=1024, epochs=1.0, lr=1e-5, decay=1.0, vision_lr=1.0, scale=50.0,
                               w_disc=1.0, w_read=0.0, dtype="bfloat16", checkpointing=True)}
