@@ -1446,6 +1446,18 @@ def test_the_paper_s_preset_and_hit_at_1_on_held_out_pairs(world, tmp_path):
         train.main(["--preset", "qwen2vl_2"])
 
 
+def test_dry_run_tells_what_a_run_would_take_and_writes_nothing(world, tmp_path):
+    flags = ["--data", world / "train.jsonl", "--out", tmp_path / "none", "--dry_run", "--micro_batch=3", "--segments=2", "--latent_positions=mrope"]
+    plain, recomputed = run("train.py", *flags).stdout, run("train.py", *flags, "--checkpointing").stdout
+    rows = [[float(x.replace(",", "")) for x in line.split()] for line in plain.splitlines() if re.match(r"^ +\d+ +\d+ +\d+ +\d+ +[\d,.]+ +[\d.]+$", line)]
+    assert [r[:2] for r in rows] == [[0, 0], [1, 1], [2, 2], [2, 2]] and not (tmp_path / "none").exists()
+    less = [float(line.split()[4].replace(",", "")) for line in recomputed.splitlines() if re.match(r"^ +\d+ +\d+ +\d+ +\d+ +[\d,.]+ +[\d.]+$", line)]
+    assert len(less) == 4 and all(a < 0.6 * r[4] for a, r in zip(less, rows))  # recomputing keeps less
+    weights_ = float(re.search(r"weights ([\d.]+) MiB, gradients \1 MiB", plain)[1])
+    count = int(re.search(r"([\d,]+) parameters", plain)[1].replace(",", ""))
+    assert weights_ == pytest.approx(4 * count / 2**20, abs=0.06)
+
+
 def test_training_refuses_what_cannot_work(world, tmp_path, capsys):
     flags = ["--data", world / "train.jsonl", "--out", tmp_path]
     for extra, why in ((["--global_bach", "1"], "Did you mean"), (["--lr", "fast"], "--lr needs a value of type float"), (["--reset_moments", "maybe"], "true or false"),
@@ -1595,7 +1607,7 @@ def test_turtle_world_trains_evaluates_and_compares_without_any_data(tmp_path):
 
 def test_turtle_world_is_learnt_step_by_step(tmp_path):
     """The claim in small: one family, from explicit to latent in a minute, unseen programs, 64 candidates; chance is 1.6%."""
-    run("train.py", "--out", tmp_path, "--families=image_ret", "--global_batch=32", "--steps=600", threads=2)
+    run("train.py", "--out", tmp_path, "--families=image_ret", "--global_batch=32", "--steps=400", threads=2)
     hits = {}
     for name, *flags in (("latent",), ("cot", "--mode=cot"), ("single", "--mode=single"), ("no step", "--steps=0")):
         run("eval.py", "--ckpt", tmp_path / "checkpoint", "--task=image_ret", "--json", tmp_path / "s.json", *flags)

@@ -96,6 +96,7 @@ class Config:
     # run
     preset: str = ""  # qwen2vl_2b: the paper's settings; other flags win over it
     eval_every: int = 0  # steps between hit@1 on 256 pairs (a tenth at most) that are held out of training; 0: never, none held out
+    dry_run: bool = False  # only print what the run would take: memory and time of the heaviest of 256 pairs, in every stage
     out: str = "out"  # folder for checkpoint and log
     resume: bool = False  # continue the run in --out
     ablations: str = ""  # run every ablation of the paper with the other flags given, results into this JSON; goes on where it stopped
@@ -411,6 +412,9 @@ def main(argv):
         held = readable(pairs, held, model.processor, cfg.skip_bad, say)
         say(f"{len(held)} pairs are held out; hit@1 by chance {1 / len(set(pairs.target[held])):.1%}")
 
+    if cfg.dry_run:
+        return dry_run(cfg, model, pairs, curriculum, autocast, world)
+
     # the loop
     stop, log = stop_on_signal(), open_log(cfg, start) if rank == 0 else None
     cut, lost, pace, saved, clock = 0, 0, None, start, time.perf_counter()
@@ -481,6 +485,45 @@ def main(argv):
     again = shlex.join(["train.py", *(a for a in argv if a != "--resume"), "--resume"])
     say(f"{done} of {steps} steps done; checkpoint in {cfg.out}/checkpoint" + ("" if done == steps else f"; go on with: {again}"))
     return 0 if done == steps else 130
+
+
+def dry_run(cfg, model, pairs, curriculum, autocast, world):
+    """What a rank needs: bytes of weights, gradients and moments, and in every stage bytes kept for the backward pass, and
+    seconds, of one micro-batch made of the heaviest of 256 pairs drawn at random."""
+    if world > 1:
+        raise DataError("--dry_run needs no torchrun: it runs one rank's micro-batch; --micro_batch says how many pairs that is")
+    device, unit = model.device, 2**20
+    batches = Batches(pairs, model.processor, curriculum)
+    tokens = lambda i: batches[0, curriculum.stages[0], [i]]["micro"][0]["lengths"].sum().item()
+    drawn = np.random.default_rng(cfg.seed).permutation(len(pairs))[:256]
+    weight = [tokens(i) for i in tqdm(drawn, desc="pairs drawn", unit="pair")]
+    heavy = drawn[np.argsort(weight, kind="stable")[::-1][: cfg.micro_batch or cfg.global_batch]]
+    sizes = [sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad or everything) / unit for everything in (True, False)]
+    print(f"weights {sizes[0]:,.1f} MiB, gradients {sizes[1]:,.1f} MiB, AdamW's moments {2 * sizes[1]:,.1f} MiB; with --fsdp divided by the number of ranks")
+    print(f"one micro-batch of {len(heavy)} pairs, the heaviest of {len(drawn)} drawn: for each stage")
+    print("stage  latent steps  tokens of a side  patches  kept for backward, MiB  seconds" + "  GPU peak, MiB" * (device.type == "cuda"))
+    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    for stage in curriculum.stages:
+        part, kept = to_device(batches[0, stage, heavy]["micro"][0], device), {}
+
+        def keep(tensor):
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        begun = time.perf_counter()
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), autocast:
+            out = model(part, stage.latent_steps)
+        (out["gen"].sum() + out["ce"].sum()).backward()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        seconds = time.perf_counter() - begun
+        model.zero_grad(set_to_none=True)
+        print(f"{stage.index:5d}  {stage.latent_steps:12d}  {part['lengths'].max() + stage.latent_steps + part['suffix'].shape[1]:16d}  "
+              f"{0 if part['pixels'] is None else len(part['pixels']):7d}  {sum(n for at, n in kept.items() if at not in own) / unit:23,.1f}  {seconds:7.2f}"
+              + (f"  {torch.cuda.max_memory_allocated() / unit:13,.1f}" if device.type == "cuda" else ""))
+    return 0
 
 
 # setting: its flags, and the paper's score for it (table of ablations, column All)
