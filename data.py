@@ -840,8 +840,8 @@ def state_word(state):
 def program_side(program, start, program_as, start_as):
     """Start and program as a query.  A frame of a clip stands twice: two frames make one visual token, so each shows one thing."""
     words, passed, state = moves(program), walk(start, program), STATES[start]
-    media = {"tiles": lambda: [("image", stack([draw_tile(w) for w in words]))], "frames": lambda: [("video", [draw_tile(w) for w in words for _ in range(2)])],
-             "page": lambda: [("image", stack([draw_line(w) for w in words]))], "board": lambda: [("image", draw_board(state))]}
+    media = {"tiles": lambda: [("image", stack([draw_tile(w) for w in words]))], "page": lambda: [("image", stack([draw_line(w) for w in words]))],
+             "frames": lambda: [("video", [draw_tile(w) for w in words for _ in range(2)])], "board": lambda: [("image", draw_board(state))]}
     parts = [p for shown in (start_as, program_as) if shown != "words" for p in media[shown]()]
     text = state_word(state) * (start_as == "words") + "".join(f" {w}" for w in words) * (program_as == "words")
     return Side(parts + [("text", text)] * (text != ""), "".join(map(state_word, passed)), state_word(passed[-1]), f"turtle program {program}")

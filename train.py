@@ -73,7 +73,7 @@ class Config:
     steps_per_segment: int = 1  # c, latent steps a part turns into; K = S * c
     rest_of_rationale: str = "inside"  # where the text that is left goes: inside the thought, or after it as released
     last_stage: float = 0.3  # share of the run in the last stage (paper: 0.5); its second half drops the answer too
-    gate: float = 0.3  # enter a stage when the running mean of `first` is under this, at the latest by the schedule; 0: by the schedule alone, as the paper
+    gate: float = 0.3  # enter a stage when the mean of `first` is under this, at the latest by the schedule; 0: by it alone, as the paper
     replay: float = 0.15  # share of the steps that go back: half of them to stage 0, half to a random earlier one
     reset_moments: bool = False  # forget AdamW's moments when the stage changes
     # optimization
@@ -115,7 +115,8 @@ PRESETS = {"qwen2vl_2b": dict(init="Qwen/Qwen2-VL-2B-Instruct", max_pixels=23592
                               last_stage=0.5, gate=0.0, replay=0.0, global_batch=1024, epochs=1.0, lr=1e-5, decay=1.0, vision_lr=1.0, scale=50.0,
                               w_disc=1.0, w_read=0.0, dtype="bfloat16", checkpointing=True)}
 
-FREE_ON_RESUME = ("resume", "out", "media", "workers", "save_every", "log_every", "device", "checkpointing", "micro_batch", "fsdp")  # do not change the result, but for rounding
+# do not change the result, but for rounding
+FREE_ON_RESUME = ("resume", "out", "media", "workers", "save_every", "log_every", "device", "checkpointing", "micro_batch", "fsdp", "dry_run")
 
 
 # ---------------------------------------------------------------------------------------------------------- losses
@@ -279,7 +280,8 @@ def optimizer_state(optimizer):
 def load_optimizer_state(optimizer, state):
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     shard = lambda v, p: distribute_tensor(v.to(p.device), p.device_mesh, p.placements) if isinstance(p, DTensor) and v.shape == p.shape else v
-    optimizer.load_state_dict(dict(state, state={i: {k: shard(v, parameters[i]) for k, v in moments.items()} for i, moments in state["state"].items()}))
+    moments = {i: {k: shard(v, parameters[i]) for k, v in of_one.items()} for i, of_one in state["state"].items()}
+    optimizer.load_state_dict(dict(state, state=moments))
 
 
 def parameter_groups(model, weight_decay, vision_lr):
@@ -302,7 +304,8 @@ def learning_rate(cfg, step, steps):
 
 def check(cfg, world):
     """What can be known to be wrong before anything is loaded -> the curriculum."""
-    needs = [(cfg.global_batch >= 2 and cfg.global_batch % world == 0, f"--global_batch {cfg.global_batch} must be at least 2 and divisible by the {world} ranks"),
+    needs = [(cfg.global_batch >= 2 and cfg.global_batch % world == 0,
+              f"--global_batch {cfg.global_batch} must be at least 2 and divisible by the {world} ranks"),
              (cfg.micro_batch >= 0, f"--micro_batch {cfg.micro_batch}: at least 1 pair, or 0 for a rank's whole share of the global batch"),
              (world > 1 or not cfg.fsdp, "--fsdp needs several ranks: start with torchrun --nproc_per_node=N train.py, or leave it out"),
              (cfg.freeze_vision in ("auto", "true", "false"), f"--freeze_vision {cfg.freeze_vision!r}: needs auto, true or false"),
@@ -312,13 +315,13 @@ def check(cfg, world):
              (cfg.steps > 0 or cfg.steps == 0 < cfg.epochs, f"--steps {cfg.steps}, --epochs {cfg.epochs}: one of them must be above 0"),
              (min(cfg.save_every, cfg.log_every) >= 1 and min(cfg.workers, cfg.eval_every) >= 0,
               "--save_every and --log_every must be at least 1, --workers and --eval_every at least 0"),
-             (not cfg.gate or cfg.workers < Progress.DELAY, f"--workers {cfg.workers} with --gate: at most {Progress.DELAY - 1}, which would write ahead no "
-              "further than a stage is known"),
+             (not cfg.gate or cfg.workers < Progress.DELAY,
+              f"--workers {cfg.workers} with --gate: at most {Progress.DELAY - 1}, more would write batches for steps whose stage is not known yet"),
              (min(cfg.lr, cfg.scale, cfg.clip) > 0, f"--lr {cfg.lr}, --scale {cfg.scale}, --clip {cfg.clip}: must be above 0 (--clip inf: no clipping)"),
              (0 <= cfg.warmup < 1 and 0 <= cfg.decay <= 1 and cfg.vision_lr >= 0,
               f"--warmup {cfg.warmup}, --decay {cfg.decay}, --vision_lr {cfg.vision_lr}: needs shares of the run, and a share of --lr"),
              (not (cfg.data and cfg.families), "--families belongs to turtle world: leave it out, or --data"),
-             (cfg.resume or not any(os.path.exists(os.path.join(cfg.out, name)) for name in ("checkpoint", "checkpoint.old")),
+             (cfg.resume or cfg.dry_run or not any(os.path.exists(os.path.join(cfg.out, name)) for name in ("checkpoint", "checkpoint.old")),
               f"{cfg.out}/checkpoint exists: continue it with --resume, or choose another --out, or delete it")]
     for fine, problem in needs:
         if not fine:
@@ -376,7 +379,8 @@ def main(argv):
     # model and optimizer
     model = build_model(cfg, given, pairs, device)
     if cfg.fsdp:
-        fully_shard(model, mesh=init_device_mesh(device.type, (world,)), mp_policy=MixedPrecisionPolicy(None if dtype == torch.float32 else dtype, torch.float32))
+        policy = MixedPrecisionPolicy(None if dtype == torch.float32 else dtype, torch.float32)
+        fully_shard(model, mesh=init_device_mesh(device.type, (world,)), mp_policy=policy)
         register_fsdp_forward_method(model, "embed")
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameter_groups(model, cfg.weight_decay, cfg.vision_lr), lr=cfg.lr, betas=(0.9, 0.95), fused=True)
@@ -429,8 +433,9 @@ def main(argv):
 
         parts = backward(parallel, batch, cfg, autocast)
         norm = full(torch.nn.utils.clip_grad_norm_(trained, cfg.clip))
-        metrics = reduce_mean(dict(parts, norm=norm, firsts=sum(len(part["first"]) for part in batch["micro"]) * world, media=sum(part["pixels"] is not None for part in batch["micro"]), cut=batch["cut"] * world, bad=len(batch["bad"]) * world,
-                                   stop=float(stop.asked > 0)), device)
+        counts = dict(firsts=sum(len(part["first"]) for part in batch["micro"]), media=sum(part["pixels"] is not None for part in batch["micro"]),
+                      cut=batch["cut"], bad=len(batch["bad"]), stop=stop.asked > 0)
+        metrics = reduce_mean(dict(parts, norm=norm, **{k: world * float(n) for k, n in counts.items()}), device)
         if not math.isfinite(metrics["loss"] + metrics["norm"]):
             raise DataError(f"step {step}, data set {batch['dataset']!r}: loss {metrics['loss']}, gradient norm {metrics['norm']}. Nothing was "
                             f"written since {f'step {saved}' if saved else 'the start'}; lower --lr, or look at this data set's records")
@@ -453,8 +458,8 @@ def main(argv):
             say(f"after step {step}: hit@1 {metrics['hit']:.1%} on {len(held)} held-out pairs")
             clock = time.perf_counter()
         if log:
-            row = dict(step=step, reached=progress.stages[progress.place(step)].index, stage=stage.index, K=stage.latent_steps, answer=stage.answer, dataset=batch["dataset"],
-                       lr=learning_rate(cfg, step, steps), **{k: v for k, v in metrics.items() if k != "stop"},
+            row = dict(step=step, reached=progress.stages[progress.place(step)].index, stage=stage.index, K=stage.latent_steps,
+                       answer=stage.answer, dataset=batch["dataset"], lr=learning_rate(cfg, step, steps), **{k: v for k, v in metrics.items() if k != "stop"},
                        ms=took * 1e3, wait=wait / took, pairs_per_s=cfg.global_batch / took)
             log.write(json.dumps(row) + "\n")
             log.flush()
@@ -469,7 +474,8 @@ def main(argv):
             if rank == 0:
                 with replacing(os.path.join(cfg.out, "checkpoint")) as folder:
                     model.write(folder, state=weights)
-                    torch.save(dict(step=step + 1, ranks=world, optimizer=moments, progress=progress.state(), config=config), os.path.join(folder, "train_state.pt"))
+                    state = dict(step=step + 1, ranks=world, optimizer=moments, progress=progress.state(), config=config)
+                    torch.save(state, os.path.join(folder, "train_state.pt"))
             del weights, moments
             saved, clock = step + 1, time.perf_counter()
         if last:
@@ -557,7 +563,8 @@ def ablate(cfg, given):
     for name in ABLATIONS:
         check(Config(**dict(flags_of(name, 0), resume=True)), 1)
     base = {k: v for k, v in asdict(cfg).items() if k not in FREE_ON_RESUME + ("ablations", "seeds", "seed")}
-    results = dict(config=base, settings={name: flags for name, (flags, _) in ABLATIONS.items()}, cores=os.cpu_count(), torch=torch.__version__, runs=[])
+    results = dict(config=base, settings={name: flags for name, (flags, _) in ABLATIONS.items()}, cores=os.cpu_count(),
+                   torch=torch.__version__, runs=[])
     if os.path.exists(cfg.ablations):
         with open(cfg.ablations) as f:
             then = json.load(f)
