@@ -1422,6 +1422,22 @@ def test_a_killed_rank_costs_nothing_and_shards_go_on_as_copies(world, tmp_path)
     assert refused.returncode and "rank 1: 22 pairs" in refused.stderr and not (tmp_path / "none").exists()
 
 
+def test_what_no_rank_uses_is_not_moved(tmp_path):
+    """Text alone and no latent step: the vision tower and the adapter keep their weights, whatever the weight decay."""
+    rows = [record(qry=dict(conversations=turns(f"question {i}")), pos=dict(conversations=turns(f"answer {i}"))) for i in range(8)]
+    (tmp_path / "t.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    flags = ["--data", tmp_path / "t.jsonl", "--steps=3", "--segments=1", "--last_stage=0.3", "--gate=0", "--micro_batch=2", "--weight_decay=9", *QUICK]
+    torchrun(2, "train.py", *flags, "--out", tmp_path / "out")
+    torchrun(2, "train.py", *flags, "--out", tmp_path / "shards", "--fsdp")
+    assert [r["K"] for r in log(tmp_path / "out")] == [0] * 3
+    Plume.tiny(Pairs(str(tmp_path / "t.jsonl")).texts(), 0).save_pretrained(tmp_path / "before" / "checkpoint")
+    before = weights(tmp_path / "before")
+    for after in (weights(tmp_path / "out"), weights(tmp_path / "shards")):
+        kept = {k for k, v in before.items() if torch.equal(v, after[k])}
+        idle = {k for k in before if k.startswith(("visual.", "adapter."))}
+        assert len(idle) > 20 and idle <= kept and kept - idle == set(), sorted(idle ^ kept)[:4]
+
+
 def test_the_paper_s_preset_and_hit_at_1_on_held_out_pairs(world, tmp_path):
     make_model().float().save_pretrained(tmp_path / "ck")
     lines = (world / "train.jsonl").read_text().splitlines()
@@ -1444,6 +1460,9 @@ def test_the_paper_s_preset_and_hit_at_1_on_held_out_pairs(world, tmp_path):
     assert [r.get("hit") for r in log(tmp_path / "two")] == [r.get("hit") for r in rows]
     with pytest.raises(DataError, match="Did you mean 'qwen2vl_2b'"):
         train.main(["--preset", "qwen2vl_2"])
+    (tmp_path / "few.jsonl").write_text("\n".join(lines[:8]))
+    few = run("train.py", "--data", tmp_path / "few.jsonl", "--media", world, "--steps=2", *QUICK, "--eval_every=1", "--out", tmp_path / "few", check=False)
+    assert few.returncode == 1 and "leaves none to hold out" in few.stderr
 
 
 def test_dry_run_tells_what_a_run_would_take_and_writes_nothing(world, tmp_path):
@@ -1639,6 +1658,6 @@ def test_ablations_by_one_command_that_goes_on_where_it_stopped(tmp_path, monkey
     assert timeless(json.loads(file.read_text())["runs"]) == timeless(first["runs"])
     with pytest.raises(DataError, match="another file, or the same flags"):
         train.main([*command, "--lr=1e-3"])
-    for extra, why in ((["--data=x.jsonl"], "leave out --data"), (["--seeds=0"], "--seeds 0"), (["--ablations", str(tmp_path / "no" / "a.json")], "folder that exists"), (["--families=image_clss"], "Did you mean 'image_cls'")):
+    for extra, why in ((["--data=x.jsonl"], "leave out --data"), (["--seeds=0"], "--seeds 0"), (["--ablations", str(tmp_path / "no" / "a.json")], "folder that exists"), (["--families=image_clss"], "Did you mean 'image_cls'"), (["--dry_run"], "leave out --dry_run")):
         with pytest.raises(DataError, match=why):
             train.main([*command, *extra])

@@ -106,7 +106,7 @@ class Config:
     seed: int = 0  # of weights and of the order of the data
     device: str = ""  # cuda, mps or cpu; default: the best there is
     dtype: str = ""  # compute type, float32 or bfloat16 (weights stay float32); default: bfloat16 where it is fast
-    fsdp: bool = False  # shard weights, gradients and AdamW's moments over the ranks (FSDP2) instead of a copy on each
+    fsdp: bool = False  # shard weights, gradients and AdamW's moments over the ranks (FSDP2); with bfloat16 hidden states are bfloat16 too
     checkpointing: bool = False  # recompute activations in the backward pass: less memory, about a third slower
 
 
@@ -260,7 +260,8 @@ def readable(pairs, rows, processor, skip_bad, say):
 
 def held_out_hit(model, pairs, rows, autocast):
     """hit@1 of the rows' queries against their targets, with all latent steps: what the run is watched by."""
-    sides, (_, first, gold) = [pairs[i] for i in rows], np.unique(pairs.target[rows], return_index=True, return_inverse=True)
+    sides = [pairs[i] for i in rows]
+    _, first, gold = np.unique([target.key() for _, target in sides], return_index=True, return_inverse=True)
     with autocast:
         queries, targets = model.encode([query for query, _ in sides]), model.encode([sides[i][1] for i in first])
     return float(((queries @ targets.T).argmax(1) == gold).mean())
@@ -271,10 +272,19 @@ def full(x):
     return x.full_tensor() if isinstance(x, DTensor) else x
 
 
-def optimizer_state(optimizer):
+def gathered(tensors, keep):
+    """{name: tensor} with sharded ones made whole, on the CPU; {} on ranks that only lend their shards."""
+    out = {}
+    for name, tensor in tensors.items():
+        tensor = full(tensor)
+        out |= {name: tensor.cpu()} if keep else {}
+    return out
+
+
+def optimizer_state(optimizer, keep):
     """The optimizer's state dict with whole tensors: the same for one rank, for copies and for shards."""
     state = optimizer.state_dict()
-    return dict(state, state={i: {k: full(v).cpu() for k, v in moments.items()} for i, moments in state["state"].items()})
+    return dict(state, state={i: gathered(moments, keep) for i, moments in state["state"].items()})
 
 
 def load_optimizer_state(optimizer, state):
@@ -307,6 +317,7 @@ def check(cfg, world):
     needs = [(cfg.global_batch >= 2 and cfg.global_batch % world == 0,
               f"--global_batch {cfg.global_batch} must be at least 2 and divisible by the {world} ranks"),
              (cfg.micro_batch >= 0, f"--micro_batch {cfg.micro_batch}: at least 1 pair, or 0 for a rank's whole share of the global batch"),
+             (world == 1 or not cfg.dry_run, "--dry_run needs no torchrun: it runs one rank's micro-batch; --micro_batch says how many pairs that is"),
              (world > 1 or not cfg.fsdp, "--fsdp needs several ranks: start with torchrun --nproc_per_node=N train.py, or leave it out"),
              (cfg.freeze_vision in ("auto", "true", "false"), f"--freeze_vision {cfg.freeze_vision!r}: needs auto, true or false"),
              (cfg.latent_positions in ("mrope", "cache"), f"--latent_positions {cfg.latent_positions!r}: needs mrope or cache"),
@@ -349,9 +360,6 @@ def main(argv):
         return ablate(cfg, given)
     # ranks
     world, rank, local = (int(os.environ.get(k, d)) for k, d in (("WORLD_SIZE", 1), ("RANK", 0), ("LOCAL_RANK", 0)))
-    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) and checkpoints_in(cfg.out):
-        cfg.resume = True  # torchrun --max-restarts has started all ranks again
-    curriculum = check(cfg, world)
     say = print if rank == 0 else lambda *a, **k: None
     device, dtype = pick_device(cfg.device or None, cfg.dtype or None, say)
     if device.type == "cuda":
@@ -359,14 +367,18 @@ def main(argv):
         torch.cuda.set_device(device)
     if world > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        dist.all_gather_object(restarts := [None] * world, int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)))
+        if max(restarts) and checkpoints_in(cfg.out):
+            cfg.resume = True  # torchrun --max-restarts has started the ranks again
+    curriculum = check(cfg, world)
     torch.manual_seed(cfg.seed)
 
     # data and curriculum
     pairs = Pairs(cfg.data, cfg.media or None, cfg.skip_bad, progress=rank == 0) if cfg.data else World("train", cfg.families)
     for line in pairs.bad:
         say("left out:", line)
-    steps = cfg.steps or max(1, round(cfg.epochs * len(pairs) / cfg.global_batch))
     held = np.random.default_rng([cfg.seed, 2]).permutation(len(pairs))[: min(256, len(pairs) // 10) if cfg.eval_every else 0]
+    steps = cfg.steps or max(1, round(cfg.epochs * (len(pairs) - len(held)) / cfg.global_batch))
     dataset = pairs.dataset.copy()
     dataset[held] = -1
     schedule = Schedule(dataset, pairs.names, cfg.global_batch, steps, cfg.seed)
@@ -414,10 +426,12 @@ def main(argv):
     say(curriculum.table(steps))
     if cfg.eval_every:
         held = readable(pairs, held, model.processor, cfg.skip_bad, say)
-        say(f"{len(held)} pairs are held out; hit@1 by chance {1 / len(set(pairs.target[held])):.1%}")
+        if not len(held):
+            raise DataError(f"--eval_every {cfg.eval_every}: a tenth of {len(pairs)} pairs leaves none to hold out that can be read; leave it out")
+        say(f"{len(held)} pairs are held out; hit@1 by chance {1 / len({pairs[i][1].key() for i in held}):.1%}")
 
     if cfg.dry_run:
-        return dry_run(cfg, model, pairs, curriculum, autocast, world)
+        return dry_run(cfg, model, pairs, curriculum, autocast)
 
     # the loop
     stop, log = stop_on_signal(), open_log(cfg, start) if rank == 0 else None
@@ -453,7 +467,7 @@ def main(argv):
         took, clock = time.perf_counter() - clock, time.perf_counter()
         pace = took if pace is None else 0.95 * pace + 0.05 * took
         last = step + 1 == steps or metrics["stop"] > 0
-        if cfg.eval_every and ((step + 1) % cfg.eval_every == 0 or last):
+        if cfg.eval_every and ((step + 1) % cfg.eval_every == 0 or step + 1 == steps):
             metrics["hit"] = held_out_hit(model, pairs, held, autocast)
             say(f"after step {step}: hit@1 {metrics['hit']:.1%} on {len(held)} held-out pairs")
             clock = time.perf_counter()
@@ -470,7 +484,7 @@ def main(argv):
                       f"{row['ms']:.0f} ms | {row['pairs_per_s']:.0f} pairs/s | wait {row['wait']:.0%} | ETA {int(eta // 60)}:{int(eta % 60):02d} | "
                       f"{batch['dataset']}", flush=True)
         if last or (step + 1) % cfg.save_every == 0 or progress.place(step + 1) != progress.place(step):
-            weights, moments = {k: full(v).cpu() for k, v in model.state_dict().items()}, optimizer_state(optimizer)
+            weights, moments = gathered(model.state_dict(), rank == 0), optimizer_state(optimizer, rank == 0)
             if rank == 0:
                 with replacing(os.path.join(cfg.out, "checkpoint")) as folder:
                     model.write(folder, state=weights)
@@ -493,19 +507,18 @@ def main(argv):
     return 0 if done == steps else 130
 
 
-def dry_run(cfg, model, pairs, curriculum, autocast, world):
+def dry_run(cfg, model, pairs, curriculum, autocast):
     """What a rank needs: bytes of weights, gradients and moments, and in every stage bytes kept for the backward pass, and
     seconds, of one micro-batch made of the heaviest of 256 pairs drawn at random."""
-    if world > 1:
-        raise DataError("--dry_run needs no torchrun: it runs one rank's micro-batch; --micro_batch says how many pairs that is")
     device, unit = model.device, 2**20
-    batches = Batches(pairs, model.processor, curriculum)
+    size, batches = cfg.micro_batch or cfg.global_batch, Batches(pairs, model.processor, curriculum, cfg.skip_bad)
     tokens = lambda i: batches[0, curriculum.stages[0], [i]]["micro"][0]["lengths"].sum().item()
-    drawn = np.random.default_rng(cfg.seed).permutation(len(pairs))[:256]
+    drawn = np.random.default_rng(cfg.seed).permutation(len(pairs))[: max(256, size)]
     weight = [tokens(i) for i in tqdm(drawn, desc="pairs drawn", unit="pair")]
-    heavy = drawn[np.argsort(weight, kind="stable")[::-1][: cfg.micro_batch or cfg.global_batch]]
+    heavy = drawn[np.argsort(weight, kind="stable")[::-1][:size]]
     sizes = [sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad or everything) / unit for everything in (True, False)]
-    print(f"weights {sizes[0]:,.1f} MiB, gradients {sizes[1]:,.1f} MiB, AdamW's moments {2 * sizes[1]:,.1f} MiB; with --fsdp divided by the number of ranks")
+    print(f"weights {sizes[0]:,.1f} MiB, gradients {sizes[1]:,.1f} MiB, AdamW's moments {2 * sizes[1]:,.1f} MiB; "
+          "with --fsdp divided by the number of ranks, but in a step each rank gathers all weights")
     print(f"one micro-batch of {len(heavy)} pairs, the heaviest of {len(drawn)} drawn: for each stage")
     print("stage  latent steps  tokens of a side  patches  kept for backward, MiB  seconds" + "  GPU peak, MiB" * (device.type == "cuda"))
     own = {p.untyped_storage().data_ptr() for p in model.parameters()}
@@ -553,7 +566,7 @@ ABLATIONS = {
 
 def ablate(cfg, given):
     """Train and evaluate every setting with every seed, one process a core; finished runs stay in the JSON, begun ones are resumed."""
-    if wrong := sorted(given & {"data", "init", "seed", "resume", "workers"}):
+    if wrong := sorted(given & {"data", "init", "seed", "resume", "workers", "preset", "dry_run"}):
         raise DataError(f"--ablations runs turtle world from scratch with {cfg.seeds} seeds: leave out --{' --'.join(wrong)}")
     if cfg.seeds < 1 or not os.path.isdir(os.path.dirname(os.path.abspath(cfg.ablations))):
         raise DataError(f"--seeds {cfg.seeds} must be at least 1, and --ablations {cfg.ablations!r} in a folder that exists")
