@@ -1386,13 +1386,12 @@ def test_two_ranks_by_torchrun_train_the_weights_of_one(world, tmp_path):
 
 
 DIES = """
-import os, shutil, signal, sys
+import os, signal, sys
 sys.path.insert(0, {here!r})
 import train
 backward = train.backward
 def dying(model, batch, *rest):
-    if batch["step"] == 6 and os.environ["RANK"] == "1" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
-        shutil.copytree(sys.argv[-1], sys.argv[-1] + "_half")
+    if batch["step"] == 6 and os.environ["RANK"] == "1":
         os.kill(os.getpid(), signal.SIGKILL)
     return backward(model, batch, *rest)
 train.backward = dying
@@ -1404,16 +1403,18 @@ def test_a_killed_rank_costs_nothing_and_shards_go_on_as_copies(world, tmp_path)
     (tmp_path / "dies.py").write_text(DIES.format(here=str(HERE)))
     flags = ["--data", world / "train.jsonl", "--steps", 12, "--save_every", 4, "--fsdp", "--micro_batch", 2, *QUICK, "--out"]
     torchrun(2, "train.py", *flags, tmp_path / "whole")
-    run("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--max-restarts=3", tmp_path / "dies.py", *flags, tmp_path / "elastic")
-    state = torch.load(tmp_path / "elastic_half" / "checkpoint" / "train_state.pt", weights_only=True)
+    assert torchrun(2, tmp_path / "dies.py", *flags, tmp_path / "killed", check=False).returncode
+    state = torch.load(tmp_path / "killed" / "checkpoint" / "train_state.pt", weights_only=True)
     assert 4 <= state["step"] <= 6 and state["ranks"] == 2
-    printed = run("train.py", *(f for f in flags if f != "--fsdp"), tmp_path / "elastic_half", "--resume").stdout  # shards to one whole model
+    shutil.copytree(tmp_path / "killed", tmp_path / "copies")
+    torchrun(2, "train.py", *flags, tmp_path / "killed", "--resume")
+    printed = run("train.py", *(f for f in flags if f != "--fsdp"), tmp_path / "copies", "--resume").stdout  # shards to one whole model
     assert "began on 2 ranks and goes on with 1" in printed
-    whole, half, elastic = (weights(tmp_path / name) for name in ("whole", "elastic_half", "elastic"))
-    assert all(torch.equal(elastic[k], v) for k, v in whole.items()) and elastic.keys() == whole.keys() == half.keys()
+    whole, killed, copies = (weights(tmp_path / name) for name in ("whole", "killed", "copies"))
+    assert all(torch.equal(killed[k], v) for k, v in whole.items()) and killed.keys() == whole.keys() == copies.keys()
     for k, v in whole.items():
-        assert_close(half[k], v, k, 2e-3)
-    assert [r["step"] for r in log(tmp_path / "elastic")] == list(range(12))
+        assert_close(copies[k], v, k, 2e-3)
+    assert [r["step"] for r in log(tmp_path / "killed")] == list(range(12))
     lines = (world / "train.jsonl").read_text().splitlines(True)
     for rank, text in enumerate((lines, lines[:-2])):
         (tmp_path / f"{rank}.jsonl").write_text("".join(text))
