@@ -679,7 +679,8 @@ class Batches(torch.utils.data.Dataset):
 
 
 def to_device(batch, device):
-    return {k: v.to(device, non_blocking=True) if torch.is_tensor(v) else v for k, v in batch.items()}
+    """The grid stays on the CPU: the vision tower reads its numbers, and would wait for the device in every layer."""
+    return {k: v.to(device, non_blocking=True) if torch.is_tensor(v) and k != "grid" else v for k, v in batch.items()}
 
 
 # ------------------------------------------------------------------------------------------------------------- tasks

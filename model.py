@@ -29,6 +29,7 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers import AutoTokenizer, PreTrainedTokenizerFast, Qwen2VLConfig, Qwen2VLForConditionalGeneration
 from transformers.utils import logging as transformers_logging
+from transformers.vision_utils import get_vision_position_ids
 
 from adapter import MAX_STEPS, TransitionAdapter, from_released, to_released
 from data import (CLOSING, MERGE, PATCH, PLUME_TOKENS, QWEN_TOKENS, SYSTEM, TEMPORAL, DataError, Limits, Processor, Side, collate, nearest,
@@ -49,16 +50,23 @@ ADAPTER = dict(kind="moe", experts=4, top_k=2, shared_expert=True, anchor=True, 
 DEFAULTS = dict(latent_steps=8, latent_positions="mrope", prompt=RELEASED_PROMPT, white_image=False, adapter=ADAPTER, limits=asdict(Limits()))
 RELEASED = dict(DEFAULTS, latent_positions="cache", white_image=True)  # what the released layout implies and does not say
 
-# 1.5 million parameters, plus 128 for each token; a laptop trains it.  Qwen2-VL's own 0.02 as the standard deviation of
-# new weights is made for a width of 1536: here pictures would not be read at all (see README).  rope_theta: with 10000 and
-# heads of 32, columns of a picture would be all but indistinguishable.
-TINY = dict(
-    text=dict(hidden_size=128, intermediate_size=384, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, initializer_range=128**-0.5,
-              max_position_embeddings=8192, rope_parameters=dict(rope_type="default", rope_theta=100.0, mrope_section=[4, 6, 6])),
-    vision=dict(depth=1, embed_dim=128, hidden_size=128, num_heads=4, mlp_ratio=2, initializer_range=128**-0.5),
-    prompt="Think, then embed.",
-    limits=dict(min_pixels=28 * 28, max_pixels=28 * 28 * 36, video_min_pixels=28 * 28, video_max_pixels=28 * 28 * 9, max_len=512, num_frames=16),
-    vocabulary=8192)
+# Shapes of models with new random weights.  tiny: 1.5 million parameters, plus 128 for each token; a laptop trains it.
+# Qwen2-VL's own 0.02 as the standard deviation of new weights is made for a width of 1536: here pictures would not be read
+# at all (see README).  rope_theta: with 10000 and heads of 32, columns of a picture would be all but indistinguishable.
+# qwen2vl_2b: what Qwen/Qwen2-VL-2B-Instruct's config.json says; for memory and speed, not to be trained from scratch.
+SHAPES = {
+    "tiny": dict(
+        text=dict(hidden_size=128, intermediate_size=384, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, initializer_range=128**-0.5,
+                  max_position_embeddings=8192, rope_parameters=dict(rope_type="default", rope_theta=100.0, mrope_section=[4, 6, 6])),
+        vision=dict(depth=1, embed_dim=128, hidden_size=128, num_heads=4, mlp_ratio=2, initializer_range=128**-0.5),
+        prompt="Think, then embed.",
+        limits=dict(min_pixels=28 * 28, max_pixels=28 * 28 * 36, video_min_pixels=28 * 28, video_max_pixels=28 * 28 * 9, max_len=512, num_frames=16)),
+    "qwen2vl_2b": dict(
+        text=dict(hidden_size=1536, intermediate_size=8960, num_hidden_layers=28, num_attention_heads=12, num_key_value_heads=2, vocab_size=151936,
+                  max_position_embeddings=32768, rope_parameters=dict(rope_type="default", rope_theta=1e6, mrope_section=[16, 24, 24])),
+        vision=dict(depth=32, embed_dim=1280, hidden_size=1536, num_heads=16, mlp_ratio=4),
+        prompt=RELEASED_PROMPT, limits={}),
+}
 
 
 class Plume(nn.Module):
@@ -100,7 +108,8 @@ class Plume(nn.Module):
         x = self.lm.embed_tokens(batch["ids"])  # (B, P, D)
         if batch["pixels"] is not None:
             visual = self.backbone.model.visual
-            features = visual(batch["pixels"].to(visual.dtype), grid_thw=batch["grid"]).pooler_output  # (M, D)
+            places = get_vision_position_ids(batch["grid"], MERGE).to(x.device, non_blocking=True)
+            features = visual(batch["pixels"].to(visual.dtype), grid_thw=batch["grid"], position_ids=places).pooler_output  # (M, D)
             x = x.flatten(0, 1).index_copy(0, batch["media"], features.to(x.dtype)).view_as(x)
         return Prefix(x, batch["positions"], batch["lengths"], batch["disc"])
 
@@ -183,16 +192,19 @@ class Plume(nn.Module):
     # ------------------------------------------------------------------------------------------------- making, loading
 
     @classmethod
-    def tiny(cls, texts, seed=0, **settings):
-        """The tiny preset with random weights and a BPE tokenizer trained on `texts` (an iterable of strings)."""
-        tokenizer = train_tokenizer(texts, TINY["vocabulary"])
-        size = -(-len(tokenizer) // 64) * 64
+    def random(cls, texts, shape="tiny", seed=0, device="cpu", **settings):
+        """One of SHAPES with random weights and a BPE tokenizer trained on `texts` (an iterable of strings).
+
+        device: where the weights are made; "meta" makes none, only their shapes.
+        """
+        shape, tokenizer = SHAPES[shape], train_tokenizer(texts)
+        text = {"vocab_size": -(-len(tokenizer) // 64) * 64, **shape["text"]}
         special = {k: tokenizer.convert_tokens_to_ids(f"<|{t}|>") for k, t in SPECIAL_IDS.items()}
-        config = Qwen2VLConfig(text_config=dict(TINY["text"], vocab_size=size, bos_token_id=None, eos_token_id=None),
-                               vision_config=TINY["vision"], tie_word_embeddings=True, **special)
-        with torch.random.fork_rng():
+        config = Qwen2VLConfig(text_config=dict(text, bos_token_id=None, eos_token_id=None), vision_config=shape["vision"],
+                               tie_word_embeddings=True, **special)
+        settings = {"prompt": shape["prompt"], **settings, "limits": {**shape["limits"], **settings.get("limits", {})}}
+        with torch.random.fork_rng(), torch.device(device):
             torch.manual_seed(seed)
-            settings = {"prompt": TINY["prompt"], **settings, "limits": {**TINY["limits"], **settings.get("limits", {})}}
             return cls(quietly(Qwen2VLForConditionalGeneration, config), tokenizer, settings)
 
     @classmethod
@@ -336,10 +348,10 @@ def quietly(make, *args, **kwargs):
             transformers_logging.enable_progress_bar()
 
 
-FRAME = (f"system\n{SYSTEM}", "user\n", TINY["prompt"], "assistant\n<think>", CLOSING, "<answer>", "</answer>\n")  # stands around every item
+FRAME = (f"system\n{SYSTEM}", "user\n", SHAPES["tiny"]["prompt"], "assistant\n<think>", CLOSING, "<answer>", "</answer>\n")  # stands around every item
 
 
-def train_tokenizer(texts, size):
+def train_tokenizer(texts, size=8192):
     """A byte-level BPE of at most `size` entries, split like Qwen2's, with all special tokens.  The prompt's fixed strings
     are one token each: in a tiny model they would be most of the work."""
     t = tokenizers.Tokenizer(tokenizers.models.BPE())

@@ -115,7 +115,7 @@ def world(tmp_path_factory):
 def make_model(**settings):
     """The tiny preset in float64, with an adapter and step table that do something."""
     torch.manual_seed(0)
-    m = Plume.tiny([f"The {c} {s} is on the left of a picture. What colour is it?" for c in COLOURS for s in SHAPES] * 20, **settings).double()
+    m = Plume.random([f"The {c} {s} is on the left of a picture. What colour is it?" for c in COLOURS for s in SHAPES] * 20, **settings).double()
     for p in m.adapter.parameters():
         p.data += 0.05 * torch.randn_like(p)
     return m
@@ -1431,7 +1431,7 @@ def test_what_no_rank_uses_is_not_moved(tmp_path):
     torchrun(2, "train.py", *flags, "--out", tmp_path / "out")
     torchrun(2, "train.py", *flags, "--out", tmp_path / "shards", "--fsdp")
     assert [r["K"] for r in log(tmp_path / "out")] == [0] * 3
-    Plume.tiny(Pairs(str(tmp_path / "t.jsonl")).texts(), 0).save_pretrained(tmp_path / "before" / "checkpoint")
+    Plume.random(Pairs(str(tmp_path / "t.jsonl")).texts()).save_pretrained(tmp_path / "before" / "checkpoint")
     before = weights(tmp_path / "before")
     for after in (weights(tmp_path / "out"), weights(tmp_path / "shards")):
         kept = {k for k, v in before.items() if torch.equal(v, after[k])}
@@ -1550,7 +1550,7 @@ def test_turtle_world_moves_as_a_second_implementation_and_keeps_its_test_progra
 def test_turtle_world_is_the_same_for_every_number_of_workers_and_another_for_every_seed():
     def draw(workers, seed):
         pairs, curriculum = data.World(), Curriculum(8, 1, replay=0.3)
-        processor = Plume.tiny(pairs.texts()).processor  # a tokenizer of its own for each run, as training has
+        processor = Plume.random(pairs.texts()).processor  # a tokenizer of its own for each run, as training has
         sampler = StepSampler(Schedule(pairs.dataset, pairs.names, 4, 30, seed), Progress(curriculum, 30, seed))
         loader = torch.utils.data.DataLoader(Batches(pairs, processor, curriculum), batch_size=None, sampler=sampler, num_workers=workers)
         return list(map(whole, loader))
@@ -1573,7 +1573,7 @@ def test_every_family_of_turtle_world_shows_what_it_names():
         assert len(said) == 8 * (program == "words") + (start == "words")
     boards = {data.draw_board(s).tobytes() for s in data.STATES}
     assert len(boards) == 64 and len({data.draw_tile(m).tobytes() for m in data.MOVES}) == len({data.draw_line(m).tobytes() for m in data.MOVES}) == 3
-    tokenizer = plume_model.train_tokenizer(world_.texts(), 8192)
+    tokenizer = plume_model.train_tokenizer(world_.texts())
     assert all(len(tokenizer.tokenize(w)) == 1 for w in [*map(data.state_word, data.STATES), *(f" {m}" for m in data.MOVES)])
 
 

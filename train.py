@@ -18,6 +18,7 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
@@ -33,6 +34,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from tqdm import tqdm
 
 from adapter import MAX_STEPS, TransitionAdapter, balance_loss
@@ -52,7 +55,7 @@ class Config:
     skip_bad: bool = False  # leave out records that cannot be read, count and list them; default: stop at the first
     workers: int = 1  # processes that decode and tokenize ahead (with a gate up to 15); raise while the log's `wait` is not near 0
     # model
-    init: str = ""  # checkpoint folder or hub name to start from; default: the tiny preset, from scratch
+    init: str = ""  # checkpoint folder or hub name to start from; empty: random weights, tiny, or with --preset in its shape
     prompt: str = ""  # text behind <disc_emb>; default: the checkpoint's own
     min_pixels: int = 0  # a picture is scaled up to this area; 0: the checkpoint's own
     max_pixels: int = 0  # and down to this one; first thing to lower when memory runs out; 0: the checkpoint's own
@@ -111,7 +114,7 @@ class Config:
 
 
 # The paper's settings; batch size and number of epochs, which we did not find there, are our choice.
-PRESETS = {"qwen2vl_2b": dict(init="Qwen/Qwen2-VL-2B-Instruct", max_pixels=2359296, video_max_pixels=32 * 28 * 28, segments=4, steps_per_segment=2,
+PRESETS = {"qwen2vl_2b": dict(init="Qwen/Qwen2-VL-2B-Instruct", freeze_vision="true", max_pixels=2359296, video_max_pixels=32 * 28 * 28, segments=4, steps_per_segment=2,
                               last_stage=0.5, gate=0.0, replay=0.0, global_batch=1024, epochs=1.0, lr=1e-5, decay=1.0, vision_lr=1.0, scale=50.0,
                               w_disc=1.0, w_read=0.0, dtype="bfloat16", checkpointing=True)}
 
@@ -210,7 +213,7 @@ def backward(model, batch, cfg, autocast):
 
 
 def build_model(cfg, given, pairs, device):
-    """Plume in float32 on the device: --resume's, --init's, or the tiny preset with a tokenizer of the pairs' texts.
+    """Plume in float32 on the device: --resume's, --init's, or random weights with a tokenizer of the pairs' texts.
 
     What the checkpoint of --init says about itself stays, unless a flag for it was given.
     """
@@ -225,7 +228,8 @@ def build_model(cfg, given, pairs, device):
     elif cfg.init:
         model = Plume.from_pretrained(cfg.init, device, torch.float32, **settings)
     else:
-        model = Plume.tiny(pairs.texts(), cfg.seed, **settings).to(device)
+        where = "meta" if device.type == "meta" else "cpu"
+        model = Plume.random(pairs.texts(), cfg.preset or "tiny", cfg.seed, where, **settings).to(device)
     if cfg.freeze_vision == "true" or (cfg.freeze_vision == "auto" and cfg.init):
         model.backbone.model.visual.requires_grad_(False).merger.requires_grad_(True)
     model.checkpointing = cfg.checkpointing
@@ -318,6 +322,7 @@ def check(cfg, world):
               f"--global_batch {cfg.global_batch} must be at least 2 and divisible by the {world} ranks"),
              (cfg.micro_batch >= 0, f"--micro_batch {cfg.micro_batch}: at least 1 pair, or 0 for a rank's whole share of the global batch"),
              (world == 1 or not cfg.dry_run, "--dry_run needs no torchrun: it runs one rank's micro-batch; --micro_batch says how many pairs that is"),
+             (cfg.device != "meta" or cfg.dry_run, "--device meta has shapes and no numbers: it is for --dry_run"),
              (world > 1 or not cfg.fsdp, "--fsdp needs several ranks: start with torchrun --nproc_per_node=N train.py, or leave it out"),
              (cfg.freeze_vision in ("auto", "true", "false"), f"--freeze_vision {cfg.freeze_vision!r}: needs auto, true or false"),
              (cfg.latent_positions in ("mrope", "cache"), f"--latent_positions {cfg.latent_positions!r}: needs mrope or cache"),
@@ -406,8 +411,9 @@ def main(argv):
             say(f"the run began on {state['ranks']} ranks and goes on with {world}: the same but for rounding")
         start = state["step"]
         progress.load(state["progress"])
-    parallel = DistributedDataParallel(model, broadcast_buffers=False) if world > 1 and not cfg.fsdp else model
-    autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32 and not cfg.fsdp)
+    parallel = DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True) if world > 1 and not cfg.fsdp else model
+    mixed = dtype != torch.float32 and not cfg.fsdp and device.type != "meta"
+    autocast = torch.autocast(device.type, dtype) if mixed else nullcontext()
     loader = torch.utils.data.DataLoader(Batches(pairs, model.processor, curriculum, cfg.skip_bad, cfg.micro_batch), batch_size=None,
                                          sampler=StepSampler(schedule, progress, start, rank, world), num_workers=cfg.workers,
                                          prefetch_factor=min(4, (Progress.DELAY - 1) // cfg.workers or 1) if cfg.workers else None, pin_memory=device.type == "cuda",
@@ -431,7 +437,7 @@ def main(argv):
         say(f"{len(held)} pairs are held out; hit@1 by chance {1 / len({pairs[i][1].key() for i in held}):.1%}")
 
     if cfg.dry_run:
-        return dry_run(cfg, model, pairs, curriculum, autocast)
+        return dry_run(cfg, model, pairs, curriculum, autocast, dtype)
 
     # the loop
     stop, log = stop_on_signal(), open_log(cfg, start) if rank == 0 else None
@@ -507,41 +513,83 @@ def main(argv):
     return 0 if done == steps else 130
 
 
-def dry_run(cfg, model, pairs, curriculum, autocast):
-    """What a rank needs: bytes of weights, gradients and moments, and in every stage bytes kept for the backward pass, and
-    seconds, of one micro-batch made of the heaviest of 256 pairs drawn at random."""
-    device, unit = model.device, 2**20
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of all tensors made inside: `now` those still alive, `peak` the most at one time."""
+
+    def __init__(self):
+        super().__init__()
+        self.now, self.peak, self.known = 0, 0, set()
+
+    def __torch_dispatch__(self, f, types, args=(), kwargs=None):
+        storages = lambda tree: [t.untyped_storage() for t in tree_leaves(tree) if isinstance(t, torch.Tensor)]
+        given = {id(s) for s in storages((args, kwargs))}  # a view of these is no new memory
+        out = f(*args, **(kwargs or {}))
+        for s in storages(out):
+            if id(s) not in given | self.known:
+                self.known.add(id(s))
+                self.now += s.nbytes()
+                self.peak = max(self.peak, self.now)
+                weakref.finalize(s, self.free, id(s), s.nbytes())
+        return out
+
+    def free(self, key, size):
+        self.known.discard(key)
+        self.now -= size
+
+
+class FusedAttention(torch.autograd.Function):
+    """What a GPU's attention kernel keeps, and no arithmetic: on the device meta."""
+
+    @staticmethod
+    def forward(ctx, q, k, v):
+        out = torch.empty_like(q)
+        ctx.save_for_backward(q, k, v, out)
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):
+        return tuple(torch.empty_like(x) for x in ctx.saved_tensors[:3])
+
+
+def dry_run(cfg, model, pairs, curriculum, autocast, dtype):
+    """What a rank needs: bytes of weights, gradients and moments, and in every stage bytes that one micro-batch adds, made of
+    the heaviest of 256 pairs drawn at random.  On cuda as its allocator counts, else all tensors that are alive."""
+    device, unit = model.device, 2**30
+    meta, cuda = device.type == "meta", device.type == "cuda"
     size, batches = cfg.micro_batch or cfg.global_batch, Batches(pairs, model.processor, curriculum, cfg.skip_bad)
     tokens = lambda i: batches[0, curriculum.stages[0], [i]]["micro"][0]["lengths"].sum().item()
     drawn = np.random.default_rng(cfg.seed).permutation(len(pairs))[: max(256, size)]
     weight = [tokens(i) for i in tqdm(drawn, desc="pairs drawn", unit="pair")]
     heavy = drawn[np.argsort(weight, kind="stable")[::-1][:size]]
-    sizes = [sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad or everything) / unit for everything in (True, False)]
-    print(f"weights {sizes[0]:,.1f} MiB, gradients {sizes[1]:,.1f} MiB, AdamW's moments {2 * sizes[1]:,.1f} MiB; "
-          "with --fsdp divided by the number of ranks, but in a step each rank gathers all weights")
-    print(f"one micro-batch of {len(heavy)} pairs, the heaviest of {len(drawn)} drawn: for each stage")
-    print("stage  latent steps  tokens of a side  patches  kept for backward, MiB  seconds" + "  GPU peak, MiB" * (device.type == "cuda"))
-    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    every, trained = (sum(p.numel() for p in model.parameters() if p.requires_grad or all_) for all_ in (True, False))
+    print(f"weights {4 * every / unit:,.3f} GiB, gradients {4 * trained / unit:,.3f} GiB, AdamW's moments {8 * trained / unit:,.3f} GiB, all float32")
+    if meta:
+        model.to(dtype)
+        F.scaled_dot_product_attention = lambda q, k, v, **kw: FusedAttention.apply(q, k, v)
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p) if p.requires_grad else None
+    print(f"one micro-batch of {len(heavy)} pairs, the heaviest of {len(drawn)} drawn: for each stage what stays for the backward pass, and the most")
+    print("stage  latent steps  tokens of a side  patches  kept, GiB  peak, GiB" + "  seconds" * (not meta))
+    most = 0
     for stage in curriculum.stages:
-        part, kept = to_device(batches[0, stage, heavy]["micro"][0], device), {}
-
-        def keep(tensor):
-            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-            return tensor
-
-        if device.type == "cuda":
+        part, begun = to_device(batches[0, stage, heavy]["micro"][0], device), time.perf_counter()
+        if cuda:
             torch.cuda.reset_peak_memory_stats()
-        begun = time.perf_counter()
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), autocast:
-            out = model(part, stage.latent_steps)
-        (out["gen"].sum() + out["ce"].sum()).backward()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        seconds = time.perf_counter() - begun
-        model.zero_grad(set_to_none=True)
-        print(f"{stage.index:5d}  {stage.latent_steps:12d}  {part['lengths'].max() + stage.latent_steps + part['suffix'].shape[1]:16d}  "
-              f"{0 if part['pixels'] is None else len(part['pixels']):7d}  {sum(n for at, n in kept.items() if at not in own) / unit:23,.1f}  {seconds:7.2f}"
-              + (f"  {torch.cuda.max_memory_allocated() / unit:13,.1f}" if device.type == "cuda" else ""))
+            before = torch.cuda.memory_allocated()
+        with nullcontext() if cuda else LiveBytes() as live:
+            with autocast:
+                out = model(part, stage.latent_steps)
+            kept = torch.cuda.memory_allocated() - before if cuda else live.now
+            (out["gen"].sum() + out["ce"].sum() + out["read"].sum() + out["router"].sum()).backward()
+            del out
+        peak = torch.cuda.max_memory_allocated() - before if cuda else live.peak
+        most = max(most, peak)
+        print(f"{stage.index:5d}  {stage.latent_steps:12d}  {part['lengths'].max() if not meta else part['ids'].shape[1]:16d}  "
+              f"{0 if part['pixels'] is None else len(part['pixels']):7d}  {kept / unit:9.3f}  {peak / unit:9.3f}"
+              + f"  {time.perf_counter() - begun:7.2f}" * (not meta))
+    state, gathered = 4 * every + 12 * trained, 2 * (every + trained) if dtype == torch.bfloat16 else 4 * (every + trained)
+    print(f"together {(state + most + (2 * every if meta and dtype == torch.bfloat16 else 0)) / unit:,.2f} GiB a rank; "
+          f"with --fsdp on 8 ranks, which gather weights and gradients in a step, {(state / 8 + gathered + most) / unit:,.2f} GiB")
     return 0
 
 
