@@ -7,7 +7,7 @@
     batches    collate, Schedule, Batches  left-padded tensors; which records make which step
     tasks      read_task                   corpus.jsonl, queries.jsonl, qrels.tsv
     world      World, world_tasks          turtle world, the default data: drawn on demand, no download
-    look       contact_sheet               python data.py --show sheet.png [--data pairs.jsonl]
+    look       contact_sheet, bench        python data.py --show sheet.png, --bench [--data pairs.jsonl]
 
 Nothing here is skipped, replaced or cut silently: what cannot be used raises DataError, which names the file, the
 record and the reason.
@@ -23,6 +23,7 @@ import os
 import re
 import struct
 import sys
+import time
 import warnings
 from array import array
 from dataclasses import dataclass, fields, replace
@@ -33,8 +34,9 @@ import tokenizers
 import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from tqdm import tqdm
+from transformers import PreTrainedTokenizerFast
 
-from curriculum import CLOSING, segment
+from curriculum import CLOSING, Curriculum, segment
 
 PATCH, MERGE, TEMPORAL = 14, 2, 2  # Qwen2-VL: pixels a patch, patches a token side, frames a temporal patch
 MEAN = np.array([0.48145466, 0.4578275, 0.40821073], np.float32)  # CLIP's, used by Qwen2-VL
@@ -45,6 +47,11 @@ IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".ti
 
 class DataError(ValueError):
     """Bad input: the message says what was given, where, and what is needed."""
+
+
+def said(error):
+    """The message of an error; of one that a data worker raised, the last line of its traceback."""
+    return str(error).strip().splitlines()[-1].removeprefix("data.DataError: ") if "Original Traceback" in str(error) else str(error)
 
 
 def nearest(name, known):
@@ -451,6 +458,22 @@ def spans_of(f, path):
 QWEN_TOKENS = ("<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>", "<|endoftext|>")
 PLUME_TOKENS = ("<gen_emb>", "<disc_emb>", "<bot>", "<eot>", "<ct>")  # <ct> is the released code's placeholder; unused here
 SYSTEM = "You are a helpful assistant."
+
+
+def train_tokenizer(texts, whole=(), size=8192):
+    """A byte-level BPE of at most `size` entries, split like Qwen2's, with all special tokens; strings of `whole` are one token."""
+    t = tokenizers.Tokenizer(tokenizers.models.BPE())
+    t.normalizer = tokenizers.normalizers.NFC()
+    t.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([
+        tokenizers.pre_tokenizers.Split(tokenizers.Regex(
+            r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"), "isolated"),
+        tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    t.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=size, special_tokens=[*QWEN_TOKENS, *PLUME_TOKENS], show_progress=False,
+                                             initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    t.train_from_iterator(texts, trainer)
+    t.add_tokens([tokenizers.AddedToken(piece, normalized=False) for piece in whole])
+    return PreTrainedTokenizerFast(tokenizer_object=t, eos_token="<|im_end|>", pad_token="<|endoftext|>")
 
 
 @dataclass
@@ -962,6 +985,30 @@ def contact_sheet(pairs, num_frames=8):
     return sheet
 
 
+def bench(pairs, processor, workers, count):
+    """What the workers can give: of the drawn pairs' media each for itself, and of the pairs as training batches of 4."""
+    if workers < 0 or count < 8:
+        raise DataError(f"--workers {workers}, --count {count}: needs at least 0 workers and 8 pairs")
+    drawn, curriculum = np.random.default_rng(0).permutation(len(pairs))[:count], Curriculum()
+    parts = [part for i in drawn for side in pairs[i] for part in side.parts]
+    print(f"{len(drawn)} pairs of {pairs.names if len(pairs.names) < 9 else f'{len(pairs.names)} data sets'}, {workers} workers, {os.cpu_count()} cores")
+    for name, kind, size in (("pictures", "image", 1), ("clips", "video", 1), ("pairs", None, 4)):
+        if kind:
+            jobs, how = [source for k, source in parts if k == kind], dict(collate_fn=functools.partial(processor.media, kind))
+        else:
+            jobs = Batches(pairs, processor, curriculum)
+            how = dict(sampler=[(0, curriculum.stages[0], drawn[i : i + size]) for i in range(0, len(drawn) // size * size, size)])
+        loader = torch.utils.data.DataLoader(jobs, batch_size=None, num_workers=workers, **how)
+        if len(loader) < 2:
+            print(f"{name:8}  fewer than 2")
+            continue
+        begun = None
+        for made in tqdm(loader, desc=name, leave=False):
+            begun = begun or time.perf_counter()  # behind the first: workers have started
+        rate = (len(loader) - 1) * size / (time.perf_counter() - begun)
+        print(f"{name:8}  {rate:9,.1f} a second  ({len(loader) * size} read)")
+
+
 # ------------------------------------------------------------------------------------------------------ command line
 
 
@@ -1002,15 +1049,27 @@ def parse_flags(config_class, argv, about):
 class Config:
     # contact sheet
     show: str = ""  # PNG to write: one example of each data set, both sides
+    # speed of reading
+    bench: bool = False  # pictures, clips and pairs a second that the workers make ready for the model
+    workers: int = 2  # processes, as train.py has on each rank
+    count: int = 512  # pairs drawn at random
+    max_pixels: int = 0  # a picture is scaled down to this area; 0: Qwen2-VL's
+    video_max_pixels: int = 0  # the same for each frame of a clip
+    num_frames: int = 0  # frames sampled from a clip
+    # both
     data: str = ""  # JSONL of training pairs; default: turtle world
     media: str = ""  # folder that media paths are relative to; default: the folder of --data
 
 
 def main(argv):
-    cfg, _ = parse_flags(Config, argv, "Look at what the model sees: python data.py --show sheet.png")
-    if not cfg.show:
-        raise DataError("nothing to do: name a picture to write with --show sheet.png")
-    contact_sheet(Pairs(cfg.data, cfg.media or None) if cfg.data else World()).save(cfg.show + ".writing", "PNG")
+    cfg, given = parse_flags(Config, argv, "Look at what the model sees: python data.py --show sheet.png\nHow fast is it read: python data.py --bench --data pairs.jsonl --workers 8")
+    if bool(cfg.show) == cfg.bench:
+        raise DataError("name a picture to write with --show sheet.png, or measure with --bench")
+    pairs = Pairs(cfg.data, cfg.media or None) if cfg.data else World()
+    if cfg.bench:
+        limits = Limits(**{k: getattr(cfg, k) for k in ("max_pixels", "video_max_pixels", "num_frames") if getattr(cfg, k)})
+        return bench(pairs, Processor(train_tokenizer(pairs.texts()), "", limits), cfg.workers, cfg.count)
+    contact_sheet(pairs).save(cfg.show + ".writing", "PNG")
     os.replace(cfg.show + ".writing", cfg.show)
     print(f"one example of each data set: {cfg.show}")
 
@@ -1019,4 +1078,4 @@ if __name__ == "__main__":
     try:
         main(sys.argv[1:])
     except (DataError, OSError) as e:
-        sys.exit(f"error: {e}")
+        sys.exit(f"error: {said(e)}")

@@ -19,7 +19,6 @@ from dataclasses import asdict
 
 import huggingface_hub
 import numpy as np
-import tokenizers
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -27,13 +26,13 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
-from transformers import AutoTokenizer, PreTrainedTokenizerFast, Qwen2VLConfig, Qwen2VLForConditionalGeneration
+from transformers import AutoTokenizer, Qwen2VLConfig, Qwen2VLForConditionalGeneration
 from transformers.utils import logging as transformers_logging
 from transformers.vision_utils import get_vision_position_ids
 
 from adapter import MAX_STEPS, TransitionAdapter, from_released, to_released
-from data import (CLOSING, MERGE, PATCH, PLUME_TOKENS, QWEN_TOKENS, SYSTEM, TEMPORAL, DataError, Limits, Processor, Side, collate, nearest,
-                  parse_item, to_device)
+from data import (CLOSING, MERGE, PATCH, PLUME_TOKENS, SYSTEM, TEMPORAL, DataError, Limits, Processor, Side, collate, nearest, parse_item,
+                  to_device, train_tokenizer)
 from latent import Prefix, at, at_least_float32, greedy, rollout, single_pass
 
 RELEASED_PROMPT = (
@@ -67,6 +66,8 @@ SHAPES = {
         vision=dict(depth=32, embed_dim=1280, hidden_size=1536, num_heads=16, mlp_ratio=4),
         prompt=RELEASED_PROMPT, limits={}),
 }
+# The fixed strings around every item, one token each: in a tiny model they would be most of the work.
+FRAME = (f"system\n{SYSTEM}", "user\n", SHAPES["tiny"]["prompt"], "assistant\n<think>", CLOSING, "<answer>", "</answer>\n")
 
 
 class Plume(nn.Module):
@@ -197,7 +198,7 @@ class Plume(nn.Module):
 
         device: where the weights are made; "meta" makes none, only their shapes.
         """
-        shape, tokenizer = SHAPES[shape], train_tokenizer(texts)
+        shape, tokenizer = SHAPES[shape], train_tokenizer(texts, FRAME)
         text = {"vocab_size": -(-len(tokenizer) // 64) * 64, **shape["text"]}
         special = {k: tokenizer.convert_tokens_to_ids(f"<|{t}|>") for k, t in SPECIAL_IDS.items()}
         config = Qwen2VLConfig(text_config=dict(text, bos_token_id=None, eos_token_id=None), vision_config=shape["vision"],
@@ -348,26 +349,6 @@ def quietly(make, *args, **kwargs):
             transformers_logging.enable_progress_bar()
 
 
-FRAME = (f"system\n{SYSTEM}", "user\n", SHAPES["tiny"]["prompt"], "assistant\n<think>", CLOSING, "<answer>", "</answer>\n")  # stands around every item
-
-
-def train_tokenizer(texts, size=8192):
-    """A byte-level BPE of at most `size` entries, split like Qwen2's, with all special tokens.  The prompt's fixed strings
-    are one token each: in a tiny model they would be most of the work."""
-    t = tokenizers.Tokenizer(tokenizers.models.BPE())
-    t.normalizer = tokenizers.normalizers.NFC()
-    t.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([
-        tokenizers.pre_tokenizers.Split(tokenizers.Regex(
-            r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"), "isolated"),
-        tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
-    t.decoder = tokenizers.decoders.ByteLevel()
-    trainer = tokenizers.trainers.BpeTrainer(vocab_size=size, special_tokens=[*QWEN_TOKENS, *PLUME_TOKENS], show_progress=False,
-                                             initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet())
-    t.train_from_iterator(texts, trainer)
-    t.add_tokens([tokenizers.AddedToken(piece, normalized=False) for piece in FRAME])
-    return PreTrainedTokenizerFast(tokenizer_object=t, eos_token="<|im_end|>", pad_token="<|endoftext|>")
-
-
 def add_tokens(backbone, tokenizer):
     """PLUME's tokens for a plain Qwen2-VL; their rows start at the mean of the old ones, in and out."""
     old = len(tokenizer)
@@ -409,17 +390,18 @@ CHECKPOINT_FILES = re.compile(r"(generation_|tokenizer_|preprocessor_)?config\.j
 
 
 @contextlib.contextmanager
-def replacing(path):
+def replacing(path, keep=None):
     """A temporary folder that becomes `path` when the block ends well, in place of the checkpoint that stood there.
 
-    A folder with anything else in it is not replaced.  Dying between the two renames leaves the old one as `path.old`.
+    keep: the name under which that one stays.  A folder with anything else in it is not replaced.  Dying between the two
+    renames leaves the old one as `keep`, or `path.old`.
     """
     path = os.path.realpath(path)
     if os.path.exists(path) and not os.path.isdir(path):
         raise FileExistsError(f"{path}: exists and is not a folder; choose another name")
     if foreign := [f for f in (os.listdir(path) if os.path.exists(path) else ()) if not CHECKPOINT_FILES.fullmatch(f)]:
         raise FileExistsError(f"{path}: holds {foreign[0]!r}, which is not part of a checkpoint; choose another name")
-    temporary, old = f"{path}.writing", f"{path}.old"
+    temporary, old = f"{path}.writing", keep or f"{path}.old"
     shutil.rmtree(temporary, ignore_errors=True)
     os.makedirs(temporary)
     try:
@@ -428,6 +410,7 @@ def replacing(path):
             shutil.rmtree(old, ignore_errors=True)
             os.rename(path, old)
         os.rename(temporary, path)
-        shutil.rmtree(old, ignore_errors=True)
+        if not keep:
+            shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

@@ -7,6 +7,7 @@ Everything is made here: pictures, clips, records, a tiny model.  When ../shared
 """
 
 import contextlib
+import io
 import json
 import math
 import os
@@ -1140,7 +1141,20 @@ if rank == 0: torch.save(kept, {out!r} + sys.argv[1])
 def run(*command, check=True, cwd=HERE, threads=1, **kw):
     env = dict(os.environ, CUDA_VISIBLE_DEVICES="", OMP_NUM_THREADS=str(threads), PYTHONWARNINGS="ignore")
     done = subprocess.run([sys.executable, HERE / command[0] if (HERE / command[0]).exists() else command[0], *map(str, command[1:])], capture_output=True, text=True, cwd=cwd, env=env, timeout=600, **kw)
-    assert not check or done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert not check or done.returncode == 0, done.stdout[-3000:] + done.stderr[-9000:]
+    return done
+
+
+def call(script, *argv, check=True):
+    """As `run`, but in this process: starting Python takes longer than what it is asked."""
+    done = subprocess.CompletedProcess(script, 0, io.StringIO(), "")
+    try:
+        with contextlib.redirect_stdout(done.stdout):
+            {"eval.py": evaluation, "data.py": data}[script].main([str(a) for a in argv])
+    except (DataError, OSError, SystemExit) as e:
+        assert not check, e
+        done.returncode, done.stderr = 1, str(e)
+    done.stdout = done.stdout.getvalue()
     return done
 
 
@@ -1330,12 +1344,14 @@ def test_evaluation_by_command_line_in_all_modes(trained, world, tmp_path):
     similarity = m.encode(task.queries) @ m.encode(task.corpus).T  # independent of eval.py's ranking
     assert scores["tasks"]["image_ret/t2i"]["hit@1"] == np.mean(similarity.argmax(1) == np.arange(12))
     assert scores["tasks"]["image_ret/t2i"]["chance"] == pytest.approx(1 / 12) and scores["steps"] == 8
-    assert "mode cot" in run(*base, "--task", "video_cls", "--mode", "cot", "--limit", 20).stdout
-    assert "image_ret" not in run(*base, "--task", "video_cls/v2t", "--mode", "single").stdout
+    assert "mode cot" in call(*base, "--task", "video_cls", "--mode", "cot", "--limit", 20).stdout
+    assert "image_ret" not in call(*base, "--task", "video_cls/v2t", "--mode", "single").stdout
     for flags, why in ((["--taks", "x"], "Did you mean 'task'"), (["--mode", "lattent"], "mode is one of"), (["--steps", "few"], "--steps needs a value of type int"), (["--ckpt", tmp_path / "no"], "no such checkpoint"),
                        (["--dtype", "float31"], "needs 'float32' or 'bfloat16'"), (["--json", tmp_path / "no" / "x.json"], "in folders that exist"), (["--json"], "--json needs a value")):
-        failed = run(*base, *flags, check=False)
-        assert failed.returncode == 1 and why in failed.stderr and "Traceback" not in failed.stderr, failed.stderr
+        failed = call(*base, *flags, check=False)
+        assert failed.returncode == 1 and why in failed.stderr, failed.stderr
+    failed = run(*base, "--mode=lattent", check=False)
+    assert failed.returncode == 1 and failed.stderr.startswith("error: --mode 'lattent'") and "Traceback" not in failed.stderr
 
 
 def test_interrupted_and_resumed_equals_uninterrupted_bit_for_bit(world, tmp_path):
@@ -1366,12 +1382,47 @@ def test_interrupted_and_resumed_equals_uninterrupted_bit_for_bit(world, tmp_pat
     assert [(r["stage"], r["answer"]) for r in log(tmp_path / "parts")][-1] == (1, False) and any(r["stage"] < r["reached"] for r in log(tmp_path / "parts"))
 
 
+KILLED = """
+import os, signal, sys
+sys.path.insert(0, {here!r})
+import train
+die, at = sys.argv.pop(1), int(sys.argv.pop(1))
+save, rename = train.torch.save, os.rename
+def half(state, path):
+    save(state, path)
+    if state["step"] == at:
+        if die == "writing": os.truncate(path, os.path.getsize(path) // 2)
+        if die != "renaming": os.kill(os.getpid(), signal.SIGKILL)
+        os.rename = lambda a, b: os.kill(os.getpid(), signal.SIGKILL) if a.endswith(".writing") else rename(a, b)
+train.torch.save = half
+sys.exit(train.main(sys.argv[1:]))
+"""
+
+
+def test_killed_while_a_checkpoint_is_written_costs_the_steps_since_the_last_one(trained, world, tmp_path):
+    out = tmp_path / "out"
+    (tmp_path / "killed.py").write_text(KILLED.format(here=str(HERE)))
+    flags = ["--data", world / "train.jsonl", "--out", out, "--steps", 40, *QUICK, *PAPER]
+    assert run(tmp_path / "killed.py", "writing", 15, *flags, check=False).returncode == -signal.SIGKILL  # half a file
+    assert {"checkpoint", "checkpoint.writing"} < set(os.listdir(out))
+    assert run(tmp_path / "killed.py", "renaming", 30, *flags, "--resume", "--keep=2", check=False).returncode == -signal.SIGKILL
+    assert set(os.listdir(out)) == {"checkpoint-10", "checkpoint-15", "checkpoint-20", "checkpoint.writing", "log.jsonl"}  # between two renames
+    run("train.py", *flags, "--resume", "--keep=2")
+    assert set(os.listdir(out)) == {"checkpoint", "checkpoint-20", "checkpoint-30", "log.jsonl"}
+    whole, mine = weights(trained[0]), weights(out)
+    assert whole.keys() == mine.keys() and all(torch.equal(v, mine[k]) for k, v in whole.items())
+    assert [r["step"] for r in log(out)] == list(range(40))
+    assert torch.load(out / "checkpoint-30" / "train_state.pt", weights_only=True)["step"] == 30
+    (out / "checkpoint").rename(tmp_path / "elsewhere")
+    assert run("train.py", *flags, check=False).returncode == 1  # what is kept is not written over
+
+
 def test_moments_are_forgotten_when_a_stage_is_entered(trained):
     state = torch.load(trained[0] / "checkpoint" / "train_state.pt", weights_only=True)
     assert state["step"] == 40 and {int(s["step"]) for s in state["optimizer"]["state"].values()} == {10}  # since the answer was dropped
 
 
-def test_two_ranks_by_torchrun_train_the_weights_of_one(world, tmp_path):
+def test_two_ranks_by_torchrun_train_the_weights_of_one(world, tmp_path, monkeypatch):
     flags = ["--data", world / "train.jsonl", "--steps", 44, "--global_batch", 8, "--workers", 0, "--lr=1e-3", "--checkpointing", *GATED, "--last_stage=0.05"]
     run("train.py", "--out", tmp_path / "one", *flags)
     printed = torchrun(2, "train.py", "--out", tmp_path / "two", *flags).stdout
@@ -1383,6 +1434,14 @@ def test_two_ranks_by_torchrun_train_the_weights_of_one(world, tmp_path):
     for rows in zip(one[:6], two[:6], shards[:6]):
         for name in ("ce", "gen", "disc", "bal", "norm", "first"):
             assert [r[name] for r in rows] == pytest.approx([rows[0][name]] * 3, rel=2e-3, abs=1e-4), (rows[0]["step"], name)
+    flags = [*flags, "--steps=2", "--last_stage=1", "--dtype=bfloat16", "--out"]
+    torchrun(2, "train.py", "--fsdp", *flags, tmp_path / "half shards")
+    monkeypatch.setattr(train.signal, "signal", lambda *a: None)
+    train.main([*map(str, flags), str(tmp_path / "half")])
+    mine, theirs = log(tmp_path / "half"), log(tmp_path / "half shards")
+    for name in ("ce", "gen", "disc", "read"):  # the same but for rounding, and weights stay float32
+        assert [r[name] for r in mine] == pytest.approx([r[name] for r in theirs], rel=3e-2), name
+    assert mine[0]["K"] == 4 and {v.dtype for v in weights(tmp_path / "half shards").values()} == {torch.float32}
 
 
 DIES = """
@@ -1401,7 +1460,7 @@ sys.exit(train.main(sys.argv[1:]))
 
 def test_a_killed_rank_costs_nothing_and_shards_go_on_as_copies(world, tmp_path):
     (tmp_path / "dies.py").write_text(DIES.format(here=str(HERE)))
-    flags = ["--data", world / "train.jsonl", "--steps", 12, "--save_every", 4, "--fsdp", "--micro_batch", 2, *QUICK, "--out"]
+    flags = ["--data", world / "train.jsonl", "--steps", 12, "--save_every", 4, "--fsdp", "--micro_batch", 2, "--checkpointing", *QUICK, "--out"]
     torchrun(2, "train.py", *flags, tmp_path / "whole")
     assert torchrun(2, tmp_path / "dies.py", *flags, tmp_path / "killed", check=False).returncode
     state = torch.load(tmp_path / "killed" / "checkpoint" / "train_state.pt", weights_only=True)
@@ -1466,16 +1525,32 @@ def test_the_paper_s_preset_and_hit_at_1_on_held_out_pairs(world, tmp_path):
     assert few.returncode == 1 and "leaves none to hold out" in few.stderr
 
 
-def test_dry_run_tells_what_a_run_would_take_and_writes_nothing(world, tmp_path):
+def test_dry_run_tells_what_a_run_would_take_and_writes_nothing(world, tmp_path, monkeypatch, capsys):
     flags = ["--data", world / "train.jsonl", "--out", tmp_path / "none", "--dry_run", "--micro_batch=3", "--segments=2", "--latent_positions=mrope"]
-    plain, recomputed = run("train.py", *flags).stdout, run("train.py", *flags, "--checkpointing").stdout
-    rows = [[float(x.replace(",", "")) for x in line.split()] for line in plain.splitlines() if re.match(r"^ +\d+ +\d+ +\d+ +\d+ +[\d,.]+ +[\d.]+$", line)]
-    assert [r[:2] for r in rows] == [[0, 0], [1, 1], [2, 2], [2, 2]] and not (tmp_path / "none").exists()
-    less = [float(line.split()[4].replace(",", "")) for line in recomputed.splitlines() if re.match(r"^ +\d+ +\d+ +\d+ +\d+ +[\d,.]+ +[\d.]+$", line)]
-    assert len(less) == 4 and all(a < 0.6 * r[4] for a, r in zip(less, rows))  # recomputing keeps less
-    weights_ = float(re.search(r"weights ([\d.]+) MiB, gradients \1 MiB", plain)[1])
-    count = int(re.search(r"([\d,]+) parameters", plain)[1].replace(",", ""))
-    assert weights_ == pytest.approx(4 * count / 2**20, abs=0.06)
+    monkeypatch.setattr(F, "scaled_dot_product_attention", F.scaled_dot_product_attention)  # put back what the device meta replaces
+
+    def dry(*more):
+        train.main([str(f) for f in (*flags, *more)])
+        printed = capsys.readouterr().out
+        cells = lambda line: [float(x.replace(",", "")) for x in line.split()]
+        return printed, np.array([cells(line) for line in printed.splitlines() if re.match(r"^ +\d+ +\d+ +\d+ +\d+ +[\d,.]+ +[\d.]+", line)])
+
+    printed, plain = dry("--device=cpu")
+    _, recomputed = dry("--device=cpu", "--checkpointing")
+    _, shapes = dry("--device=meta")
+    assert plain[:, :2].tolist() == [[0, 0], [1, 1], [2, 2], [2, 2]] and not (tmp_path / "none").exists()
+    assert (recomputed[:, 4] < 0.6 * plain[:, 4]).all() and (plain[:, 4] <= plain[:, 5]).all()
+    assert shapes[:, :4].tolist() == plain[:, :4].tolist() and np.allclose(shapes[:, 4], plain[:, 4], rtol=0.05), (shapes, plain)
+    count = int(re.search(r"([\d,]+) parameters", printed)[1].replace(",", ""))
+    assert float(re.search(r"weights ([\d.]+) GiB, gradients \1 GiB", printed)[1]) == pytest.approx(4 * count / 2**30, abs=6e-4)
+    # the bytes counted are those of the tensors alive: by hand, w is known before and does not count
+    w = torch.nn.Parameter(torch.randn(8, 8))
+    with train.LiveBytes() as live:
+        h = (torch.ones(4, 8) @ w).relu()
+        assert (live.now, live.peak) == (2 * 128, 3 * 128)  # the ones, which w's gradient needs, and h; with the product in between
+        h.view(-1).sum().backward()
+        del h
+    assert live.now == 256 and w.grad.numel() * 4 == 256  # what is left is the gradient
 
 
 def test_training_refuses_what_cannot_work(world, tmp_path, capsys):
@@ -1484,6 +1559,7 @@ def test_training_refuses_what_cannot_work(world, tmp_path, capsys):
                        (["--global_batch", "1"], "at least 2"), (["--data", tmp_path / "no.jsonl"], "no such file"), (["--rest_of_rationale", "before"], "'inside' or 'after'"),
                        (["--segments=8", "--steps_per_segment=5"], "at most 32"), (["--latent_positions", "rope"], "mrope or cache"), (["--adapter", "moo"], "'moe', 'mlp' or 'none'"), (["--save_every", "0"], "at least 1"), (["--steps=-5"], "above 0"),
                        (["--decay=-1"], "needs shares of the run"), (["--scale=0"], "must be above 0"), (["--workers=16"], "at most 15"), (["--micro_batch=-1"], "at least 1 pair"), (["--fsdp"], "torchrun"), (["--families=image_ret"], "leave it out"),
+                       (["--device=meta"], "--dry_run"), (["--wandb=mine"], "pip install wandb"), (["--keep=-1"], "at least 0"),
                        (["--dtype", "bf16"], "needs 'float32'"), (["--init", tmp_path / "nowhere"], "no such checkpoint"), (["--resume"], "no checkpoint of a run")):
         with pytest.raises((SystemExit, DataError, FileNotFoundError), match=re.escape(why)):
             train.main(list(map(str, [*flags, *extra])))
@@ -1507,6 +1583,23 @@ def test_checkpoints_come_at_stage_ends_every_save_every_and_at_the_end(world, t
     train.main(["--data", str(world / "train.jsonl"), "--out", str(tmp_path), "--steps=9", "--save_every=8", "--workers=0",
                 "--global_batch=4", "--clip=0.5", "--checkpointing", "--device=cpu", *PAPER])
     assert saved == [2, 3, 4, 5, 7, 8, 9] and clips == [0.5] * 9 and len(recomputed) == 9 * 2 * 3  # steps x (prefill, suffix) x layers
+
+
+def test_wandb_gets_the_rows_of_the_log_and_too_little_memory_is_an_error_that_says_what_helps(world, tmp_path, monkeypatch):
+    (tmp_path / "wandb.py").write_text("from types import SimpleNamespace\nrows = []\n"
+                                       "def init(**kw):\n    rows.append(kw)\n    return SimpleNamespace(log=lambda row, step: rows.append((row, step)), finish=lambda: rows.append('end'))")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(train.signal, "signal", lambda *a: None)
+    flags = ["--data", str(world / "train.jsonl"), "--steps=2", "--workers=0", "--global_batch=4", "--device=cpu", "--wandb=mine", "--out"]
+    train.main([*flags, str(tmp_path / "out")])
+    first, *rows, end = sys.modules.pop("wandb").rows
+    assert first["project"] == "mine" and first["config"]["steps"] == 2 and rows == [(r, r["step"]) for r in log(tmp_path / "out")] and end == "end"
+
+    def too_much(*a):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+    monkeypatch.setattr(train, "backward", too_much)
+    with pytest.raises(DataError, match=r"step 0: out of memory.*\(1, \d+, \d+\).*it is 1: then --max_pixels.*--dry_run"):
+        train.main([*flags, str(tmp_path / "none"), "--micro_batch=1"])
 
 
 def test_skip_bad_trains_on_the_rest_and_prints_the_count(world, tmp_path):
@@ -1573,7 +1666,7 @@ def test_every_family_of_turtle_world_shows_what_it_names():
         assert len(said) == 8 * (program == "words") + (start == "words")
     boards = {data.draw_board(s).tobytes() for s in data.STATES}
     assert len(boards) == 64 and len({data.draw_tile(m).tobytes() for m in data.MOVES}) == len({data.draw_line(m).tobytes() for m in data.MOVES}) == 3
-    tokenizer = plume_model.train_tokenizer(world_.texts())
+    tokenizer = data.train_tokenizer(world_.texts())
     assert all(len(tokenizer.tokenize(w)) == 1 for w in [*map(data.state_word, data.STATES), *(f" {m}" for m in data.MOVES)])
 
 
@@ -1593,17 +1686,25 @@ def test_hard_candidates_are_where_one_wrong_move_leads():
 
 
 def test_contact_sheet_by_command_line(world, tmp_path):
-    run("data.py", "--show", tmp_path / "sheet.png")
+    call("data.py", "--show", tmp_path / "sheet.png")
     sheet = Image.open(tmp_path / "sheet.png")
     assert sheet.width > 900 and sheet.height > 700 and len(sheet.convert("RGB").getcolors(1 << 24)) > 20
-    run("data.py", "--show", tmp_path / "pairs.png", "--data", world / "train.jsonl")
+    call("data.py", "--show", tmp_path / "pairs.png", "--data", world / "train.jsonl")
     texts = [json.dumps(record(qry=dict(conversations=turns("a")), pos=dict(conversations=turns("b"))))]
     (tmp_path / "texts.jsonl").write_text("\n".join(texts))
     run("data.py", "--show", tmp_path / "texts.png", "--data", tmp_path / "texts.jsonl")
     assert Image.open(tmp_path / "pairs.png").height < sheet.height
     for flags, why in (([], "--show sheet.png"), (["--shw", "x"], "Did you mean 'show'"), (["--show", tmp_path / "no" / "x.png"], "No such file")):
-        failed = run("data.py", *flags, check=False)
-        assert failed.returncode == 1 and why in failed.stderr and "Traceback" not in failed.stderr, failed.stderr
+        failed = call("data.py", *flags, check=False)
+        assert failed.returncode == 1 and why in failed.stderr, failed.stderr
+
+
+def test_bench_counts_what_workers_make_ready(world):
+    lines = run("data.py", "--bench", "--data", world / "train.jsonl", "--workers=1", "--count=30", "--max_pixels=7840").stdout.splitlines()
+    read = {line.split()[0]: (float(line.split()[1].replace(",", "")), int(line.split("(")[1].split()[0])) for line in lines[1:]}
+    assert read.keys() == {"pictures", "clips", "pairs"} and all(rate > 1 for rate, _ in read.values())
+    assert [read[k][1] for k in ("pictures", "clips", "pairs")] == [12, 12, 24] and "1 workers" in lines[0]
+    assert "at least 0 workers" in call("data.py", "--bench", "--count=1", check=False).stderr
 
 
 def test_turtle_world_trains_evaluates_and_compares_without_any_data(tmp_path):
@@ -1611,17 +1712,17 @@ def test_turtle_world_trains_evaluates_and_compares_without_any_data(tmp_path):
     assert missing.returncode == 1 and "python train.py" in missing.stderr
     run("train.py", "--out", tmp_path, "--steps", 6, *QUICK, "--segments=2", "--families=visdoc_ret,image_qa")
     base = ["eval.py", "--ckpt", tmp_path / "checkpoint"]
-    assert re.search(r"visdoc_ret/turtle.*1\.6%\s+400\s+64", run(*base, "--task", "visdoc_ret", "--mode", "single").stdout)
-    printed = run(*base, "--task", "image_qa", "--compare", tmp_path / "c.png", "--json", tmp_path / "c.json", "--limit", 12).stdout
+    assert re.search(r"visdoc_ret/turtle.*1\.6%\s+400\s+64", call(*base, "--task", "visdoc_ret", "--mode", "single").stdout)
+    printed = call(*base, "--task", "image_qa", "--compare", tmp_path / "c.png", "--json", tmp_path / "c.json", "--limit", 12).stdout
     rows = json.loads((tmp_path / "c.json").read_text())["rows"]
     assert [(r["mode"], r["steps"]) for r in rows] == [("single", None), ("latent", 0), ("latent", 1), ("latent", 2), ("cot", None)]
     assert [r["tokens"] for r in rows[:4]] == [0] * 4 and 0 < rows[4]["tokens"] <= 12 and all(r["ms"] > 0 for r in rows)
     assert "hard candidates" in printed and Image.open(tmp_path / "c.png").size == (1000, 620)
-    alone = run(*base, "--task", "image_qa", "--steps", 1, "--json", tmp_path / "one.json")
+    alone = call(*base, "--task", "image_qa", "--steps", 1, "--json", tmp_path / "one.json")
     scores = json.loads((tmp_path / "one.json").read_text())["tasks"]
     assert {t: r["hit@1"] for t, r in scores.items()} == rows[2]["hits"]
     for flags, why in ((["--compare", tmp_path / "c.png", "--steps", 2], "leave out"), (["--task", "image_qa,vidoe_ret"], "Did you mean 'video_ret'")):
-        failed = run(*base, *flags, check=False)
+        failed = call(*base, *flags, check=False)
         assert failed.returncode == 1 and why in failed.stderr, failed.stderr
 
 
@@ -1630,7 +1731,7 @@ def test_turtle_world_is_learnt_step_by_step(tmp_path):
     run("train.py", "--out", tmp_path, "--families=image_ret", "--global_batch=32", "--steps=400", threads=2)
     hits = {}
     for name, *flags in (("latent",), ("cot", "--mode=cot"), ("single", "--mode=single"), ("no step", "--steps=0")):
-        run("eval.py", "--ckpt", tmp_path / "checkpoint", "--task=image_ret", "--json", tmp_path / "s.json", *flags)
+        call("eval.py", "--ckpt", tmp_path / "checkpoint", "--task=image_ret", "--json", tmp_path / "s.json", *flags)
         hits[name] = json.loads((tmp_path / "s.json").read_text())["tasks"]["image_ret/turtle"]["hit@1"]
     print(hits)
     assert hits["latent"] > 0.25 and hits["cot"] > 0.25 and max(hits["single"], hits["no step"]) < 0.12, hits

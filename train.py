@@ -9,11 +9,14 @@ Writes OUT/checkpoint (for Plume.from_pretrained, eval.py --ckpt and --resume) a
 Ctrl-C finishes the step, writes a checkpoint and stops.
 """
 
+import importlib
+import importlib.util
 import json
 import math
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -40,7 +43,7 @@ from tqdm import tqdm
 
 from adapter import MAX_STEPS, TransitionAdapter, balance_loss
 from curriculum import Curriculum, Progress
-from data import Batches, DataError, Pairs, Schedule, StepSampler, World, nearest, parse_flags, to_device
+from data import Batches, DataError, Pairs, Schedule, StepSampler, World, nearest, parse_flags, said, to_device
 from model import Plume, pick_device, replacing
 
 # -------------------------------------------------------------------------------------------------------------- config
@@ -105,7 +108,9 @@ class Config:
     ablations: str = ""  # run every ablation of the paper with the other flags given, results into this JSON; goes on where it stopped
     seeds: int = 2  # runs of each ablation
     save_every: int = 500  # steps between checkpoints; there is also one at the end of each stage, at the end, on Ctrl-C
+    keep: int = 0  # earlier checkpoints that stay, as OUT/checkpoint-STEP
     log_every: int = 10  # steps between printed lines; log.jsonl has every step
+    wandb: str = ""  # project of Weights & Biases that gets the rows of log.jsonl too; needs the package wandb
     seed: int = 0  # of weights and of the order of the data
     device: str = ""  # cuda, mps or cpu; default: the best there is
     dtype: str = ""  # compute type, float32 or bfloat16 (weights stay float32); default: bfloat16 where it is fast
@@ -118,8 +123,10 @@ PRESETS = {"qwen2vl_2b": dict(init="Qwen/Qwen2-VL-2B-Instruct", freeze_vision="t
                               last_stage=0.5, gate=0.0, replay=0.0, global_batch=1024, epochs=1.0, lr=1e-5, decay=1.0, vision_lr=1.0, scale=50.0,
                               w_disc=1.0, w_read=0.0, dtype="bfloat16", checkpointing=True)}
 
+CHECKPOINT = re.compile(r"checkpoint(|\.old|-(\d+))")  # names in --out
+
 # do not change the result, but for rounding
-FREE_ON_RESUME = ("resume", "out", "media", "workers", "save_every", "log_every", "device", "checkpointing", "micro_batch", "fsdp", "dry_run")
+FREE_ON_RESUME = ("resume", "out", "media", "workers", "save_every", "keep", "log_every", "wandb", "device", "checkpointing", "micro_batch", "fsdp", "dry_run")
 
 
 # ---------------------------------------------------------------------------------------------------------- losses
@@ -237,8 +244,10 @@ def build_model(cfg, given, pairs, device):
 
 
 def checkpoints_in(out):
-    """The run's checkpoint; `.old` is the one that stood there if the run died between two renames."""
-    return [p for p in (os.path.join(out, "checkpoint"), os.path.join(out, "checkpoint.old")) if os.path.exists(os.path.join(p, "train_state.pt"))]
+    """The run's checkpoints, the newest first.  Usually that is `checkpoint`; if the run died between two renames it is the
+    one that stood there before, `checkpoint.old` or a kept `checkpoint-STEP`."""
+    names = [m for m in map(CHECKPOINT.fullmatch, os.listdir(out) if os.path.isdir(out) else ()) if m and os.path.exists(os.path.join(out, m[0], "train_state.pt"))]
+    return [os.path.join(out, m[0]) for m in sorted(names, key=lambda m: (m[1] != "", m[1] != ".old", -int(m[2] or 0)))]
 
 
 def checkpoint_in(out):
@@ -292,8 +301,9 @@ def optimizer_state(optimizer, keep):
 
 
 def load_optimizer_state(optimizer, state):
+    """Of whole tensors, perhaps in a mapped file; a rank keeps its shards of them."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    shard = lambda v, p: distribute_tensor(v.to(p.device), p.device_mesh, p.placements) if isinstance(p, DTensor) and v.shape == p.shape else v
+    shard = lambda v, p: distribute_tensor(v.to(p.device), p.device_mesh, p.placements) if isinstance(p, DTensor) and v.shape == p.shape else v.clone()
     moments = {i: {k: shard(v, parameters[i]) for k, v in of_one.items()} for i, of_one in state["state"].items()}
     optimizer.load_state_dict(dict(state, state=moments))
 
@@ -329,15 +339,16 @@ def check(cfg, world):
              (cfg.segments * cfg.steps_per_segment <= MAX_STEPS,
               f"--segments {cfg.segments} x --steps_per_segment {cfg.steps_per_segment}: at most {MAX_STEPS} latent steps"),
              (cfg.steps > 0 or cfg.steps == 0 < cfg.epochs, f"--steps {cfg.steps}, --epochs {cfg.epochs}: one of them must be above 0"),
-             (min(cfg.save_every, cfg.log_every) >= 1 and min(cfg.workers, cfg.eval_every) >= 0,
-              "--save_every and --log_every must be at least 1, --workers and --eval_every at least 0"),
+             (min(cfg.save_every, cfg.log_every) >= 1 and min(cfg.workers, cfg.eval_every, cfg.keep) >= 0,
+              "--save_every and --log_every must be at least 1, --workers, --eval_every and --keep at least 0"),
+             (not cfg.wandb or importlib.util.find_spec("wandb"), "--wandb needs its package: pip install wandb, or leave it out: log.jsonl has the same rows"),
              (not cfg.gate or cfg.workers < Progress.DELAY,
               f"--workers {cfg.workers} with --gate: at most {Progress.DELAY - 1}, more would write batches for steps whose stage is not known yet"),
              (min(cfg.lr, cfg.scale, cfg.clip) > 0, f"--lr {cfg.lr}, --scale {cfg.scale}, --clip {cfg.clip}: must be above 0 (--clip inf: no clipping)"),
              (0 <= cfg.warmup < 1 and 0 <= cfg.decay <= 1 and cfg.vision_lr >= 0,
               f"--warmup {cfg.warmup}, --decay {cfg.decay}, --vision_lr {cfg.vision_lr}: needs shares of the run, and a share of --lr"),
              (not (cfg.data and cfg.families), "--families belongs to turtle world: leave it out, or --data"),
-             (cfg.resume or cfg.dry_run or not any(os.path.exists(os.path.join(cfg.out, name)) for name in ("checkpoint", "checkpoint.old")),
+             (cfg.resume or cfg.dry_run or not any(map(CHECKPOINT.fullmatch, os.listdir(cfg.out) if os.path.isdir(cfg.out) else ())),
               f"{cfg.out}/checkpoint exists: continue it with --resume, or choose another --out, or delete it")]
     for fine, problem in needs:
         if not fine:
@@ -404,13 +415,14 @@ def main(argv):
     config = dict(asdict(cfg), pairs=fingerprint)
     start, progress = 0, Progress(curriculum, steps, cfg.seed)
     if cfg.resume:
-        state = torch.load(os.path.join(checkpoint_in(cfg.out), "train_state.pt"), map_location="cpu", weights_only=True)
+        state = torch.load(os.path.join(checkpoint_in(cfg.out), "train_state.pt"), map_location="cpu", weights_only=True, mmap=True)
         check_resume(state["config"], config)
         load_optimizer_state(optimizer, state["optimizer"])
         if state["ranks"] != world:
             say(f"the run began on {state['ranks']} ranks and goes on with {world}: the same but for rounding")
         start = state["step"]
         progress.load(state["progress"])
+        del state  # closes the file
     parallel = DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True) if world > 1 and not cfg.fsdp else model
     mixed = dtype != torch.float32 and not cfg.fsdp and device.type != "meta"
     autocast = torch.autocast(device.type, dtype) if mixed else nullcontext()
@@ -441,6 +453,7 @@ def main(argv):
 
     # the loop
     stop, log = stop_on_signal(), open_log(cfg, start) if rank == 0 else None
+    mirror = importlib.import_module("wandb").init(project=cfg.wandb, group=cfg.out, config=config) if cfg.wandb and log else None
     cut, lost, pace, saved, clock = 0, 0, None, start, time.perf_counter()
     for batch in loader:
         step, stage = batch["step"], batch["stage"]
@@ -451,7 +464,13 @@ def main(argv):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(cfg, step, steps) * group["share"]
 
-        parts = backward(parallel, batch, cfg, autocast)
+        try:
+            parts = backward(parallel, batch, cfg, autocast)
+        except torch.OutOfMemoryError as e:
+            sizes = [(len(part["ids"]) // 2, part["ids"].shape[1], 0 if part["pixels"] is None else len(part["pixels"])) for part in batch["micro"]]
+            raise DataError(f"step {step}: out of memory; micro-batches of (pairs, tokens of the longest side, patches) {sorted(set(sizes), reverse=True)[:4]}. "
+                            f"Lower --micro_batch" + " (it is 1: then --max_pixels)" * (cfg.micro_batch == 1) + ", or use --fsdp or --checkpointing; "
+                            "--dry_run tells how much is needed") from e
         norm = full(torch.nn.utils.clip_grad_norm_(trained, cfg.clip))
         counts = dict(firsts=sum(len(part["first"]) for part in batch["micro"]), media=sum(part["pixels"] is not None for part in batch["micro"]),
                       cut=batch["cut"], bad=len(batch["bad"]), stop=stop.asked > 0)
@@ -483,6 +502,8 @@ def main(argv):
                        ms=took * 1e3, wait=wait / took, pairs_per_s=cfg.global_batch / took)
             log.write(json.dumps(row) + "\n")
             log.flush()
+            if mirror:
+                mirror.log(row, step=step)
             if step % cfg.log_every == 0 or last or changes:
                 eta = pace * (steps - step - 1)
                 print(f"step {step}/{steps} | stage {stage.index} | K {stage.latent_steps} | ce {metrics['ce']:.3f} | gen {metrics['gen']:.3f} | "
@@ -492,14 +513,19 @@ def main(argv):
         if last or (step + 1) % cfg.save_every == 0 or progress.place(step + 1) != progress.place(step):
             weights, moments = gathered(model.state_dict(), rank == 0), optimizer_state(optimizer, rank == 0)
             if rank == 0:
-                with replacing(os.path.join(cfg.out, "checkpoint")) as folder:
+                path = os.path.join(cfg.out, "checkpoint")
+                with replacing(path, keep=f"{path}-{saved}" if cfg.keep else None) as folder:
                     model.write(folder, state=weights)
                     state = dict(step=step + 1, ranks=world, optimizer=moments, progress=progress.state(), config=config)
                     torch.save(state, os.path.join(folder, "train_state.pt"))
+                for older in [p for p in checkpoints_in(cfg.out) if "-" in os.path.basename(p)][cfg.keep :] if cfg.keep else ():
+                    shutil.rmtree(older)
             del weights, moments
             saved, clock = step + 1, time.perf_counter()
         if last:
             break
+    if mirror:
+        mirror.finish()
     if cut:
         say(f"{cut} rationale tokens were cut off by max_len {model.processor.limits.max_len}")
     if cfg.skip_bad:
@@ -732,5 +758,5 @@ def ignore_interrupts(worker):
 if __name__ == "__main__":
     try:
         sys.exit(main(sys.argv[1:]))
-    except (DataError, FileNotFoundError, FileExistsError) as e:  # from a worker a traceback, whose last line is the message
-        sys.exit("error: " + (str(e).strip().splitlines()[-1].removeprefix("data.DataError: ") if "Original Traceback" in str(e) else str(e)))
+    except (DataError, FileNotFoundError, FileExistsError) as e:
+        sys.exit(f"error: {said(e)}")
