@@ -24,6 +24,7 @@ from fractions import Fraction
 from pathlib import Path
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # the tests run side by side
 
 import av
 import numpy as np
@@ -1138,8 +1139,8 @@ if rank == 0: torch.save(kept, {out!r} + sys.argv[1])
 """
 
 
-def run(*command, check=True, cwd=HERE, threads=1, **kw):
-    env = dict(os.environ, CUDA_VISIBLE_DEVICES="", OMP_NUM_THREADS=str(threads), PYTHONWARNINGS="ignore")
+def run(*command, check=True, cwd=HERE, **kw):
+    env = dict(os.environ, CUDA_VISIBLE_DEVICES="", OMP_NUM_THREADS="1", PYTHONWARNINGS="ignore")
     done = subprocess.run([sys.executable, HERE / command[0] if (HERE / command[0]).exists() else command[0], *map(str, command[1:])], capture_output=True, text=True, cwd=cwd, env=env, timeout=600, **kw)
     assert not check or done.returncode == 0, done.stdout[-3000:] + done.stderr[-9000:]
     return done
@@ -1728,7 +1729,7 @@ def test_turtle_world_trains_evaluates_and_compares_without_any_data(tmp_path):
 
 def test_turtle_world_is_learnt_step_by_step(tmp_path):
     """The claim in small: one family, from explicit to latent in a minute, unseen programs, 64 candidates; chance is 1.6%."""
-    run("train.py", "--out", tmp_path, "--families=image_ret", "--global_batch=32", "--steps=400", threads=2)
+    run("train.py", "--out", tmp_path, "--families=image_ret", "--global_batch=32", "--steps=400")
     hits = {}
     for name, *flags in (("latent",), ("cot", "--mode=cot"), ("single", "--mode=single"), ("no step", "--steps=0")):
         call("eval.py", "--ckpt", tmp_path / "checkpoint", "--task=image_ret", "--json", tmp_path / "s.json", *flags)

@@ -2,7 +2,7 @@
 
     python train.py                                                turtle world, tiny preset, a laptop
     python train.py --data pairs.jsonl                             your pairs, tiny preset, from scratch
-    torchrun --nproc_per_node=8 train.py --data pairs.jsonl --init Qwen/Qwen2-VL-2B-Instruct --lr 1e-5
+    torchrun --nproc_per_node=8 train.py --data pairs.jsonl --preset qwen2vl_2b --micro_batch 8
     python train.py --ablations ablations.json --steps 600         the paper's ablations in turtle world, a run for each
 
 Writes OUT/checkpoint (for Plume.from_pretrained, eval.py --ckpt and --resume) and OUT/log.jsonl, one object a step.
