@@ -356,7 +356,7 @@ class Pairs:
         spans, dataset, target, number = array("q"), array("i"), array("q"), array("q")
         if not os.path.isfile(path):
             raise DataError(f"{path}: no such file; --data takes a JSONL of training pairs")
-        ids = {}
+        ids, digest = {}, hashlib.blake2b(digest_size=8)
         with open(path, "rb") as f, tqdm(total=os.path.getsize(path), desc="reading pairs", unit="B", unit_scale=True, leave=False, disable=not progress) as bar:
             for n, (start, end, text) in enumerate(spans_of(f, path), 1):
                 bar.update(end - start)
@@ -370,8 +370,10 @@ class Pairs:
                     continue
                 spans.extend((start, end))
                 number.append(n)
+                digest.update(text)
                 dataset.append(ids.setdefault(raw["dataset_name"], len(ids)))
                 target.append(int.from_bytes(hashlib.blake2b(pos.key().encode(), digest_size=8).digest(), "little", signed=True))
+        self.digest = digest.hexdigest()
         self.names, self.dataset, self.target = list(ids), np.array(dataset, np.int32), np.array(target, np.int64)
         self.spans, self.number = np.array(spans, np.int64).reshape(-1, 2), np.array(number, np.int64)
         if not len(self):
@@ -824,7 +826,7 @@ class World:
         programs = rng.permutation(len(MOVES) ** N)
         programs = programs[test:] if split == "train" else programs[:test]  # disjoint
         self.dataset = np.repeat(np.arange(len(self.names)), len(programs)).astype(np.int32)
-        self.programs = np.tile(programs, len(self.names))
+        self.programs, self.digest = np.tile(programs, len(self.names)), f"turtle world {split} {families}"
         self.starts = rng.integers(len(STATES), size=len(self.programs))
         self.target = np.array([STATES.index(walk(*job)[-1]) for job in zip(self.starts, self.programs)], np.int64)
 

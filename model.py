@@ -399,9 +399,10 @@ def replacing(path, keep=None):
     path = os.path.realpath(path)
     if os.path.exists(path) and not os.path.isdir(path):
         raise FileExistsError(f"{path}: exists and is not a folder; choose another name")
-    if foreign := [f for f in (os.listdir(path) if os.path.exists(path) else ()) if not CHECKPOINT_FILES.fullmatch(f)]:
-        raise FileExistsError(f"{path}: holds {foreign[0]!r}, which is not part of a checkpoint; choose another name")
     temporary, old = f"{path}.writing", keep or f"{path}.old"
+    for folder in (path, old):
+        if foreign := [f for f in (os.listdir(folder) if os.path.exists(folder) else ()) if not CHECKPOINT_FILES.fullmatch(f)]:
+            raise FileExistsError(f"{folder}: holds {foreign[0]!r}, which is not part of a checkpoint; choose another name")
     shutil.rmtree(temporary, ignore_errors=True)
     os.makedirs(temporary)
     try:
@@ -410,7 +411,6 @@ def replacing(path, keep=None):
             shutil.rmtree(old, ignore_errors=True)
             os.rename(path, old)
         os.rename(temporary, path)
-        if not keep:
-            shutil.rmtree(old, ignore_errors=True)
+        shutil.rmtree(f"{path}.old", ignore_errors=True)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

@@ -25,7 +25,7 @@ import weakref
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
-from hashlib import blake2b
+from unittest import mock
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the data workers are the parallelism
 
@@ -61,7 +61,7 @@ class Config:
     init: str = ""  # checkpoint folder or hub name to start from; empty: random weights, tiny, or with --preset in its shape
     prompt: str = ""  # text behind <disc_emb>; default: the checkpoint's own
     min_pixels: int = 0  # a picture is scaled up to this area; 0: the checkpoint's own
-    max_pixels: int = 0  # and down to this one; first thing to lower when memory runs out; 0: the checkpoint's own
+    max_pixels: int = 0  # and down to this one: the number of tokens of a picture; 0: the checkpoint's own
     video_max_pixels: int = 0  # the same for each frame of a clip; 0: the checkpoint's own
     num_frames: int = 0  # frames sampled from a clip; 0: the checkpoint's own
     max_len: int = 0  # tokens in a sequence; a longer rationale loses its end; 0: the checkpoint's own
@@ -110,7 +110,7 @@ class Config:
     save_every: int = 500  # steps between checkpoints; there is also one at the end of each stage, at the end, on Ctrl-C
     keep: int = 0  # earlier checkpoints that stay, as OUT/checkpoint-STEP
     log_every: int = 10  # steps between printed lines; log.jsonl has every step
-    wandb: str = ""  # project of Weights & Biases that gets the rows of log.jsonl too; needs the package wandb
+    wandb: str = ""  # project of Weights & Biases that gets the rows of log.jsonl too; a resumed run is a new one in the group --out
     seed: int = 0  # of weights and of the order of the data
     device: str = ""  # cuda, mps or cpu; default: the best there is
     dtype: str = ""  # compute type, float32 or bfloat16 (weights stay float32); default: bfloat16 where it is fast
@@ -328,12 +328,13 @@ def learning_rate(cfg, step, steps):
 
 def check(cfg, world):
     """What can be known to be wrong before anything is loaded -> the curriculum."""
+    there = [f for f in (os.listdir(cfg.out) if os.path.isdir(cfg.out) else ()) if CHECKPOINT.fullmatch(f)]
     needs = [(cfg.global_batch >= 2 and cfg.global_batch % world == 0,
               f"--global_batch {cfg.global_batch} must be at least 2 and divisible by the {world} ranks"),
              (cfg.micro_batch >= 0, f"--micro_batch {cfg.micro_batch}: at least 1 pair, or 0 for a rank's whole share of the global batch"),
              (world == 1 or not cfg.dry_run, "--dry_run needs no torchrun: it runs one rank's micro-batch; --micro_batch says how many pairs that is"),
              (cfg.device != "meta" or cfg.dry_run, "--device meta has shapes and no numbers: it is for --dry_run"),
-             (world > 1 or not cfg.fsdp, "--fsdp needs several ranks: start with torchrun --nproc_per_node=N train.py, or leave it out"),
+             (world > 1 or not cfg.fsdp or cfg.dry_run, "--fsdp needs several ranks: start with torchrun --nproc_per_node=N train.py, or leave it out"),
              (cfg.freeze_vision in ("auto", "true", "false"), f"--freeze_vision {cfg.freeze_vision!r}: needs auto, true or false"),
              (cfg.latent_positions in ("mrope", "cache"), f"--latent_positions {cfg.latent_positions!r}: needs mrope or cache"),
              (cfg.segments * cfg.steps_per_segment <= MAX_STEPS,
@@ -341,15 +342,15 @@ def check(cfg, world):
              (cfg.steps > 0 or cfg.steps == 0 < cfg.epochs, f"--steps {cfg.steps}, --epochs {cfg.epochs}: one of them must be above 0"),
              (min(cfg.save_every, cfg.log_every) >= 1 and min(cfg.workers, cfg.eval_every, cfg.keep) >= 0,
               "--save_every and --log_every must be at least 1, --workers, --eval_every and --keep at least 0"),
-             (not cfg.wandb or importlib.util.find_spec("wandb"), "--wandb needs its package: pip install wandb, or leave it out: log.jsonl has the same rows"),
+             (not cfg.wandb or ((spec := importlib.util.find_spec("wandb")) and spec.origin), "--wandb needs its package: pip install wandb, or leave it out: log.jsonl has the same rows"),
              (not cfg.gate or cfg.workers < Progress.DELAY,
               f"--workers {cfg.workers} with --gate: at most {Progress.DELAY - 1}, more would write batches for steps whose stage is not known yet"),
              (min(cfg.lr, cfg.scale, cfg.clip) > 0, f"--lr {cfg.lr}, --scale {cfg.scale}, --clip {cfg.clip}: must be above 0 (--clip inf: no clipping)"),
              (0 <= cfg.warmup < 1 and 0 <= cfg.decay <= 1 and cfg.vision_lr >= 0,
               f"--warmup {cfg.warmup}, --decay {cfg.decay}, --vision_lr {cfg.vision_lr}: needs shares of the run, and a share of --lr"),
              (not (cfg.data and cfg.families), "--families belongs to turtle world: leave it out, or --data"),
-             (cfg.resume or cfg.dry_run or not any(map(CHECKPOINT.fullmatch, os.listdir(cfg.out) if os.path.isdir(cfg.out) else ())),
-              f"{cfg.out}/checkpoint exists: continue it with --resume, or choose another --out, or delete it")]
+             (cfg.resume or cfg.dry_run or not there,
+              f"{cfg.out} holds {', '.join(there)}: continue with --resume, or choose another --out, or delete it")]
     for fine, problem in needs:
         if not fine:
             raise DataError(problem)
@@ -398,21 +399,20 @@ def main(argv):
     dataset = pairs.dataset.copy()
     dataset[held] = -1
     schedule = Schedule(dataset, pairs.names, cfg.global_batch, steps, cfg.seed)
-    fingerprint = blake2b(pairs.target.tobytes() + pairs.dataset.tobytes(), digest_size=8).hexdigest()
     if world > 1:
-        dist.all_gather_object(seen := [None] * world, (len(pairs), fingerprint))
+        dist.all_gather_object(seen := [None] * world, (len(pairs), pairs.digest))
         if different := [f"rank {r}: {n} pairs, {h}" for r, (n, h) in enumerate(seen) if (n, h) != seen[0]]:
             raise DataError(f"--data {cfg.data!r} is not the same file everywhere: rank 0: {seen[0][0]} pairs, {seen[0][1]}; {'; '.join(different[:4])}")
 
     # model and optimizer
     model = build_model(cfg, given, pairs, device)
-    if cfg.fsdp:
+    if cfg.fsdp and not cfg.dry_run:
         policy = MixedPrecisionPolicy(None if dtype == torch.float32 else dtype, torch.float32)
         fully_shard(model, mesh=init_device_mesh(device.type, (world,)), mp_policy=policy)
         register_fsdp_forward_method(model, "embed")
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameter_groups(model, cfg.weight_decay, cfg.vision_lr), lr=cfg.lr, betas=(0.9, 0.95), fused=True)
-    config = dict(asdict(cfg), pairs=fingerprint)
+    config = dict(asdict(cfg), pairs=pairs.digest)
     start, progress = 0, Progress(curriculum, steps, cfg.seed)
     if cfg.resume:
         state = torch.load(os.path.join(checkpoint_in(cfg.out), "train_state.pt"), map_location="cpu", weights_only=True, mmap=True)
@@ -464,13 +464,7 @@ def main(argv):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(cfg, step, steps) * group["share"]
 
-        try:
-            parts = backward(parallel, batch, cfg, autocast)
-        except torch.OutOfMemoryError as e:
-            sizes = [(len(part["ids"]) // 2, part["ids"].shape[1], 0 if part["pixels"] is None else len(part["pixels"])) for part in batch["micro"]]
-            raise DataError(f"step {step}: out of memory; micro-batches of (pairs, tokens of the longest side, patches) {sorted(set(sizes), reverse=True)[:4]}. "
-                            f"Lower --micro_batch" + " (it is 1: then --max_pixels)" * (cfg.micro_batch == 1) + ", or use --fsdp or --checkpointing; "
-                            "--dry_run tells how much is needed") from e
+        parts = backward(parallel, batch, cfg, autocast)
         norm = full(torch.nn.utils.clip_grad_norm_(trained, cfg.clip))
         counts = dict(firsts=sum(len(part["first"]) for part in batch["micro"]), media=sum(part["pixels"] is not None for part in batch["micro"]),
                       cut=batch["cut"], bad=len(batch["bad"]), stop=stop.asked > 0)
@@ -518,8 +512,9 @@ def main(argv):
                     model.write(folder, state=weights)
                     state = dict(step=step + 1, ranks=world, optimizer=moments, progress=progress.state(), config=config)
                     torch.save(state, os.path.join(folder, "train_state.pt"))
-                for older in [p for p in checkpoints_in(cfg.out) if "-" in os.path.basename(p)][cfg.keep :] if cfg.keep else ():
-                    shutil.rmtree(older)
+                kept = [folder for folder in checkpoints_in(cfg.out) if folder != path]
+                for folder in kept[cfg.keep :] if cfg.keep else ():
+                    shutil.rmtree(folder)
             del weights, moments
             saved, clock = step + 1, time.perf_counter()
         if last:
@@ -591,7 +586,6 @@ def dry_run(cfg, model, pairs, curriculum, autocast, dtype):
     print(f"weights {4 * every / unit:,.3f} GiB, gradients {4 * trained / unit:,.3f} GiB, AdamW's moments {8 * trained / unit:,.3f} GiB, all float32")
     if meta:
         model.to(dtype)
-        F.scaled_dot_product_attention = lambda q, k, v, **kw: FusedAttention.apply(q, k, v)
     for p in model.parameters():
         p.grad = torch.zeros_like(p) if p.requires_grad else None
     print(f"one micro-batch of {len(heavy)} pairs, the heaviest of {len(drawn)} drawn: for each stage what stays for the backward pass, and the most")
@@ -602,7 +596,8 @@ def dry_run(cfg, model, pairs, curriculum, autocast, dtype):
         if cuda:
             torch.cuda.reset_peak_memory_stats()
             before = torch.cuda.memory_allocated()
-        with nullcontext() if cuda else LiveBytes() as live:
+        attention = mock.patch.object(F, "scaled_dot_product_attention", lambda q, k, v, **kw: FusedAttention.apply(q, k, v))
+        with attention if meta else nullcontext(), nullcontext() if cuda else LiveBytes() as live:
             with autocast:
                 out = model(part, stage.latent_steps)
             kept = torch.cuda.memory_allocated() - before if cuda else live.now
@@ -613,9 +608,13 @@ def dry_run(cfg, model, pairs, curriculum, autocast, dtype):
         print(f"{stage.index:5d}  {stage.latent_steps:12d}  {part['lengths'].max() if not meta else part['ids'].shape[1]:16d}  "
               f"{0 if part['pixels'] is None else len(part['pixels']):7d}  {kept / unit:9.3f}  {peak / unit:9.3f}"
               + f"  {time.perf_counter() - begun:7.2f}" * (not meta))
-    state, gathered = 4 * every + 12 * trained, 2 * (every + trained) if dtype == torch.bfloat16 else 4 * (every + trained)
-    print(f"together {(state + most + (2 * every if meta and dtype == torch.bfloat16 else 0)) / unit:,.2f} GiB a rank; "
-          f"with --fsdp on 8 ranks, which gather weights and gradients in a step, {(state / 8 + gathered + most) / unit:,.2f} GiB")
+    half = dtype == torch.bfloat16
+    state, gathered = 4 * every + 12 * trained, (2 if half else 4) * (every + trained)
+    if meta and half:
+        print("hidden states counted in bfloat16, as with --fsdp; without it they are float32, about twice as many bytes")
+    else:
+        print(f"together {(state + most) / unit:,.2f} GiB a rank")
+    print(f"together with --fsdp on 8 ranks, which gather weights and gradients in a step: {(state / 8 + gathered + most) / unit:,.2f} GiB a rank")
     return 0
 
 
@@ -760,3 +759,6 @@ if __name__ == "__main__":
         sys.exit(main(sys.argv[1:]))
     except (DataError, FileNotFoundError, FileExistsError) as e:
         sys.exit(f"error: {said(e)}")
+    except torch.OutOfMemoryError as e:
+        sys.exit(f"error: out of memory: {str(e).splitlines()[0]} Lower --micro_batch; then try --checkpointing, --fsdp on several ranks, a lower "
+                 "--max_pixels; --dry_run tells what is needed")
