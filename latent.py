@@ -61,16 +61,20 @@ def rollout(lm, adapter, prefix, steps, suffix, rule="mrope", checkpointing=Fals
     h = decoder(lm, prefix.x, prefix.positions, cache, checkpointing)  # (B, P, D)
     anchor, z = at(h, prefix.disc), h[:, -1]
     pos = next_positions(prefix, rule)  # (B,)
-    states, probs = [z], []
+    states, probs, columns = [z], [], suffix
     for k in range(steps):
         x, r = adapter(z, k, anchor)  # (B, D), (B, E)
-        z = decoder(lm, x[:, None], pos[:, None] + k, cache)[:, 0]
-        states.append(z)
         probs.append(r)
-    columns = torch.arange(steps, steps + suffix.shape[1], device=pos.device)
-    h = decoder(lm, suffix, pos[:, None] + columns, cache, checkpointing)  # (B, T, D)
+        if k + 1 == steps:  # nothing but the suffix waits for the last latent: both go through the decoder together
+            columns = torch.cat([x[:, None].to(suffix.dtype), suffix], 1)
+        else:
+            z = decoder(lm, x[:, None], pos[:, None] + k, cache)[:, 0]
+            states.append(z)
+    places = pos[:, None] + torch.arange(max(0, steps - 1), steps + suffix.shape[1], device=pos.device)
+    h = decoder(lm, columns, places, cache, checkpointing)  # (B, 1+T, D), without a latent step (B, T, D)
+    latents = torch.cat([torch.stack(states, 1)[:, 1:], h[:, : -suffix.shape[1]]], 1)
     router = torch.stack(probs, 1) if steps else z.new_zeros(len(z), 0, 0)
-    return Rollout(anchor, states[0], torch.stack(states, 1)[:, 1:], h, router)
+    return Rollout(anchor, states[0], latents, h[:, -suffix.shape[1] :], router)
 
 
 def single_pass(lm, prefix):
@@ -186,7 +190,9 @@ def attend_two_blocks(q, k_prefix, v_prefix, k_slots, v_slots, hide, mask):
     G, P = k_prefix.shape[1:3]
     q = q.reshape(B, G, H // G * L, d) * d**-0.5
     far = q @ k_prefix.mT + hide  # (B, G, H/G*L, P)
-    near = q @ k_slots.mT + mask.repeat(H // G, 1)  # (B, G, H/G*L, n)
+    near = q @ k_slots.mT  # (B, G, H/G*L, n)
+    if L > 1:  # a single new column sees every slot
+        near = near + mask.repeat(H // G, 1)
     w = at_least_float32(torch.cat([far, near], -1)).softmax(-1).to(v_slots.dtype)
     return (w[..., :P] @ v_prefix + w[..., P:] @ v_slots).view(B, H, L, d)
 
@@ -200,18 +206,18 @@ def rotary(lm, positions, x):
     inverse = 1 / rope["rope_theta"] ** (torch.arange(0, d, 2, device=x.device, dtype=torch.float32) / d)  # (d/2,)
     angles = (positions[..., None].float() * inverse).split(rope["mrope_section"], -1)  # three of (3, B, L, section)
     angles = torch.cat([a[i] for i, a in enumerate(angles)] * 2, -1)[:, None]
-    return angles.cos().to(x.dtype), angles.sin().to(x.dtype)
+    cos, sin = angles.cos(), angles.sin()
+    sin[..., : d // 2].neg_()
+    return cos.to(x.dtype), sin.to(x.dtype)
 
 
 def rotate(x, cos, sin):
-    a, b = x.chunk(2, -1)
-    return (x * cos + torch.cat([-b, a], -1) * sin).to(x.dtype)  # under autocast cos and sin are wider
+    """The pairs (a, b) of x's two halves -> (a cos - b sin, b cos + a sin); `rotary` has put the minus into its table."""
+    return (x * cos + x.roll(x.shape[-1] // 2, -1) * sin).to(x.dtype)  # under autocast cos and sin are wider
 
 
 def rms_norm(x, norm):
-    h = at_least_float32(x)
-    h = h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + norm.variance_epsilon)
-    return norm.weight * h.to(x.dtype)
+    return F.rms_norm(x, x.shape[-1:], norm.weight, norm.variance_epsilon)
 
 
 def at_least_float32(x):
