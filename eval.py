@@ -5,6 +5,7 @@
     python eval.py --data DIR --task video_ret --mode single      one meta-task, the single-pass embedding
     python eval.py --data DIR --task image_ret/openmoji_t2i --steps 4 --json out.json
     python eval.py --compare compare.png                          all modes and 0..K steps, accuracy against latency
+    python eval.py --task speed --preset mid --prefix 40,160      one pass, latent steps, written rationales: time, memory, floor
 
 DIR/<meta-task>/<dataset>/ holds corpus.jsonl ({"_id", "text"?, "image"?, "video"?}), queries.jsonl (the same keys, and
 perhaps "candidates": [ids], to be ranked only against those) and qrels.tsv (query-id, corpus-id, score; a header line).
@@ -18,14 +19,19 @@ import math
 import os
 import sys
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
+from torch.utils.flop_counter import FlopCounterMode
+from tqdm import tqdm
+from transformers import DynamicCache
 
-from data import DataError, list_tasks, nearest, parse_flags, read_task, world_tasks
-from model import MODES, Plume
+from data import DataError, Side, World, collate, list_tasks, nearest, parse_flags, read_task, to_device, world_tasks
+from latent import greedy
+from model import MODES, SHAPES, LiveBytes, Plume, pick_device
 
 TIE = 1e-6  # cosines closer than this are a tie: more than float32 rounding, less than any difference that means something
 
@@ -34,7 +40,7 @@ TIE = 1e-6  # cosines closer than this are a tie: more than float32 rounding, le
 class Config:
     # what
     data: str = ""  # folder of the tasks; media paths are relative to it; default: turtle world
-    task: str = "all"  # all, a meta-task (video_ret) or one data set (video_ret/filmed_t2v); several with commas between
+    task: str = "all"  # all, a meta-task (video_ret) or one data set (video_ret/filmed_t2v), several with commas between; or speed
     ckpt: str = "out/checkpoint"  # checkpoint folder or hub name
     # how
     mode: str = "latent"  # latent, single (one pass) or cot (writes its rationale)
@@ -44,6 +50,16 @@ class Config:
     batch_size: int = 32  # items encoded together; does not change the result
     device: str = ""  # cuda, mps or cpu; default: the best there is
     dtype: str = ""  # float32 or bfloat16; default: bfloat16 where it is fast
+    # --task speed
+    preset: str = ""  # random weights in this shape instead of --ckpt: tiny, mid, qwen2vl_2b
+    batch_sizes: str = "1,8,32"  # queries a batch
+    prefix: str = "160"  # tokens of a query of text, with commas between
+    image: str = ""  # WIDTHxHEIGHT: a query is a picture instead
+    frames: int = 0  # a query is a clip of so many frames of the size of --image
+    tokens: int = 403  # of a written rationale; the paper's mean
+    repeats: int = 5  # timed rounds; what takes over 5 s is timed twice
+    training: bool = True  # also a training step
+    growth: str = ""  # instead: draw into this PNG how cost grows with prefix, steps and batch
     # report
     json: str = ""  # also write the scores, and the rank of every query, to this file
 
@@ -209,6 +225,188 @@ def draw_comparison(rows, path, title):
     os.replace(path + ".writing", path)
 
 
+# --------------------------------------------------------------------------------------------------------------- speed
+
+
+def speed_batch(model, cfg, prefix, size):
+    """`size` equal queries: text of exactly `prefix` tokens, or a picture or clip of noise."""
+    width, height = map(int, cfg.image.split("x")) if cfg.image else (224, 224)
+    noise = np.random.default_rng(0).integers(0, 256, (max(cfg.frames, 1), height, width, 3), np.uint8)
+    media = [Image.fromarray(frame) for frame in noise]
+    if cfg.frames or cfg.image:
+        item = Side([("video", media) if cfg.frames else ("image", media[0]), ("text", " forward")])
+    else:
+        item = lambda words: Side([("text", " forward" * words)])
+        bare = len(model.processor.render(item(0))["ids"])
+        if prefix <= bare:
+            raise DataError(f"--prefix {prefix}: this checkpoint's prompt alone has {bare} tokens")
+        item = item(prefix - bare)
+    samples = [model.processor.render(item)] * size
+    return dict(to_device(collate(samples, model.processor), model.device), samples=samples)
+
+
+def as_transformers(model, batch):
+    """A batch of equally long queries as the inputs of transformers' own model."""
+    kinds = (batch["ids"] == model.processor.id["<|image_pad|>"]).int() + 2 * (batch["ids"] == model.processor.id["<|video_pad|>"]).int()
+    inputs = dict(input_ids=batch["ids"], attention_mask=torch.ones_like(batch["ids"]))
+    if batch["pixels"] is not None:
+        pixels, grid = ("pixel_values_videos", "video_grid_thw") if (kinds == 2).any() else ("pixel_values", "image_grid_thw")
+        inputs |= {pixels: batch["pixels"], grid: batch["grid"].to(model.device), "mm_token_type_ids": kinds}
+    return inputs
+
+
+def one_by_one(model, batch, steps):
+    """The latent embedding of a batch of one query through transformers' modules and cache: how it can be done without latent.py."""
+    inner, lm, pos = model.backbone.model, model.lm, int(batch["positions"].max()) + 1
+    inner.rope_deltas = None
+    cache = DynamicCache(config=lm.config)
+    h = inner(**as_transformers(model, batch), past_key_values=cache, use_cache=True).last_hidden_state[0]
+    run = lambda x, start: lm(inputs_embeds=x, past_key_values=cache, use_cache=True, position_ids=torch.arange(
+        start, start + x.shape[1], device=x.device).expand(3, 1, -1)).last_hidden_state[0]
+    anchor, z = h[batch["disc"]], h[-1:]
+    for k in range(steps):
+        z = run(model.adapter(z, k, anchor)[0][:, None], pos + k)
+    return torch.nn.functional.normalize(run(lm.embed_tokens(batch["suffix"]), pos + steps)[batch["gen"]].float(), dim=-1)
+
+
+def speed_methods(model, batch, cfg):
+    """{name: (function, decoder passes behind the prefill)}"""
+    size, gen, head = len(batch["ids"]), model.processor.id["<gen_emb>"], model.backbone.lm_head
+    rows = [to_device(collate([sample], model.processor), model.device) for sample in batch["samples"]]
+    endless = lambda h: head(h).index_fill(-1, torch.tensor([gen], device=h.device), -math.inf)  # never ends early
+    methods = {"single": (lambda: model.embed(batch, "single"), 0)}
+    methods |= {f"latent, K = {k}": (lambda k=k: model.embed(batch, "latent", k), max(1, k)) for k in (0, 4, 6, 8)}
+    methods["one by one, K = 8"] = (lambda: [one_by_one(model, row, 8) for row in rows], 9)
+    methods[f"cot, {cfg.tokens} tokens"] = (lambda: greedy(model.lm, model.lm.embed_tokens, endless, model.prefix(batch), gen, cfg.tokens), cfg.tokens)
+    methods["cot, transformers"] = (lambda: model.backbone.generate(
+        **as_transformers(model, batch), max_new_tokens=cfg.tokens, min_new_tokens=cfg.tokens, do_sample=False), cfg.tokens)
+    return methods
+
+
+def clock(function, device):
+    """Seconds of one call."""
+    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    wait()
+    begun = time.perf_counter()
+    function()
+    wait()
+    return time.perf_counter() - begun
+
+
+def rounds(functions, repeats, device):
+    """{name: seconds of each call}, the functions by turns, so that all of them meet the same noise."""
+    times = {name: [] for name in functions}
+    for i in tqdm(range(repeats), desc="timed rounds", leave=False):
+        for name, function in functions.items():
+            if i < 2 or times[name][0] < 5:
+                times[name].append(clock(function, device))
+    return times
+
+
+def peak_rates(device, dtype):
+    """What the device gives now: FLOP a second in a large matrix product, bytes a second read by a large sum."""
+    n, size = (8192, 1 << 30) if device.type == "cuda" else (1536, 1 << 28)
+    a, long = torch.randn(n, n, device=device, dtype=dtype), torch.zeros(size // 4, device=device)
+    times = rounds({"mm": lambda: a @ a, "sum": long.sum}, 6, device)
+    return 2 * n**3 / min(times["mm"]), size / min(times["sum"])
+
+
+@torch.no_grad()
+def measure_speed(model, batch, cfg, rates):
+    """-> rows of the speed table for one batch: every method's time, work and memory, and the least time that work takes."""
+    methods, device, size, work = speed_methods(model, batch, cfg), model.device, len(batch["ids"]), {}
+    for name, (function, _) in methods.items():  # also the warm-up
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        with FlopCounterMode(display=False) as flops, nullcontext() if device.type == "cuda" else LiveBytes() as live:
+            function()
+        work[name] = flops.get_total_flops(), torch.cuda.max_memory_allocated() if device.type == "cuda" else live.peak
+    times = rounds({name: function for name, (function, _) in methods.items()}, cfg.repeats, device)
+    middle = {name: float(np.median(t)) for name, t in times.items()}
+    size_of = lambda module: sum(p.numel() * p.element_size() for p in module.parameters())
+    weights, per_column = size_of(model.lm.layers), 2 * model.lm.layers[0].self_attn.k_proj.out_features * len(model.lm.layers) * model.lm.norm.weight.element_size()
+    vision, cache = size_of(model.backbone.model.visual) if batch["pixels"] is not None else 0, batch["ids"].numel() * per_column
+    rows, (single, _) = [], work["single"]
+    for name, (_, passes) in methods.items():
+        t, (flops, peak) = middle[name], work[name]
+        again = size if name.startswith("one by one") else 1  # each query reads all weights by itself
+        steps = (weights + cache / again + size_of(model.adapter) * name.startswith(("latent", "one")) + size_of(model.lm.embed_tokens) * name.startswith("cot")) * passes * again
+        floor = max(single / rates[0], (weights + vision) * again / rates[1]) + max((flops - single) / rates[0], steps / rates[1])
+        row = dict(method=name, batch=size, prefix=batch["ids"].shape[1], ms=1e3 * t / size, low=1e3 * min(times[name]) / size, high=1e3 * max(times[name]) / size,
+                   queries_per_s=size / t, to_single=t / middle["single"], cot_to_this=middle[f"cot, {cfg.tokens} tokens"] / t,
+                   transformers_cot_to_this=middle["cot, transformers"] / t, gflop=flops / 1e9 / size, gbytes=((weights + vision) * again + steps) / 1e9,
+                   floor=t / floor, peak_mib=peak / 2**20)
+        if name.startswith("latent"):
+            suffix = (middle["latent, K = 0"] - middle["single"]) / t
+            row["shares"] = [middle["single"] / t, 1 - middle["single"] / t - suffix, suffix]
+        rows.append(row)
+    return rows
+
+
+SPEED = """method                ms/query  (lowest - highest)  queries/s  / single  cot /  transformers' cot /  GFLOP/query      GB  / floor  peak, MiB  prefill steps suffix"""
+
+
+def speed_line(r):
+    shares = "  ".join(f"{x:5.0%}" for x in r.get("shares", ()))
+    return (f"{r['method']:20}{r['ms']:10.2f}  ({r['low']:.2f} - {r['high']:.2f})".ljust(53) + f"{r['queries_per_s']:8.1f}{r['to_single']:10.2f}{r['cot_to_this']:7.1f}"
+            f"{r['transformers_cot_to_this']:21.1f}{r['gflop']:13.2f}{r['gbytes']:8.2f}{r['floor']:9.1f}{r['peak_mib']:11.0f}  {shares}")
+
+
+def training_step(model, batch, cfg):
+    """{way: seconds of a step}: forward, backward and AdamW for one batch with K = 8, as we do it and one query at a time."""
+    rows = [to_device(collate([sample], model.processor), model.device) for sample in batch["samples"]]
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, fused=True)
+
+    def step(embed):
+        vectors = embed()
+        (10 * vectors @ vectors.T).logsumexp(-1).mean().backward()  # every vector depends on all, as in a contrastive loss
+        optimizer.step()
+        optimizer.zero_grad()
+
+    ways = {"ours": lambda: step(lambda: model(batch, 8)["gen"]), "one by one": lambda: step(lambda: torch.cat([one_by_one(model, row, 8) for row in rows]))}
+    for way in ways.values():
+        way()
+    return {name: float(np.median(t)) for name, t in rounds(ways, min(cfg.repeats, 3), model.device).items()}
+
+
+def speed(cfg, given):
+    if "ckpt" in given and "preset" in given or cfg.preset not in ("", *SHAPES):
+        raise DataError(f"--preset {cfg.preset!r}: one of {', '.join(SHAPES)}, and without --ckpt")
+    try:
+        sizes, prefixes = ([int(n) for n in text.split(",")] for text in (cfg.batch_sizes, cfg.prefix))
+        side = [int(n) for n in cfg.image.split("x")] if cfg.image else [224, 224]
+        if min(*sizes, *prefixes, *side, cfg.repeats, cfg.tokens) < 1 or len(side) != 2 or cfg.frames < 0:
+            raise ValueError
+    except ValueError:
+        raise DataError(f"--batch_sizes {cfg.batch_sizes!r}, --prefix {cfg.prefix!r}: needs numbers with commas between; --image {cfg.image!r}: as 448x448") from None
+    if "ckpt" in given:
+        model = Plume.from_pretrained(cfg.ckpt, cfg.device or None, cfg.dtype or None)
+    else:
+        device, dtype = pick_device(cfg.device or None, cfg.dtype or None)
+        model = Plume.random(World("test").texts(), cfg.preset or "tiny", device=device).to(dtype)
+    limits = model.processor.limits
+    limits.max_pixels = limits.video_max_pixels = max(limits.max_pixels, side[0] * side[1])
+    limits.num_frames, limits.max_len = max(cfg.frames, limits.num_frames), 1 << 20
+    model.eval()
+    dtype = model.lm.norm.weight.dtype
+    rates, rows = peak_rates(model.device, dtype), []
+    shape = f"random weights, {cfg.preset or 'tiny'}"
+    print(f"{cfg.ckpt if 'ckpt' in given else shape}, {model.device}, {dtype}, "
+          f"{torch.get_num_threads()} threads; it gives {rates[0] / 1e12:.2f} TFLOP/s and {rates[1] / 1e9:.0f} GB/s")
+    for prefix in [0] if cfg.image or cfg.frames else prefixes:
+        for size in sizes:
+            batch = speed_batch(model, cfg, prefix, size)
+            mine = measure_speed(model, batch, cfg, rates)
+            print(f"\nprefix of {batch['ids'].shape[1]} tokens, {0 if batch['pixels'] is None else len(batch['pixels']) // size} patches, batches of {size}", SPEED,
+                  *map(speed_line, mine), sep="\n")
+            rows += mine
+            if cfg.training:
+                took = training_step(model, batch, cfg)
+                print(f"a training step: {size / took['ours']:.1f} queries/s, one by one {size / took['one by one']:.1f}: {took['one by one'] / took['ours']:.1f} times faster")
+                rows.append(dict(method="training", batch=size, prefix=batch["ids"].shape[1], ours=size / took["ours"], one_by_one=size / took["one by one"]))
+    return dict(device=str(model.device), dtype=str(dtype), threads=torch.get_num_threads(), torch=torch.__version__, flops=rates[0], bytes_per_s=rates[1], rows=rows)
+
+
 def write_json(path, value):
     with open(path + ".writing", "w") as f:
         json.dump(value, f, indent=1)
@@ -224,6 +422,9 @@ def main(argv):
     if cfg.batch_size < 1 or cfg.limit < 1 or any(os.path.isdir(f) or not os.path.isdir(os.path.dirname(os.path.abspath(f))) for f in (cfg.json, cfg.compare)):
         raise DataError(f"--batch_size {cfg.batch_size} and --limit {cfg.limit} must be at least 1, --json {cfg.json!r} and --compare {cfg.compare!r} "
                         "files in folders that exist")
+    if cfg.task == "speed":
+        result = speed(cfg, given)
+        return write_json(cfg.json, result) if cfg.json else None
     if not os.path.exists(cfg.ckpt) and cfg.ckpt == Config.ckpt:
         raise DataError(f"{cfg.ckpt}: no checkpoint there yet; train one with: python train.py, or name one with --ckpt")
     if cfg.data:

@@ -15,6 +15,7 @@ import re
 import shutil
 import time
 import warnings
+import weakref
 from dataclasses import asdict
 
 import huggingface_hub
@@ -24,6 +25,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import save_file
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers import AutoTokenizer, Qwen2VLConfig, Qwen2VLForConditionalGeneration
@@ -65,6 +68,11 @@ SHAPES = {
                   max_position_embeddings=32768, rope_parameters=dict(rope_type="default", rope_theta=1e6, mrope_section=[16, 24, 24])),
         vision=dict(depth=32, embed_dim=1280, hidden_size=1536, num_heads=16, mlp_ratio=4),
         prompt=RELEASED_PROMPT, limits={}),
+    "mid": dict(  # for measuring speed on a CPU
+        text=dict(hidden_size=512, intermediate_size=2048, num_hidden_layers=8, num_attention_heads=8, num_key_value_heads=2,
+                  max_position_embeddings=8192, rope_parameters=dict(rope_type="default", rope_theta=1e6, mrope_section=[8, 12, 12])),
+        vision=dict(depth=8, embed_dim=320, hidden_size=512, num_heads=8, mlp_ratio=4),
+        prompt="Think, then embed.", limits={}),
 }
 # The fixed strings around every item, one token each: in a tiny model they would be most of the work.
 FRAME = (f"system\n{SYSTEM}", "user\n", SHAPES["tiny"]["prompt"], "assistant\n<think>", CLOSING, "<answer>", "</answer>\n")
@@ -383,6 +391,30 @@ def stored_limits(path):
     found = dict(min_pixels=raw.get("min_pixels") or size.get("shortest_edge") or size.get("min_pixels"),
                  max_pixels=raw.get("max_pixels") or size.get("longest_edge") or size.get("max_pixels"))
     return {k: v for k, v in found.items() if v}
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of all tensors made inside: `now` those still alive, `peak` the most at one time."""
+
+    def __init__(self):
+        super().__init__()
+        self.now, self.peak, self.known = 0, 0, set()
+
+    def __torch_dispatch__(self, f, types, args=(), kwargs=None):
+        storages = lambda tree: [t.untyped_storage() for t in tree_leaves(tree) if isinstance(t, torch.Tensor)]
+        given = {id(s) for s in storages((args, kwargs))}  # a view of these is no new memory
+        out = f(*args, **(kwargs or {}))
+        for s in storages(out):
+            if id(s) not in given | self.known:
+                self.known.add(id(s))
+                self.now += s.nbytes()
+                self.peak = max(self.peak, self.now)
+                weakref.finalize(s, self.free, id(s), s.nbytes())
+        return out
+
+    def free(self, key, size):
+        self.known.discard(key)
+        self.now -= size
 
 
 CHECKPOINT_FILES = re.compile(r"(generation_|tokenizer_|preprocessor_)?config\.json|.*\.safetensors(\.index\.json)?|tokenizer\.json|vocab\.json|merges\.txt|"

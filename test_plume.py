@@ -1552,7 +1552,7 @@ def test_dry_run_tells_what_a_run_would_take_and_writes_nothing(world, tmp_path,
     assert float(re.search(r"weights ([\d.]+) GiB, gradients \1 GiB", printed)[1]) == pytest.approx(4 * count / 2**30, abs=6e-4)
     # the bytes counted are those of the tensors alive: by hand, w is known before and does not count
     w = torch.nn.Parameter(torch.randn(8, 8))
-    with train.LiveBytes() as live:
+    with plume_model.LiveBytes() as live:
         h = (torch.ones(4, 8) @ w).relu()
         assert (live.now, live.peak) == (2 * 128, 3 * 128)  # the ones, which w's gradient needs, and h; with the product in between
         h.view(-1).sum().backward()

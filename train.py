@@ -21,7 +21,6 @@ import signal
 import subprocess
 import sys
 import time
-import weakref
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
@@ -37,14 +36,12 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from tqdm import tqdm
 
 from adapter import MAX_STEPS, TransitionAdapter, balance_loss
 from curriculum import Curriculum, Progress
 from data import Batches, DataError, Pairs, Schedule, StepSampler, World, nearest, parse_flags, said, to_device
-from model import Plume, pick_device, replacing
+from model import LiveBytes, Plume, pick_device, replacing
 
 # -------------------------------------------------------------------------------------------------------------- config
 
@@ -532,30 +529,6 @@ def main(argv):
     again = shlex.join(["train.py", *(a for a in argv if a != "--resume"), "--resume"])
     say(f"{done} of {steps} steps done; checkpoint in {cfg.out}/checkpoint" + ("" if done == steps else f"; go on with: {again}"))
     return 0 if done == steps else 130
-
-
-class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of all tensors made inside: `now` those still alive, `peak` the most at one time."""
-
-    def __init__(self):
-        super().__init__()
-        self.now, self.peak, self.known = 0, 0, set()
-
-    def __torch_dispatch__(self, f, types, args=(), kwargs=None):
-        storages = lambda tree: [t.untyped_storage() for t in tree_leaves(tree) if isinstance(t, torch.Tensor)]
-        given = {id(s) for s in storages((args, kwargs))}  # a view of these is no new memory
-        out = f(*args, **(kwargs or {}))
-        for s in storages(out):
-            if id(s) not in given | self.known:
-                self.known.add(id(s))
-                self.now += s.nbytes()
-                self.peak = max(self.peak, self.now)
-                weakref.finalize(s, self.free, id(s), s.nbytes())
-        return out
-
-    def free(self, key, size):
-        self.known.discard(key)
-        self.now -= size
 
 
 class FusedAttention(torch.autograd.Function):
