@@ -23,6 +23,7 @@ import os
 import re
 import struct
 import sys
+import threading
 import time
 import warnings
 from array import array
@@ -43,6 +44,10 @@ MEAN = np.array([0.48145466, 0.4578275, 0.40821073], np.float32)  # CLIP's, used
 STD = np.array([0.26862954, 0.26130258, 0.27577711], np.float32)
 MAX_PIXELS = 89_478_485  # of a stored picture or frame; Pillow only warns there, here it is an error
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+
+
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # `to_rgb` makes it an error
+LOADING = threading.Lock()  # Pillow reads the file of a picture when it is first used; two threads may be given the same picture
 
 
 class DataError(ValueError):
@@ -78,11 +83,10 @@ def load_image(source):
     """
     try:
         if isinstance(source, Image.Image):
-            return to_rgb(source)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # `to_rgb` makes it an error
-            with Image.open(source, formats=IMAGE_FORMATS) as image:
-                return to_rgb(image)
+            with LOADING:
+                return to_rgb(source)
+        with Image.open(source, formats=IMAGE_FORMATS) as image:
+            return to_rgb(image)
     except DECODER_ERRORS as e:
         raise DataError(f"{source}: cannot be used as a picture: {e}") from e
 
@@ -508,11 +512,13 @@ class Processor:
 
     def encode(self, text):
         """Text -> token ids.  What was encoded lately is remembered: the prompt around every item is the same."""
-        if text not in self.known:
+        ids = self.known.get(text)
+        if ids is None:
+            ids = self.backend.encode(text, add_special_tokens=False).ids if text else []
             if len(self.known) >= 4096:
-                self.known.clear()
-            self.known[text] = self.backend.encode(text, add_special_tokens=False).ids if text else []
-        return self.known[text]
+                self.known = {}
+            self.known[text] = ids
+        return ids
 
     def media(self, kind, source):
         limits = self.limits

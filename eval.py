@@ -25,7 +25,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from tqdm import tqdm
 from transformers import DynamicCache
 
@@ -318,7 +318,8 @@ def measure_speed(model, batch, cfg, rates):
     for name, (function, _) in methods.items():  # also the warm-up
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
-        with FlopCounterMode(display=False) as flops, nullcontext() if device.type == "cuda" else LiveBytes() as live:
+        cpu_attention = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *a, **kw: sdpa_flop_count(q, k, v)}  # not in torch's list
+        with FlopCounterMode(display=False, custom_mapping=cpu_attention) as flops, nullcontext() if device.type == "cuda" else LiveBytes() as live:
             function()
         work[name] = flops.get_total_flops(), torch.cuda.max_memory_allocated() if device.type == "cuda" else live.peak
     times = rounds({name: function for name, (function, _) in methods.items()}, cfg.repeats, device)
@@ -343,13 +344,13 @@ def measure_speed(model, batch, cfg, rates):
     return rows
 
 
-SPEED = """method                ms/query  (lowest - highest)  queries/s  / single  cot /  transformers' cot /  GFLOP/query      GB  / floor  peak, MiB  prefill steps suffix"""
+SPEED = (f"{'method':20}{'ms/query':>9} {'(lowest - highest)':20}{'queries/s':>10}{'x single':>10}{'cot/this':>10}{'transformers cot/this':>23}{'GFLOP/query':>13}{'GB':>8}"
+         f"{'x floor':>9}{'peak MiB':>10}   prefill  steps  suffix")
 
 
 def speed_line(r):
-    shares = "  ".join(f"{x:5.0%}" for x in r.get("shares", ()))
-    return (f"{r['method']:20}{r['ms']:10.2f}  ({r['low']:.2f} - {r['high']:.2f})".ljust(53) + f"{r['queries_per_s']:8.1f}{r['to_single']:10.2f}{r['cot_to_this']:7.1f}"
-            f"{r['transformers_cot_to_this']:21.1f}{r['gflop']:13.2f}{r['gbytes']:8.2f}{r['floor']:9.1f}{r['peak_mib']:11.0f}  {shares}")
+    return (f"{r['method']:20}{r['ms']:9.2f} {'(%.2f - %.2f)' % (r['low'], r['high']):20}{r['queries_per_s']:10.1f}{r['to_single']:10.2f}{r['cot_to_this']:10.1f}"
+            f"{r['transformers_cot_to_this']:23.1f}{r['gflop']:13.2f}{r['gbytes']:8.2f}{r['floor']:9.1f}{r['peak_mib']:10.0f}   " + "  ".join(f"{x:6.0%}" for x in r.get("shares", ())))
 
 
 def training_step(model, batch, cfg):
@@ -389,6 +390,9 @@ def speed(cfg, given):
     limits.num_frames, limits.max_len = max(cfg.frames, limits.num_frames), 1 << 20
     model.eval()
     dtype = model.lm.norm.weight.dtype
+    if cfg.growth:
+        with torch.no_grad():
+            return dict(device=str(model.device), dtype=str(dtype), threads=torch.get_num_threads(), rows=growth(model, cfg))
     rates, rows = peak_rates(model.device, dtype), []
     shape = f"random weights, {cfg.preset or 'tiny'}"
     print(f"{cfg.ckpt if 'ckpt' in given else shape}, {model.device}, {dtype}, "
@@ -407,6 +411,46 @@ def speed(cfg, given):
     return dict(device=str(model.device), dtype=str(dtype), threads=torch.get_num_threads(), torch=torch.__version__, flops=rates[0], bytes_per_s=rates[1], rows=rows)
 
 
+GROWTH = dict(prefix=(64, 128, 256, 512, 1024, 2048), K=(0, 2, 4, 8, 16, 32), batch=(1, 2, 4, 8, 16, 32, 64))  # one grows, the others stay
+STAYS = dict(prefix=256, K=8, batch=4)
+
+
+def growth(model, cfg):
+    """Time and memory of the latent embedding of a batch of text, as prefix, latent steps and batch grow -> rows; drawn into --growth."""
+    rows, device = [], model.device
+    for what, values in GROWTH.items():
+        for value in tqdm(values, desc=what, leave=False):
+            now = dict(STAYS, **{what: value})
+            batch = speed_batch(model, cfg, now["prefix"], now["batch"])
+            run = lambda: model.embed(batch, "latent", now["K"])
+            if device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats()
+            with nullcontext() if device.type == "cuda" else LiveBytes() as live:
+                run()
+            peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else live.peak
+            seconds = rounds({"": run}, cfg.repeats, device)[""]
+            rows.append(dict(now, grows=what, ms=1e3 * float(np.median(seconds)), queries_per_s=now["batch"] / float(np.median(seconds)), peak_mib=peak / 2**20))
+            print(f"{what:7}{value:6}{rows[-1]['ms']:12.1f} ms a batch{rows[-1]['queries_per_s']:10.1f} queries/s{rows[-1]['peak_mib']:10.0f} MiB at most")
+    W, H, top, bottom, font = 420, 420, 60, 60, ImageFont.load_default(16)
+    image = Image.new("RGB", (W * len(GROWTH), H), "white")
+    draw = ImageDraw.Draw(image)
+    for panel, what in enumerate(GROWTH):
+        mine, left = [r for r in rows if r["grows"] == what], panel * W + 30
+        draw.rectangle((left, top, left + W - 60, H - bottom), outline="#bbbbbb")
+        fixed = ", ".join(f"{k} {v}" for k, v in STAYS.items() if k != what)
+        draw.text((left, 12), f"{what} 0 to {mine[-1][what]}\n{fixed}", fill="black", font=font)
+        for key, unit, colour, at in (("ms", "ms a batch", "#1f77b4", 0), ("peak_mib", "MiB at most", "#d62728", 1)):
+            most = max(r[key] for r in mine)
+            points = [(left + r[what] / mine[-1][what] * (W - 60), H - bottom - r[key] / most * (H - top - bottom)) for r in mine]
+            draw.line(points, fill=colour, width=2)
+            for x, y in points:
+                draw.ellipse((x - 3, y - 3, x + 3, y + 3), fill=colour)
+            draw.text((left, H - 48 + 20 * at), f"0 to {most:,.0f} {unit}", fill=colour, font=font)
+    image.save(cfg.growth + ".writing", "PNG")
+    os.replace(cfg.growth + ".writing", cfg.growth)
+    return rows
+
+
 def write_json(path, value):
     with open(path + ".writing", "w") as f:
         json.dump(value, f, indent=1)
@@ -419,9 +463,9 @@ def main(argv):
         raise DataError(f"--mode {cfg.mode!r} --steps {cfg.steps}: mode is one of {MODES}, steps are 0..32 and belong to mode latent")
     if cfg.compare and given & {"mode", "steps"}:
         raise DataError("--compare runs every mode: leave out --mode and --steps")
-    if cfg.batch_size < 1 or cfg.limit < 1 or any(os.path.isdir(f) or not os.path.isdir(os.path.dirname(os.path.abspath(f))) for f in (cfg.json, cfg.compare)):
-        raise DataError(f"--batch_size {cfg.batch_size} and --limit {cfg.limit} must be at least 1, --json {cfg.json!r} and --compare {cfg.compare!r} "
-                        "files in folders that exist")
+    if cfg.batch_size < 1 or cfg.limit < 1 or any(os.path.isdir(f) or not os.path.isdir(os.path.dirname(os.path.abspath(f))) for f in (cfg.json, cfg.compare, cfg.growth)):
+        raise DataError(f"--batch_size {cfg.batch_size} and --limit {cfg.limit} must be at least 1, --json {cfg.json!r}, --compare {cfg.compare!r} "
+                        f"and --growth {cfg.growth!r} files in folders that exist")
     if cfg.task == "speed":
         result = speed(cfg, given)
         return write_json(cfg.json, result) if cfg.json else None

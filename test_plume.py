@@ -303,6 +303,32 @@ def test_embeddings_do_not_depend_on_neighbours_order_or_batch_size(model, world
     assert_close(model.encode([items[i] for i in order], mode, batch_size=4, **extra), alone[order], "another order", 1e-6)
 
 
+def test_windows_of_encode_keep_the_order_and_the_name_of_a_bad_item(model, world):
+    """A window of 12 batches is read while the one before is embedded, by several threads, which may share a picture."""
+    shared = Image.open(world / "red bar.png")
+    items = [{"image": shared, "text": "word " * (i % 7)} if i % 3 else "word " * (i + 1) for i in range(40)]
+    together = model.encode(items, batch_size=2, workers=3)
+    assert_close(together, model.encode(items, batch_size=40, workers=1), "windows", 1e-6)
+    with pytest.raises(DataError, match="item 33: .*gone.png"):
+        model.encode([*items[:33], {"image": str(world / "gone.png")}, *items], batch_size=2)
+    assert model.encode([]).shape == (0, 128)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_few_rows_on_a_cpu_go_the_other_way_round_to_the_same_values_and_gradients(bias):
+    layer = torch.nn.Linear(6, 10, bias=bias).double()
+    for B, L in ((1, 1), (16, 1), (4, 16), (5, 13), (8, 1)):  # 1, 16, 64, 65 and 8 rows
+        x, results = torch.randn(B, L, 6, dtype=torch.float64), []
+        for f in (layer, lambda x: latent.linear(layer, x)):
+            layer.zero_grad()
+            leaf = x.clone().requires_grad_()
+            y = f(leaf)
+            y.square().sum().backward()
+            results.append([y, leaf.grad, *(p.grad for p in layer.parameters())])
+        for a, b in zip(*results):
+            assert_close(b, a, f"{B} x {L}", 1e-12)
+
+
 def test_steps_change_the_embedding_and_zero_steps_are_the_suffix_alone(model):
     sample = rendered(model, ["a red square"])[0]
     by_steps = [model.encode(["a red square"], steps=k)[0] for k in (0, 1, 8)]
@@ -1354,6 +1380,38 @@ def test_evaluation_by_command_line_in_all_modes(trained, world, tmp_path):
         assert failed.returncode == 1 and why in failed.stderr, failed.stderr
     failed = run(*base, "--mode=lattent", check=False)
     assert failed.returncode == 1 and failed.stderr.startswith("error: --mode 'lattent'") and "Traceback" not in failed.stderr
+
+
+def test_the_speed_benchmark_times_the_same_embeddings_and_counts_their_work(model, world, tmp_path, monkeypatch):
+    samples = rendered(model, [item for item in mixed_items(world) if isinstance(item, str) or not {"image", "video"} <= item.keys()])  # benchmarked queries are of one kind
+    ours, _ = model.embed(collate(samples, model.processor), "latent", 8)
+    with torch.no_grad():
+        theirs = torch.cat([evaluation.one_by_one(model, collate([s], model.processor), 8) for s in samples])
+    assert_close(ours, theirs, "one by one through transformers", 1e-5)
+    flags = ["eval.py", "--task=speed", "--device=cpu", "--batch_sizes=2", "--tokens=5", "--repeats=2", "--json", tmp_path / "s.json"]
+    printed = call(*flags, "--prefix=40").stdout
+    rows = {r["method"]: r for r in json.loads((tmp_path / "s.json").read_text())["rows"]}
+    assert "prefix of 40 tokens, 0 patches, batches of 2" in printed and rows.keys() == {
+        "single", "latent, K = 0", "latent, K = 4", "latent, K = 6", "latent, K = 8", "one by one, K = 8", "cot, 5 tokens", "cot, transformers", "training"}
+    D, I, layers, G = 128, 384, 3, 64  # the tiny shape; by hand: two operations for each weight and column, and for each pair of columns and width
+    column = layers * 2 * (2 * D * D + 2 * D * G + 3 * D * I)
+    pairs = layers * 4 * D
+    assert rows["single"]["gflop"] * 1e9 == pytest.approx(40 * column + 40 * 40 * pairs, rel=1e-3)
+    extra = (rows["latent, K = 8"]["gflop"] - rows["latent, K = 4"]["gflop"]) * 1e9
+    assert extra == pytest.approx(4 * (column + 50 * pairs + 2 * 5 * 4 * D * D + 2 * 2 * D * 4), rel=0.05)  # four steps more, each with the adapter
+    for r in rows.values():
+        assert r["method"] == "training" or (0 < r["low"] <= r["ms"] <= r["high"] and r["floor"] > 1 and r["peak_mib"] > 0)
+    assert rows["one by one, K = 8"]["gbytes"] > 1.9 * rows["latent, K = 8"]["gbytes"] and rows["training"]["ours"] > 0
+    for what in (["--image=56x84"], ["--image=56x56", "--frames=2"]):
+        assert "8 patches" in call(*flags, *what, "--training=false").stdout.replace("24 patches", "8 patches").replace("16 patches", "8 patches")
+    monkeypatch.setattr(evaluation, "GROWTH", dict(prefix=(64, 128), K=(0, 2), batch=(1, 2)))
+    call(*flags, f"--growth={tmp_path / 'g.png'}")
+    rows = json.loads((tmp_path / "s.json").read_text())["rows"]
+    assert [(r["grows"], r["prefix"], r["K"], r["batch"]) for r in rows] == [
+        ("prefix", 64, 8, 4), ("prefix", 128, 8, 4), ("K", 256, 0, 4), ("K", 256, 2, 4), ("batch", 256, 8, 1), ("batch", 256, 8, 2)]
+    assert Image.open(tmp_path / "g.png").size == (1260, 420)
+    for flag, why in (("--preset=midd", "one of tiny"), ("--prefix=3", "prompt alone has"), ("--prefix=a", "needs numbers"), ("--image=448", "as 448x448"), ("--batch_sizes=0", "needs numbers")):
+        assert why in call(*flags, flag, check=False).stderr, flag
 
 
 def test_interrupted_and_resumed_equals_uninterrupted_bit_for_bit(world, tmp_path):
