@@ -69,7 +69,8 @@ def nearest(name, known):
 
 
 # What Pillow's and FFmpeg's readers raise on broken files, other than their own errors
-DECODER_ERRORS = (OSError, SyntaxError, ValueError, TypeError, RuntimeError, LookupError, ArithmeticError, EOFError, struct.error, Image.DecompressionBombError)
+DECODER_ERRORS = (OSError, SyntaxError, ValueError, TypeError, RuntimeError, LookupError, ArithmeticError, EOFError, struct.error, Image.DecompressionBombError,
+                  Image.DecompressionBombWarning)
 Image.init()
 IMAGE_FORMATS = [f for f in ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF") if f in Image.OPEN]  # others can start programs (EPS)
 VIDEO_OPTIONS = {"protocol_whitelist": "file",  # a playlist must not open other files or addresses

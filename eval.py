@@ -257,7 +257,8 @@ def as_transformers(model, batch):
 
 def one_by_one(model, batch, steps):
     """The latent embedding of a batch of one query through transformers' modules and cache: how it can be done without latent.py."""
-    inner, lm, pos = model.backbone.model, model.lm, int(batch["positions"].max()) + 1
+    inner, lm = model.backbone.model, model.lm
+    pos = int(batch["positions"].max()) + 1 if model.settings["latent_positions"] == "mrope" else batch["ids"].shape[1]
     inner.rope_deltas = None
     cache = DynamicCache(config=lm.config)
     h = inner(**as_transformers(model, batch), past_key_values=cache, use_cache=True).last_hidden_state[0]
@@ -273,19 +274,20 @@ def speed_methods(model, batch, cfg):
     """{name: (function, decoder passes behind the prefill)}"""
     size, gen, head = len(batch["ids"]), model.processor.id["<gen_emb>"], model.backbone.lm_head
     rows = [to_device(collate([sample], model.processor), model.device) for sample in batch["samples"]]
-    endless = lambda h: head(h).index_fill(-1, torch.tensor([gen], device=h.device), -math.inf)  # never ends early
+    at = torch.tensor([gen], device=model.device)
+    endless = lambda h: head(h).index_fill(-1, at, -math.inf)  # never ends early
     methods = {"single": (lambda: model.embed(batch, "single"), 0)}
     methods |= {f"latent, K = {k}": (lambda k=k: model.embed(batch, "latent", k), max(1, k)) for k in (0, 4, 6, 8)}
     methods["one by one, K = 8"] = (lambda: [one_by_one(model, row, 8) for row in rows], 9)
     methods[f"cot, {cfg.tokens} tokens"] = (lambda: greedy(model.lm, model.lm.embed_tokens, endless, model.prefix(batch), gen, cfg.tokens), cfg.tokens)
     methods["cot, transformers"] = (lambda: model.backbone.generate(
-        **as_transformers(model, batch), max_new_tokens=cfg.tokens, min_new_tokens=cfg.tokens, do_sample=False), cfg.tokens)
+        **as_transformers(model, batch), max_new_tokens=cfg.tokens, min_new_tokens=cfg.tokens, do_sample=False), cfg.tokens - 1)
     return methods
 
 
 def clock(function, device):
     """Seconds of one call."""
-    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    wait = {"cuda": torch.cuda.synchronize, "mps": torch.mps.synchronize}.get(device.type, lambda: None)
     wait()
     begun = time.perf_counter()
     function()
@@ -305,7 +307,7 @@ def rounds(functions, repeats, device):
 
 def peak_rates(device, dtype):
     """What the device gives now: FLOP a second in a large matrix product, bytes a second read by a large sum."""
-    n, size = (8192, 1 << 30) if device.type == "cuda" else (1536, 1 << 28)
+    n, size = (8192, 1 << 33) if device.type == "cuda" else (1536, 1 << 28)
     a, long = torch.randn(n, n, device=device, dtype=dtype), torch.zeros(size // 4, device=device)
     times = rounds({"mm": lambda: a @ a, "sum": long.sum}, 6, device)
     return 2 * n**3 / min(times["mm"]), size / min(times["sum"])
@@ -318,20 +320,26 @@ def measure_speed(model, batch, cfg, rates):
     for name, (function, _) in methods.items():  # also the warm-up
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
         cpu_attention = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *a, **kw: sdpa_flop_count(q, k, v)}  # not in torch's list
         with FlopCounterMode(display=False, custom_mapping=cpu_attention) as flops, nullcontext() if device.type == "cuda" else LiveBytes() as live:
             function()
-        work[name] = flops.get_total_flops(), torch.cuda.max_memory_allocated() if device.type == "cuda" else live.peak
+        work[name] = flops.get_total_flops(), torch.cuda.max_memory_allocated() - before if device.type == "cuda" else live.peak
     times = rounds({name: function for name, (function, _) in methods.items()}, cfg.repeats, device)
     middle = {name: float(np.median(t)) for name, t in times.items()}
+    # bytes that must be read: in every pass the decoder's weights and the keys and values so far, once the vision tower's
     size_of = lambda module: sum(p.numel() * p.element_size() for p in module.parameters())
-    weights, per_column = size_of(model.lm.layers), 2 * model.lm.layers[0].self_attn.k_proj.out_features * len(model.lm.layers) * model.lm.norm.weight.element_size()
-    vision, cache = size_of(model.backbone.model.visual) if batch["pixels"] is not None else 0, batch["ids"].numel() * per_column
+    lm, vision = model.lm, size_of(model.backbone.model.visual) if batch["pixels"] is not None else 0
+    weights, key = size_of(lm.layers), lm.layers[0].self_attn.k_proj.out_features * lm.norm.weight.element_size()
+    column = 2 * key * len(lm.layers)  # of one token's keys and values
     rows, (single, _) = [], work["single"]
     for name, (_, passes) in methods.items():
         t, (flops, peak) = middle[name], work[name]
         again = size if name.startswith("one by one") else 1  # each query reads all weights by itself
-        steps = (weights + cache / again + size_of(model.adapter) * name.startswith(("latent", "one")) + size_of(model.lm.embed_tokens) * name.startswith("cot")) * passes * again
+        adapted = int(name.split()[-1]) if name.startswith(("latent", "one")) else 0
+        cache = column * (batch["ids"].numel() + size * passes / 2) / again
+        each = weights + cache + size_of(lm.embed_tokens) * name.startswith("cot")
+        steps = (each * passes + size_of(model.adapter) * adapted) * again
         floor = max(single / rates[0], (weights + vision) * again / rates[1]) + max((flops - single) / rates[0], steps / rates[1])
         row = dict(method=name, batch=size, prefix=batch["ids"].shape[1], ms=1e3 * t / size, low=1e3 * min(times[name]) / size, high=1e3 * max(times[name]) / size,
                    queries_per_s=size / t, to_single=t / middle["single"], cot_to_this=middle[f"cot, {cfg.tokens} tokens"] / t,
@@ -344,13 +352,13 @@ def measure_speed(model, batch, cfg, rates):
     return rows
 
 
-SPEED = (f"{'method':20}{'ms/query':>9} {'(lowest - highest)':20}{'queries/s':>10}{'x single':>10}{'cot/this':>10}{'transformers cot/this':>23}{'GFLOP/query':>13}{'GB':>8}"
+SPEED = (f"{'method':20}{'ms/query':>9} {'(lowest - highest)':20}{'queries/s':>10}{'x single':>10}{'cot/this':>10}{'transformers cot/this':>23}{'GFLOP/query':>13}{'GB/batch':>10}"
          f"{'x floor':>9}{'peak MiB':>10}   prefill  steps  suffix")
 
 
 def speed_line(r):
     return (f"{r['method']:20}{r['ms']:9.2f} {'(%.2f - %.2f)' % (r['low'], r['high']):20}{r['queries_per_s']:10.1f}{r['to_single']:10.2f}{r['cot_to_this']:10.1f}"
-            f"{r['transformers_cot_to_this']:23.1f}{r['gflop']:13.2f}{r['gbytes']:8.2f}{r['floor']:9.1f}{r['peak_mib']:10.0f}   " + "  ".join(f"{x:6.0%}" for x in r.get("shares", ())))
+            f"{r['transformers_cot_to_this']:23.1f}{r['gflop']:13.2f}{r['gbytes']:10.2f}{r['floor']:9.1f}{r['peak_mib']:10.0f}   " + "  ".join(f"{x:6.0%}" for x in r.get("shares", ())))
 
 
 def training_step(model, batch, cfg):
@@ -379,36 +387,45 @@ def speed(cfg, given):
         if min(*sizes, *prefixes, *side, cfg.repeats, cfg.tokens) < 1 or len(side) != 2 or cfg.frames < 0:
             raise ValueError
     except ValueError:
-        raise DataError(f"--batch_sizes {cfg.batch_sizes!r}, --prefix {cfg.prefix!r}: needs numbers with commas between; --image {cfg.image!r}: as 448x448") from None
+        raise DataError(f"--batch_sizes {cfg.batch_sizes!r}, --prefix {cfg.prefix!r}: needs numbers with commas between; --image {cfg.image!r}: as 448x448; "
+                        f"--repeats {cfg.repeats}, --tokens {cfg.tokens}: at least 1; --frames {cfg.frames}: at least 0") from None
     if "ckpt" in given:
         model = Plume.from_pretrained(cfg.ckpt, cfg.device or None, cfg.dtype or None)
     else:
         device, dtype = pick_device(cfg.device or None, cfg.dtype or None)
-        model = Plume.random(World("test").texts(), cfg.preset or "tiny", device=device).to(dtype)
+        shape = cfg.preset or "tiny"
+        texts = [*World("test").texts(), *[SHAPES[shape]["prompt"]] * 20]  # so that the prompt has tokens of whole words
+        model = Plume.random(texts, shape, device=device).to(dtype)
     limits = model.processor.limits
     limits.max_pixels = limits.video_max_pixels = max(limits.max_pixels, side[0] * side[1])
     limits.num_frames, limits.max_len = max(cfg.frames, limits.num_frames), 1 << 20
     model.eval()
     dtype = model.lm.norm.weight.dtype
+    result = dict(date=time.strftime("%Y-%m-%d"), device=torch.cuda.get_device_name() if model.device.type == "cuda" else str(model.device), dtype=str(dtype),
+                  threads=torch.get_num_threads(), torch=torch.__version__, model=cfg.ckpt if "ckpt" in given else f"random weights, {shape}",
+                  image=cfg.image, frames=cfg.frames, rows=[])
+    save = lambda: write_json(cfg.json, result) if cfg.json else None
+    print(f"{result['model']}, {result['device']}, {dtype}, {result['threads']} threads", end="")
     if cfg.growth:
+        print()
         with torch.no_grad():
-            return dict(device=str(model.device), dtype=str(dtype), threads=torch.get_num_threads(), rows=growth(model, cfg))
-    rates, rows = peak_rates(model.device, dtype), []
-    shape = f"random weights, {cfg.preset or 'tiny'}"
-    print(f"{cfg.ckpt if 'ckpt' in given else shape}, {model.device}, {dtype}, "
-          f"{torch.get_num_threads()} threads; it gives {rates[0] / 1e12:.2f} TFLOP/s and {rates[1] / 1e9:.0f} GB/s")
+            result["rows"] = growth(model, cfg)
+        return save()
+    rates = peak_rates(model.device, dtype)
+    result |= dict(flops=rates[0], bytes_per_s=rates[1])
+    print(f"; it gives {rates[0] / 1e12:.2f} TFLOP/s and {rates[1] / 1e9:.0f} GB/s")
     for prefix in [0] if cfg.image or cfg.frames else prefixes:
         for size in sizes:
             batch = speed_batch(model, cfg, prefix, size)
-            mine = measure_speed(model, batch, cfg, rates)
-            print(f"\nprefix of {batch['ids'].shape[1]} tokens, {0 if batch['pixels'] is None else len(batch['pixels']) // size} patches, batches of {size}", SPEED,
-                  *map(speed_line, mine), sep="\n")
-            rows += mine
+            rows = measure_speed(model, batch, cfg, rates)
+            print(f"\n{size} equal queries a batch, prefix of {batch['ids'].shape[1]} tokens, {0 if batch['pixels'] is None else len(batch['pixels']) // size} patches", SPEED,
+                  *map(speed_line, rows), sep="\n")
             if cfg.training:
                 took = training_step(model, batch, cfg)
                 print(f"a training step: {size / took['ours']:.1f} queries/s, one by one {size / took['one by one']:.1f}: {took['one by one'] / took['ours']:.1f} times faster")
                 rows.append(dict(method="training", batch=size, prefix=batch["ids"].shape[1], ours=size / took["ours"], one_by_one=size / took["one by one"]))
-    return dict(device=str(model.device), dtype=str(dtype), threads=torch.get_num_threads(), torch=torch.__version__, flops=rates[0], bytes_per_s=rates[1], rows=rows)
+            result["rows"] += rows
+            save()  # after every batch: what is measured is kept
 
 
 GROWTH = dict(prefix=(64, 128, 256, 512, 1024, 2048), K=(0, 2, 4, 8, 16, 32), batch=(1, 2, 4, 8, 16, 32, 64))  # one grows, the others stay
@@ -466,9 +483,14 @@ def main(argv):
     if cfg.batch_size < 1 or cfg.limit < 1 or any(os.path.isdir(f) or not os.path.isdir(os.path.dirname(os.path.abspath(f))) for f in (cfg.json, cfg.compare, cfg.growth)):
         raise DataError(f"--batch_size {cfg.batch_size} and --limit {cfg.limit} must be at least 1, --json {cfg.json!r}, --compare {cfg.compare!r} "
                         f"and --growth {cfg.growth!r} files in folders that exist")
+    of_speed = {"preset", "batch_sizes", "prefix", "image", "frames", "tokens", "repeats", "training", "growth"}
+    of_scores = {"data", "mode", "compare", "steps", "limit", "batch_size"}
+    if wrong := given & (of_scores if cfg.task == "speed" else of_speed):
+        raise DataError(f"--{' --'.join(sorted(wrong))}: {'not with' if cfg.task == 'speed' else 'only with'} --task speed")
+    if cfg.growth and (wrong := given & {"batch_sizes", "prefix", "image", "frames", "tokens", "training"}):
+        raise DataError(f"--{' --'.join(sorted(wrong))}: not with --growth, which has its own")
     if cfg.task == "speed":
-        result = speed(cfg, given)
-        return write_json(cfg.json, result) if cfg.json else None
+        return speed(cfg, given)
     if not os.path.exists(cfg.ckpt) and cfg.ckpt == Config.ckpt:
         raise DataError(f"{cfg.ckpt}: no checkpoint there yet; train one with: python train.py, or name one with --ckpt")
     if cfg.data:

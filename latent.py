@@ -66,7 +66,7 @@ def rollout(lm, adapter, prefix, steps, suffix, rule="mrope", checkpointing=Fals
         x, r = adapter(z, k, anchor)  # (B, D), (B, E)
         probs.append(r)
         if k + 1 == steps:  # nothing but the suffix waits for the last latent: both go through the decoder together
-            columns = torch.cat([x[:, None].to(suffix.dtype), suffix], 1)
+            columns = torch.cat([x[:, None], suffix], 1)
         else:
             z = decoder(lm, x[:, None], pos[:, None] + k, cache)[:, 0]
             states.append(z)
@@ -136,6 +136,8 @@ def decoder(lm, x, positions, cache, checkpointing=False):
     if prefill:  # key visible: causal and real; a padding column sees itself, so that its softmax is defined
         eye = torch.eye(L, dtype=torch.bool, device=x.device)
         mask = eye | (cache.real[:, None, None] & torch.ones_like(eye).tril())  # (B, 1, L, L)
+    elif L == 1:  # sees every slot
+        mask = None
     else:  # new columns see all old slots and, causally, each other
         n = cache.slots[0][0].shape[2]
         mask = torch.full((L, n + L), float("-inf"), device=x.device).triu(n + 1)
@@ -183,7 +185,7 @@ def linear(layer, x):
 def attend_two_blocks(q, k_prefix, v_prefix, k_slots, v_slots, hide, mask):
     """q (B, H, L, d) against the prefix (B, G, P, d) and the slots (B, G, n, d): two score blocks, one softmax.
 
-    hide: 0 / -inf for the prefix, (B, 1, 1, P); mask: 0 / -inf for the slots, (L, n).  -> (B, H, L, d)
+    hide: 0 / -inf for the prefix, (B, 1, 1, P); mask: 0 / -inf for the slots, (L, n), or None.  -> (B, H, L, d)
     Query heads of a group share their keys: they are folded into rows, and the cache is neither repeated nor copied.
     """
     B, H, L, d = q.shape
@@ -191,7 +193,7 @@ def attend_two_blocks(q, k_prefix, v_prefix, k_slots, v_slots, hide, mask):
     q = q.reshape(B, G, H // G * L, d) * d**-0.5
     far = q @ k_prefix.mT + hide  # (B, G, H/G*L, P)
     near = q @ k_slots.mT  # (B, G, H/G*L, n)
-    if L > 1:  # a single new column sees every slot
+    if mask is not None:
         near = near + mask.repeat(H // G, 1)
     w = at_least_float32(torch.cat([far, near], -1)).softmax(-1).to(v_slots.dtype)
     return (w[..., :P] @ v_prefix + w[..., P:] @ v_slots).view(B, H, L, d)

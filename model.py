@@ -16,7 +16,7 @@ import shutil
 import time
 import warnings
 import weakref
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import asdict
 
 import huggingface_hub
@@ -173,14 +173,14 @@ class Plume(nn.Module):
             raise ValueError(f"mode {mode!r}.{nearest(mode, MODES)}")
         if steps is not None and (mode != "latent" or not 0 <= steps <= MAX_STEPS):
             raise ValueError(f"steps {steps} in mode {mode!r}: steps are 0..{MAX_STEPS} and belong to mode 'latent'")
-        if batch_size < 1 or limit < 1:
-            raise ValueError(f"batch_size {batch_size}, limit {limit}: need at least 1")
+        if min(batch_size, limit, workers) < 1:
+            raise ValueError(f"batch_size {batch_size}, limit {limit}, workers {workers}: need at least 1")
         if isinstance(items, (str, dict)):
             raise TypeError("items must be a list; put a single item into [ ]")
         was_training, out = self.training, np.empty((len(items), self.lm.config.hidden_size), np.float32)
         bar = tqdm(total=len(items), desc=progress if isinstance(progress, str) else f"encode ({mode})", unit="item", disable=not progress)
         read = lambda i: self.processor.render(items[i] if isinstance(items[i], Side) else parse_item(items[i], where=f"item {i}"))
-        size = 12 * batch_size  # items of a window: sorted by length, a batch has little padding (8% for lengths spread evenly from 20 to 400)
+        size = 8 * batch_size  # items of a window: sorted by length, a batch has little padding; the media of two windows are in memory
         pool = ThreadPoolExecutor(workers)
         window = lambda start: [pool.submit(read, i) for i in range(start, min(start + size, len(items)))]
         self.eval()
@@ -188,6 +188,8 @@ class Plume(nn.Module):
             ahead = window(0)
             for start in range(0, len(items), size):  # the next window is read while the model is at work on this one
                 samples, ahead = [sample.result() for sample in ahead], window(start + size)
+                if took is not None:
+                    wait(ahead)  # the model alone is timed
                 order, done = sorted(range(len(samples)), key=lambda i: len(samples[i]["ids"])), []
                 for a in range(0, len(order), batch_size):
                     rows = order[a : a + batch_size]
@@ -201,9 +203,9 @@ class Plume(nn.Module):
                     bar.update(len(rows))
                 out[[start + i for i in order]] = torch.cat(done).cpu().numpy()
         finally:
-            pool.shutdown(cancel_futures=True)
-            bar.close()
             self.train(was_training)
+            bar.close()
+            pool.shutdown(wait=False, cancel_futures=True)
         return out
 
     # ------------------------------------------------------------------------------------------------- making, loading
