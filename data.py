@@ -1000,7 +1000,7 @@ def bench(pairs, processor, workers, count):
         raise DataError(f"--workers {workers}, --count {count}: needs at least 0 workers and 8 pairs")
     drawn, curriculum = np.random.default_rng(0).permutation(len(pairs))[:count], Curriculum()
     parts = [part for i in drawn for side in pairs[i] for part in side.parts]
-    print(f"{len(drawn)} pairs of {pairs.names if len(pairs.names) < 9 else f'{len(pairs.names)} data sets'}, {workers} workers, {os.cpu_count()} cores")
+    print(f"{len(drawn)} pairs of {len(pairs.names)} data sets, {workers} workers, {os.cpu_count()} cores")
     for name, kind, size in (("pictures", "image", 1), ("clips", "video", 1), ("pairs", None, 4)):
         if kind:
             jobs, how = [source for k, source in parts if k == kind], dict(collate_fn=functools.partial(processor.media, kind))
@@ -1071,7 +1071,8 @@ class Config:
 
 
 def main(argv):
-    cfg, given = parse_flags(Config, argv, "Look at what the model sees: python data.py --show sheet.png\nHow fast is it read: python data.py --bench --data pairs.jsonl --workers 8")
+    cfg, _ = parse_flags(Config, argv, "Look at what the model sees: python data.py --show sheet.png\n"
+                         "How fast it is read:         python data.py --bench --data pairs.jsonl --workers 8")
     if bool(cfg.show) == cfg.bench:
         raise DataError("name a picture to write with --show sheet.png, or measure with --bench")
     pairs = Pairs(cfg.data, cfg.media or None) if cfg.data else World()

@@ -19,7 +19,6 @@ import math
 import os
 import sys
 import time
-from contextlib import nullcontext
 from dataclasses import dataclass
 
 import numpy as np
@@ -279,7 +278,8 @@ def speed_methods(model, batch, cfg):
     methods = {"single": (lambda: model.embed(batch, "single"), 0)}
     methods |= {f"latent, K = {k}": (lambda k=k: model.embed(batch, "latent", k), max(1, k)) for k in (0, 4, 6, 8)}
     methods["one by one, K = 8"] = (lambda: [one_by_one(model, row, 8) for row in rows], 9)
-    methods[f"cot, {cfg.tokens} tokens"] = (lambda: greedy(model.lm, model.lm.embed_tokens, endless, model.prefix(batch), gen, cfg.tokens), cfg.tokens)
+    methods[f"cot, {cfg.tokens} tokens"] = (lambda: greedy(
+        model.lm, model.lm.embed_tokens, endless, model.prefix(batch), gen, cfg.tokens), cfg.tokens)
     methods["cot, transformers"] = (lambda: model.backbone.generate(
         **as_transformers(model, batch), max_new_tokens=cfg.tokens, min_new_tokens=cfg.tokens, do_sample=False), cfg.tokens - 1)
     return methods
@@ -293,6 +293,18 @@ def clock(function, device):
     function()
     wait()
     return time.perf_counter() - begun
+
+
+def peak_bytes(function, device):
+    """The most memory that one call takes, beside what is there before: by CUDA's allocator, or all tensors alive."""
+    if device.type != "cuda":
+        with LiveBytes() as live:
+            function()
+        return live.peak
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    function()
+    return torch.cuda.max_memory_allocated() - before
 
 
 def rounds(functions, repeats, device):
@@ -313,18 +325,18 @@ def peak_rates(device, dtype):
     return 2 * n**3 / min(times["mm"]), size / min(times["sum"])
 
 
+# the attention kernel that torch's counter does not know: two products of q's rows with all keys
+CPU_ATTENTION = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, *a, **kw: 4 * math.prod(q) * k[-2]}
+
+
 @torch.no_grad()
 def measure_speed(model, batch, cfg, rates):
     """-> rows of the speed table for one batch: every method's time, work and memory, and the least time that work takes."""
     methods, device, size, work = speed_methods(model, batch, cfg), model.device, len(batch["ids"]), {}
     for name, (function, _) in methods.items():  # also the warm-up
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats()
-            before = torch.cuda.memory_allocated()
-        cpu_attention = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, *a, **kw: 4 * math.prod(q) * k[-2]}  # not in torch's list
-        with FlopCounterMode(display=False, custom_mapping=cpu_attention) as flops, nullcontext() if device.type == "cuda" else LiveBytes() as live:
-            function()
-        work[name] = flops.get_total_flops(), torch.cuda.max_memory_allocated() - before if device.type == "cuda" else live.peak
+        with FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION) as flops:
+            peak = peak_bytes(function, device)
+        work[name] = flops.get_total_flops(), peak
     times = rounds({name: function for name, (function, _) in methods.items()}, cfg.repeats, device)
     middle = {name: float(np.median(t)) for name, t in times.items()}
     # bytes that must be read: in every pass the decoder's weights and the keys and values so far, once the vision tower's
@@ -341,9 +353,10 @@ def measure_speed(model, batch, cfg, rates):
         each = weights + cache + size_of(lm.embed_tokens) * name.startswith("cot")
         steps = (each * passes + size_of(model.adapter) * adapted) * again
         floor = max(single / rates[0], (weights + vision) * again / rates[1]) + max((flops - single) / rates[0], steps / rates[1])
-        row = dict(method=name, batch=size, prefix=batch["ids"].shape[1], ms=1e3 * t / size, low=1e3 * min(times[name]) / size, high=1e3 * max(times[name]) / size,
-                   queries_per_s=size / t, to_single=t / middle["single"], cot_to_this=middle[f"cot, {cfg.tokens} tokens"] / t,
-                   transformers_cot_to_this=middle["cot, transformers"] / t, gflop=flops / 1e9 / size, gbytes=((weights + vision) * again + steps) / 1e9,
+        row = dict(method=name, batch=size, prefix=batch["ids"].shape[1], queries_per_s=size / t, gflop=flops / 1e9 / size,
+                   ms=1e3 * t / size, low=1e3 * min(times[name]) / size, high=1e3 * max(times[name]) / size,
+                   to_single=t / middle["single"], cot_to_this=middle[f"cot, {cfg.tokens} tokens"] / t,
+                   transformers_cot_to_this=middle["cot, transformers"] / t, gbytes=((weights + vision) * again + steps) / 1e9,
                    floor=t / floor, peak_mib=peak / 2**20)
         if name.startswith("latent"):
             suffix = (middle["latent, K = 0"] - middle["single"]) / t
@@ -352,17 +365,22 @@ def measure_speed(model, batch, cfg, rates):
     return rows
 
 
-SPEED = (f"{'method':20}{'ms/query':>9} {'(lowest - highest)':20}{'queries/s':>10}{'x single':>10}{'cot/this':>10}{'transformers cot/this':>23}{'GFLOP/query':>13}{'GB/batch':>10}"
-         f"{'x floor':>9}{'peak MiB':>10}   prefill  steps  suffix")
+COLUMNS = (  # title, width, format, key
+    ("ms/query", 10, ".2f", "ms"), ("lowest", 9, ".2f", "low"), ("highest", 9, ".2f", "high"), ("queries/s", 11, ".1f", "queries_per_s"),
+    ("x single", 10, ".2f", "to_single"), ("cot/this", 10, ".1f", "cot_to_this"), ("transformers cot/this", 23, ".1f", "transformers_cot_to_this"),
+    ("GFLOP/query", 13, ".2f", "gflop"), ("GB/batch", 10, ".2f", "gbytes"), ("x floor", 9, ".1f", "floor"), ("peak MiB", 10, ".0f", "peak_mib"))
 
 
-def speed_line(r):
-    return (f"{r['method']:20}{r['ms']:9.2f} {'(%.2f - %.2f)' % (r['low'], r['high']):20}{r['queries_per_s']:10.1f}{r['to_single']:10.2f}{r['cot_to_this']:10.1f}"
-            f"{r['transformers_cot_to_this']:23.1f}{r['gflop']:13.2f}{r['gbytes']:10.2f}{r['floor']:9.1f}{r['peak_mib']:10.0f}   " + "  ".join(f"{x:6.0%}" for x in r.get("shares", ())))
+def speed_table(rows):
+    lines = [f"{'method':20}" + "".join(f"{title:>{width}}" for title, width, _, _ in COLUMNS) + "   prefill  steps  suffix"]
+    for r in rows:
+        shares = "  ".join(f"{x:6.0%}" for x in r.get("shares", ()))
+        lines.append((f"{r['method']:20}" + "".join(f"{r[key]:{width}{form}}" for _, width, form, key in COLUMNS) + f"   {shares}").rstrip())
+    return "\n".join(lines)
 
 
 def training_step(model, batch, cfg):
-    """{way: seconds of a step}: forward, backward and AdamW for one batch with K = 8, as we do it and one query at a time."""
+    """Queries a second of forward, backward and AdamW with K = 8, as we do it and one query at a time -> a row."""
     rows = [to_device(collate([sample], model.processor), model.device) for sample in batch["samples"]]
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, fused=True)
 
@@ -372,10 +390,13 @@ def training_step(model, batch, cfg):
         optimizer.step()
         optimizer.zero_grad()
 
-    ways = {"ours": lambda: step(lambda: model(batch, 8)["gen"]), "one by one": lambda: step(lambda: torch.cat([one_by_one(model, row, 8) for row in rows]))}
+    ways = {"ours": lambda: step(lambda: model(batch, 8)["gen"]),
+            "one by one": lambda: step(lambda: torch.cat([one_by_one(model, row, 8) for row in rows]))}
     for way in ways.values():
         way()
-    return {name: float(np.median(t)) for name, t in rounds(ways, min(cfg.repeats, 3), model.device).items()}
+    rate = {name: len(rows) / float(np.median(t)) for name, t in rounds(ways, min(cfg.repeats, 3), model.device).items()}
+    print(f"a training step: {rate['ours']:.1f} queries/s, one by one {rate['one by one']:.1f}: {rate['ours'] / rate['one by one']:.1f} times faster")
+    return dict(method="training", batch=len(rows), prefix=batch["ids"].shape[1], ours=rate["ours"], one_by_one=rate["one by one"])
 
 
 def speed(cfg, given):
@@ -401,9 +422,9 @@ def speed(cfg, given):
     limits.num_frames, limits.max_len = max(cfg.frames, limits.num_frames), 1 << 20
     model.eval()
     dtype = model.lm.norm.weight.dtype
-    result = dict(date=time.strftime("%Y-%m-%d"), device=torch.cuda.get_device_name() if model.device.type == "cuda" else str(model.device), dtype=str(dtype),
-                  threads=torch.get_num_threads(), torch=torch.__version__, model=cfg.ckpt if "ckpt" in given else f"random weights, {shape}",
-                  image=cfg.image, frames=cfg.frames, rows=[])
+    device = torch.cuda.get_device_name() if model.device.type == "cuda" else str(model.device)
+    result = dict(date=time.strftime("%Y-%m-%d"), device=device, dtype=str(dtype), threads=torch.get_num_threads(), torch=torch.__version__,
+                  model=cfg.ckpt if "ckpt" in given else f"random weights, {shape}", image=cfg.image, frames=cfg.frames, rows=[])
     save = lambda: write_json(cfg.json, result) if cfg.json else None
     print(f"{result['model']}, {result['device']}, {dtype}, {result['threads']} threads", end="")
     if cfg.growth:
@@ -418,12 +439,10 @@ def speed(cfg, given):
         for size in sizes:
             batch = speed_batch(model, cfg, prefix, size)
             rows = measure_speed(model, batch, cfg, rates)
-            print(f"\n{size} equal queries a batch, prefix of {batch['ids'].shape[1]} tokens, {0 if batch['pixels'] is None else len(batch['pixels']) // size} patches", SPEED,
-                  *map(speed_line, rows), sep="\n")
+            patches = 0 if batch["pixels"] is None else len(batch["pixels"]) // size
+            print(f"\n{size} equal queries a batch, prefix of {batch['ids'].shape[1]} tokens, {patches} patches", speed_table(rows), sep="\n")
             if cfg.training:
-                took = training_step(model, batch, cfg)
-                print(f"a training step: {size / took['ours']:.1f} queries/s, one by one {size / took['one by one']:.1f}: {took['one by one'] / took['ours']:.1f} times faster")
-                rows.append(dict(method="training", batch=size, prefix=batch["ids"].shape[1], ours=size / took["ours"], one_by_one=size / took["one by one"]))
+                rows.append(training_step(model, batch, cfg))
             result["rows"] += rows
             save()  # after every batch: what is measured is kept
 
@@ -440,14 +459,11 @@ def growth(model, cfg):
             now = dict(STAYS, **{what: value})
             batch = speed_batch(model, cfg, now["prefix"], now["batch"])
             run = lambda: model.embed(batch, "latent", now["K"])
-            if device.type == "cuda":
-                torch.cuda.reset_peak_memory_stats()
-            with nullcontext() if device.type == "cuda" else LiveBytes() as live:
-                run()
-            peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else live.peak
-            seconds = rounds({"": run}, cfg.repeats, device)[""]
-            rows.append(dict(now, grows=what, ms=1e3 * float(np.median(seconds)), queries_per_s=now["batch"] / float(np.median(seconds)), peak_mib=peak / 2**20))
-            print(f"{what:7}{value:6}{rows[-1]['ms']:12.1f} ms a batch{rows[-1]['queries_per_s']:10.1f} queries/s{rows[-1]['peak_mib']:10.0f} MiB at most")
+            peak = peak_bytes(run, device)
+            seconds = rounds({what: run}, cfg.repeats, device)[what]
+            middle = float(np.median(seconds))
+            rows.append(row := dict(now, grows=what, ms=1e3 * middle, queries_per_s=now["batch"] / middle, peak_mib=peak / 2**20))
+            print(f"{what:7}{value:6}{row['ms']:12.1f} ms a batch{row['queries_per_s']:10.1f} queries/s{row['peak_mib']:10.0f} MiB at most")
     W, H, top, bottom, font = 420, 420, 60, 60, ImageFont.load_default(16)
     image = Image.new("RGB", (W * len(GROWTH), H), "white")
     draw = ImageDraw.Draw(image)
@@ -480,7 +496,8 @@ def main(argv):
         raise DataError(f"--mode {cfg.mode!r} --steps {cfg.steps}: mode is one of {MODES}, steps are 0..32 and belong to mode latent")
     if cfg.compare and given & {"mode", "steps"}:
         raise DataError("--compare runs every mode: leave out --mode and --steps")
-    if cfg.batch_size < 1 or cfg.limit < 1 or any(os.path.isdir(f) or not os.path.isdir(os.path.dirname(os.path.abspath(f))) for f in (cfg.json, cfg.compare, cfg.growth)):
+    writable = lambda f: not os.path.isdir(f) and os.path.isdir(os.path.dirname(os.path.abspath(f)))
+    if cfg.batch_size < 1 or cfg.limit < 1 or not all(map(writable, (cfg.json, cfg.compare, cfg.growth))):
         raise DataError(f"--batch_size {cfg.batch_size} and --limit {cfg.limit} must be at least 1, --json {cfg.json!r}, --compare {cfg.compare!r} "
                         f"and --growth {cfg.growth!r} files in folders that exist")
     of_speed = {"preset", "batch_sizes", "prefix", "image", "frames", "tokens", "repeats", "training", "growth"}

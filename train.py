@@ -116,14 +116,15 @@ class Config:
 
 
 # The paper's settings; batch size and number of epochs, which we did not find there, are our choice.
-PRESETS = {"qwen2vl_2b": dict(init="Qwen/Qwen2-VL-2B-Instruct", freeze_vision="true", max_pixels=2359296, video_max_pixels=32 * 28 * 28, segments=4, steps_per_segment=2,
-                              last_stage=0.5, gate=0.0, replay=0.0, global_batch=1024, epochs=1.0, lr=1e-5, decay=1.0, vision_lr=1.0, scale=50.0,
+PRESETS = {"qwen2vl_2b": dict(init="Qwen/Qwen2-VL-2B-Instruct", freeze_vision="true", max_pixels=2359296, video_max_pixels=32 * 28 * 28,
+                              segments=4, steps_per_segment=2, last_stage=0.5, gate=0.0, replay=0.0, global_batch=1024, epochs=1.0, lr=1e-5, decay=1.0, vision_lr=1.0, scale=50.0,
                               w_disc=1.0, w_read=0.0, dtype="bfloat16", checkpointing=True)}
 
 CHECKPOINT = re.compile(r"checkpoint(|\.old|-(\d+))")  # names in --out
 
 # do not change the result, but for rounding
-FREE_ON_RESUME = ("resume", "out", "media", "workers", "save_every", "keep", "log_every", "wandb", "device", "checkpointing", "micro_batch", "fsdp", "dry_run")
+FREE_ON_RESUME = ("resume", "out", "media", "workers", "save_every", "keep", "log_every", "wandb", "device", "checkpointing", "micro_batch",
+                  "fsdp", "dry_run")
 
 
 # ---------------------------------------------------------------------------------------------------------- losses
@@ -243,8 +244,10 @@ def build_model(cfg, given, pairs, device):
 def checkpoints_in(out):
     """The run's checkpoints, the newest first.  Usually that is `checkpoint`; if the run died between two renames it is the
     one that stood there before, `checkpoint.old` or a kept `checkpoint-STEP`."""
-    names = [m for m in map(CHECKPOINT.fullmatch, os.listdir(out) if os.path.isdir(out) else ()) if m and os.path.exists(os.path.join(out, m[0], "train_state.pt"))]
-    return [os.path.join(out, m[0]) for m in sorted(names, key=lambda m: (m[1] != "", m[1] != ".old", -int(m[2] or 0)))]
+    found = [m for m in map(CHECKPOINT.fullmatch, os.listdir(out) if os.path.isdir(out) else ()) if m]
+    found.sort(key=lambda m: (m[1] != "", m[1] != ".old", -int(m[2] or 0)))
+    folders = [os.path.join(out, m[0]) for m in found]
+    return [f for f in folders if os.path.exists(os.path.join(f, "train_state.pt"))]
 
 
 def checkpoint_in(out):
@@ -300,7 +303,10 @@ def optimizer_state(optimizer, keep):
 def load_optimizer_state(optimizer, state):
     """Of whole tensors, perhaps in a mapped file; a rank keeps its shards of them."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    shard = lambda v, p: distribute_tensor(v.to(p.device), p.device_mesh, p.placements) if isinstance(p, DTensor) and v.shape == p.shape else v.clone()
+    def shard(v, p):
+        whole = not isinstance(p, DTensor) or v.shape != p.shape
+        return v.clone() if whole else distribute_tensor(v.to(p.device), p.device_mesh, p.placements)
+
     moments = {i: {k: shard(v, parameters[i]) for k, v in of_one.items()} for i, of_one in state["state"].items()}
     optimizer.load_state_dict(dict(state, state=moments))
 
@@ -339,7 +345,8 @@ def check(cfg, world):
              (cfg.steps > 0 or cfg.steps == 0 < cfg.epochs, f"--steps {cfg.steps}, --epochs {cfg.epochs}: one of them must be above 0"),
              (min(cfg.save_every, cfg.log_every) >= 1 and min(cfg.workers, cfg.eval_every, cfg.keep) >= 0,
               "--save_every and --log_every must be at least 1, --workers, --eval_every and --keep at least 0"),
-             (not cfg.wandb or ((spec := importlib.util.find_spec("wandb")) and spec.origin), "--wandb needs its package: pip install wandb, or leave it out: log.jsonl has the same rows"),
+             (not cfg.wandb or ((spec := importlib.util.find_spec("wandb")) and spec.origin),
+              "--wandb needs its package: pip install wandb, or leave it out: log.jsonl has the same rows"),
              (not cfg.gate or cfg.workers < Progress.DELAY,
               f"--workers {cfg.workers} with --gate: at most {Progress.DELAY - 1}, more would write batches for steps whose stage is not known yet"),
              (min(cfg.lr, cfg.scale, cfg.clip) > 0, f"--lr {cfg.lr}, --scale {cfg.scale}, --clip {cfg.clip}: must be above 0 (--clip inf: no clipping)"),
@@ -425,8 +432,8 @@ def main(argv):
     autocast = torch.autocast(device.type, dtype) if mixed else nullcontext()
     loader = torch.utils.data.DataLoader(Batches(pairs, model.processor, curriculum, cfg.skip_bad, cfg.micro_batch), batch_size=None,
                                          sampler=StepSampler(schedule, progress, start, rank, world), num_workers=cfg.workers,
-                                         prefetch_factor=min(4, (Progress.DELAY - 1) // cfg.workers or 1) if cfg.workers else None, pin_memory=device.type == "cuda",
-                                         worker_init_fn=ignore_interrupts)
+                                         prefetch_factor=min(4, (Progress.DELAY - 1) // cfg.workers or 1) if cfg.workers else None,
+                                         pin_memory=device.type == "cuda", worker_init_fn=ignore_interrupts)
 
     # what is about to happen
     say("\n".join(f"  {k} = {v!r}" for k, v in asdict(cfg).items()))
