@@ -1077,7 +1077,8 @@ def main(argv):
         raise DataError("name a picture to write with --show sheet.png, or measure with --bench")
     pairs = Pairs(cfg.data, cfg.media or None) if cfg.data else World()
     if cfg.bench:
-        limits = Limits(**{k: getattr(cfg, k) for k in ("max_pixels", "video_max_pixels", "num_frames") if getattr(cfg, k)})
+        given = dict(max_pixels=cfg.max_pixels, video_max_pixels=cfg.video_max_pixels, num_frames=cfg.num_frames)
+        limits = Limits(**{k: v for k, v in given.items() if v})
         return bench(pairs, Processor(train_tokenizer(pairs.texts()), "", limits), cfg.workers, cfg.count)
     contact_sheet(pairs).save(cfg.show + ".writing", "PNG")
     os.replace(cfg.show + ".writing", cfg.show)

@@ -245,7 +245,7 @@ def speed_batch(model, cfg, prefix, size):
 
 
 def as_transformers(model, batch):
-    """A batch of equally long queries as the inputs of transformers' own model."""
+    """A batch of equally long queries, with pictures or with clips, as the inputs of transformers' own model."""
     kinds = (batch["ids"] == model.processor.id["<|image_pad|>"]).int() + 2 * (batch["ids"] == model.processor.id["<|video_pad|>"]).int()
     inputs = dict(input_ids=batch["ids"], attention_mask=torch.ones_like(batch["ids"]))
     if batch["pixels"] is not None:

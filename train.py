@@ -639,12 +639,12 @@ def ablate(cfg, given):
         results = then
     done = {(r["setting"], r["seed"]) for r in results["runs"]}
     todo = [(name, seed) for seed in range(cfg.seeds) for name in ABLATIONS if (name, seed) not in done]
-    here, running, stopping = os.path.dirname(os.path.abspath(__file__)), [], []
+    here, usual, running, stopping = os.path.dirname(os.path.abspath(__file__)), asdict(Config()), [], []
 
     def run(job):
         out = out_of(*job)
         os.makedirs(out, exist_ok=True)
-        flags = [f"--{k}={v}" for k, v in flags_of(*job).items() if v != getattr(Config, k)]
+        flags = [f"--{k}={v}" for k, v in flags_of(*job).items() if v != usual[k]]
         train = ["train.py", *flags, *["--resume"] * bool(checkpoints_in(out))]
         test = ["eval.py", "--task", ",".join(f"{f}/turtle" for f in families), "--ckpt", os.path.join(out, "checkpoint"),
                 "--json", os.path.join(out, "scores.json")]
