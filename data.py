@@ -6,6 +6,7 @@
     prompt     Processor.render            the one place where text, media and special tokens become ids
     batches    collate, Schedule, Batches  left-padded tensors; which records make which step
     tasks      read_task                   corpus.jsonl, queries.jsonl, qrels.tsv
+    MMEB-V2    MMEB, read_published        its 78 tasks, from the published files
     world      World, world_tasks          turtle world, the default data: drawn on demand, no download
     look       contact_sheet, bench        python data.py --show sheet.png, --bench [--data pairs.jsonl]
 
@@ -14,9 +15,12 @@ record and the reason.
 """
 
 import difflib
+import fnmatch
 import functools
+import glob
 import hashlib
 import inspect
+import itertools
 import json
 import math
 import os
@@ -27,12 +31,13 @@ import threading
 import time
 import warnings
 from array import array
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 
 import av
 import numpy as np
 import tokenizers
 import torch
+from huggingface_hub import metadata_load
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
@@ -109,6 +114,13 @@ def to_rgb(image):
     return image.convert("RGB")
 
 
+def frame_files(folder):
+    """The paths of the pictures in a folder, in natural order."""
+    names = [n for n in os.listdir(folder) if n.lower().endswith(IMAGE_SUFFIXES)]
+    names.sort(key=lambda n: [(int(p), "") if p.isdecimal() else (-1, p) for p in re.split(r"(\d+)", n)])
+    return [os.path.join(folder, n) for n in names]
+
+
 def load_frames(source, count):
     """A clip -> at most `count` RGB Pillow images, evenly spaced in time from the first frame to the last.
 
@@ -118,9 +130,7 @@ def load_frames(source, count):
     if isinstance(source, (list, tuple)) or os.path.isdir(source):
         frames = source
         if not isinstance(source, (list, tuple)):
-            names = [n for n in os.listdir(source) if n.lower().endswith(IMAGE_SUFFIXES)]
-            names.sort(key=lambda n: [(int(p), "") if p.isdecimal() else (-1, p) for p in re.split(r"(\d+)", n)])
-            frames = [os.path.join(source, n) for n in names]
+            frames = frame_files(source)
         if not frames:
             raise DataError(f"{source!r}: a clip given as frames, but there is no frame in it")
         if len(frames) > count:
@@ -728,6 +738,9 @@ class Task:
     relevant: list  # one dict a query
     candidates: list  # for each query its list of corpus rows, or None: the whole corpus
     query_ids: list
+    metric: str = "hit@1"  # the one that is reported
+    about: dict = field(default_factory=dict)  # where it comes from
+    bad: list = field(default_factory=list)  # what was left out, and why
 
 
 def list_tasks(root):
@@ -797,6 +810,452 @@ def read_task(root, name):
             raise DataError(f"{side.where}: query {raw['_id']!r} has no relevant document" + (" among its candidates" if gold else " in qrels.tsv"))
         candidates.append(rows)
     return Task(name, queries, corpus, relevant, candidates, list(query_row))
+
+
+# ----------------------------------------------------------------------------------------------------------- MMEB-V2
+
+# The 78 tasks of MMEB-V2 (facts: VLM2Vec, github.com/TIGER-AI-Lab/VLM2Vec, its src/data/eval_dataset and experiments/public).
+# Rows are copies of hub repositories under DIR/rows/<owner>/<name>, media the extracted archives of TIGER-Lab/MMEB-V2.
+META = dict(  # meta-task -> its column in the paper's table
+    image_cls="CLS", image_qa="QA", image_ret="RET", image_gd="GD", video_cls="CLS", video_qa="QA", video_ret="RET", video_mret="MRET",
+    vidore_v1="VDRv1", vidore_v2="VDRv2", visrag="VR", visdoc_ood="OOD")
+CLIP_FRAMES, QUOTE = 8, '"'  # frames of every clip
+CHOOSE = "Given a video and a question, select the most accurate answer from the provided candidates. Return only the exact text of your chosen answer. Question: "
+WATCH, PAGE = "Understand the content of the provided video.", "Understand the content of the provided document image."
+FIND_PAGE, FIND_MOMENT = "Find a document image that matches the given query:", "Find the clip that corresponds to the described scene in the given video:"
+MVBENCH = ("episodic_reasoning action_sequence action_prediction action_antonym fine_grained_action unexpected_action object_existence object_interaction "
+           "object_shuffle moving_direction action_localization scene_transition action_count moving_count moving_attribute state_change fine_grained_pose "
+           "character_order egocentric_navigation counterfactual_inference").split()
+
+
+def modality(meta):
+    """image, video or visdoc of a meta-task; of another one its first word."""
+    return "visdoc" if meta.startswith(("vidore", "visrag")) else meta.split("_")[0]
+
+
+def say(instruction, text=""):
+    """Instruction and text as one; a row's own image tokens are dropped, pictures have their place in the prompt."""
+    return re.sub(r"<\|image_\d+\|>\n?", "", f"{instruction} {text}").replace(" \n", "\n").strip()
+
+
+# Readers: a row -> the query, its candidates {name: item}, the names of the right ones.  An item is (text, "" | "image" | "video", where that is).
+
+
+def image_texts(tree, row):
+    return (say(row["qry_inst"], row["qry_text"]), "image", row["qry_img_path"]), {t: (t, "", "") for t in row["tgt_text"]}, row["tgt_text"][:1]
+
+
+def pictures(row, name):
+    """The candidates of a row: pictures, with captions where there are any.  name: makes one of path and caption; the first to bear it counts."""
+    named, texts, paths = {}, row["tgt_text"], row["tgt_img_path"]
+    for path, text in zip(paths, texts if texts and texts[0].strip() else [""] * len(paths), strict=True):
+        named.setdefault(name(path, text), (say(row["tgt_inst"], text), "image", path))
+    return named, [*named][:1]
+
+
+def image_pictures(tree, row):
+    return (say(row["qry_inst"], row["qry_text"]), "", ""), *pictures(row, lambda path, text: path)
+
+
+def image_pairs(tree, row):  # several captions may share a picture
+    return (say(row["qry_inst"], row["qry_text"]), "image", row["qry_img_path"]), *pictures(row, lambda path, text: f"{path}:{text.strip(QUOTE)}")
+
+
+def video_classes(tree, row):  # the corpus is the list of classes
+    return (tree.task.query, "video", row["video_id"]), {}, [row["pos_text"]]
+
+
+def ssv2(tree, row):
+    return (tree.task.query, "video", row["video_id"]), {t: (t, "", "") for t in row["neg_text"]}, [row["pos_text"]]
+
+
+def found_by(text_key, id_key="video_id"):
+    """Readers of video retrieval: a caption, or the first of several, finds the clip with this id."""
+
+    def read(tree, row):
+        name, text = str(row[id_key]), row[text_key]
+        name = os.path.splitext(os.path.basename(name))[0] if id_key == "video" else name
+        return (say(tree.task.query, text if isinstance(text, str) else text[0]), "", ""), {name: (tree.task.target, "video", name)}, [name]
+
+    return read
+
+
+def answers(clip, question, texts, right):
+    return (f"{CHOOSE} {question}", "video", clip), {t: (t, "", "") for t in texts}, [texts[right]]
+
+
+def lettered(texts):
+    return [f"({chr(65 + i)}) {text}" for i, text in enumerate(texts)]
+
+
+def unlettered(texts):  # "A. a text." -> "a text"
+    return [t[t.find(". ") :].strip(". ") for t in texts]
+
+
+def video_mme(tree, row):
+    return answers(row["videoID"], "\n".join([row["question"], *row["options"]]), unlettered(row["options"]), "ABCD".index(row["answer"]))
+
+
+def egoschema(tree, row):
+    return answers(row["video_idx"], row["question"] + " ".join(row["option"]), unlettered(row["option"]), int(row["answer"]))
+
+
+def nextqa(tree, row):
+    texts = [row[f"a{i}"] for i in range(5)]
+    return answers(row["video"], "\n".join([row["question"], "Options:", *lettered(texts)]).rstrip(), texts, row["answer"])
+
+
+def mvbench(tree, row):
+    texts = lettered(row["candidates"])
+    question = "\n".join([row["question"], "Options:", *texts]).rstrip()
+    return answers(os.path.join(row["subset"], row["video"]), question, texts, row["candidates"].index(row["answer"]))
+
+
+def activitynetqa(tree, row):
+    return answers(f"v_{row['video_name']}", f"{row['question']}? (A) yes; (B) no.", ["yes", "no"], ["yes", "no"].index(row["answer"]))
+
+
+def moments(tree, row):  # the folder of a query holds a folder for it and one for each candidate
+    stem = os.path.splitext(os.path.basename(row["video_path"]))[0]
+    folder = tree.place(stem)
+    names = [n for n in sorted(os.listdir(folder)) if n != "query" and os.path.isdir(os.path.join(folder, n))]
+    named = {os.path.join(stem, n): (tree.task.target, "video", os.path.join(stem, n)) for n in names}
+    return (say(tree.task.query, row["query"]), "video", os.path.join(stem, "query")), named, [os.path.join(stem, n) for n in names if n.startswith("positive")]
+
+
+def momentseeker(tree, row):
+    stored = lambda path: os.path.join("video_frames", path.split(".mp4")[0].replace("/", "_"))  # "a/b.mp4" -> the folder of its frames
+    given, kind, where, text = row["input_frames"] or "", "", "", "Find the clip that corresponds to the given text:"
+    if given.endswith(".mp4"):
+        kind, where, text = "video", stored(given), "Find the clip that corresponds to the given sentence and video segment:"
+    elif given.endswith(".jpg"):
+        kind, where, text = "image", f"query_{given}", "Select the video clip that aligns with the given text and image:"
+    elif given:
+        raise DataError(f"'input_frames' is {given!r}; needs .mp4, .jpg or nothing")
+    right, wrong = ([e.get("frame_path") or stored(e["output_path"]) for e in row[key]] for key in ("positive_frames", "negative_frames"))
+    return (say(text, row["query"]), kind, where), {p: (tree.task.target, "video", p) for p in right + wrong}, right
+
+
+def pages(tree, row):
+    return (say(tree.task.query, row["query"]), "", ""), {}, tree.judged.get(str(row["query-id"]), {})
+
+
+@dataclass
+class Published:
+    """A task of MMEB-V2.  queries, corpus: the published counts (0: not published); versions: {repository: (version, queries)}."""
+
+    name: str
+    meta: str
+    read: object
+    hub: str
+    subset: str = ""
+    split: str = "test"
+    query: str = ""
+    target: str = ""
+    folder: str = ""  # of its frames or pages
+    queries: int = 1000
+    corpus: int = 0
+    versions: dict = None
+
+    @property
+    def full_name(self):
+        return f"{self.meta}/{self.name}"
+
+    @property
+    def is_document(self):
+        return modality(self.meta) == "visdoc"
+
+    @property
+    def is_global(self):  # ranked against the whole corpus
+        return self.is_document or self.meta == "video_ret" or self.read is video_classes
+
+
+def published():
+    """-> {name: Published}, all 78, in the paper's order."""
+    image = lambda meta, read, names: [Published(n, meta, read, "ziyjiang/MMEB_Test_Instruct", n) for n in names.split()]
+    video = lambda name, meta, read, hub, queries=1000, folder="", **rest: Published(
+        name, meta, read, hub if "/" in hub else f"VLM2Vec/{hub}", queries=queries, folder=folder or name, **rest)
+    page = lambda name, meta, hub, queries, corpus=0, split="test", **rest: Published(
+        name, meta, pages, hub, split=split, query=FIND_PAGE, target=PAGE, folder=name, queries=queries, corpus=corpus, **rest)
+    seen = dict(target=WATCH)
+    vidore = {"arxivqa": (500, 500), "docvqa": (451, 500), "infovqa": (494, 500), "tabfquad": (280, 70), "tatdqa": (1646, 277), "shiftproject": (100, 1000),
+              "syntheticDocQA_artificial_intelligence": (100, 968), "syntheticDocQA_energy": (100, 977), "syntheticDocQA_government_reports": (100, 972),
+              "syntheticDocQA_healthcare_industry": (100, 965)}
+    vidore2 = {"esg_reports_human_labeled_v2": (52, 1538), "biomedical_lectures_v2_multilingual": (640, 1016),
+               "economics_reports_v2_multilingual": (232, 452), "esg_reports_v2_multilingual": (228, 1538)}
+    visrag = {"ArxivQA": 816, "ChartQA": 63, "MP-DocVQA": 591, "SlideVQA": 556, "InfoVQA": 718, "PlotQA": 863}
+    fixed = lambda hub, old, n, m=0: {hub: ("fixed", n), f"VLM2Vec/{old}": ("original", m or n)}
+    tasks = [
+        *image("image_cls", image_texts, "ImageNet-1K N24News HatefulMemes VOC2007 SUN397 Place365 ImageNet-A ImageNet-R ObjectNet Country211"),
+        *image("image_qa", image_texts, "OK-VQA A-OKVQA DocVQA InfographicsVQA ChartQA Visual7W ScienceQA VizWiz GQA TextVQA"),
+        *image("image_ret", image_pictures, "VisDial VisualNews_t2i MSCOCO_t2i WebQA Wiki-SS-NQ EDIS"),
+        *image("image_ret", image_texts, "VisualNews_i2t MSCOCO_i2t"),
+        *image("image_ret", image_pairs, "CIRR NIGHTS FashionIQ OVEN"),
+        *image("image_gd", image_pairs, "MSCOCO RefCOCO RefCOCO-Matching Visual7W-Pointing"),
+        video("K700", "video_cls", video_classes, "Kinetics-700", corpus=700, query="Recognize the category of the video content."),
+        video("SmthSmthV2", "video_cls", ssv2, "SmthSmthV2", folder="SSv2",
+              query="What actions or object interactions are being performed by the person in the video?"),
+        video("HMDB51", "video_cls", video_classes, "HMDB51", corpus=51, query="What actions or objects interactions are the person in the video doing?"),
+        video("UCF101", "video_cls", video_classes, "UCF101", corpus=101, query="What activities or sports are being performed by the person in the video?"),
+        video("Breakfast", "video_cls", video_classes, "Breakfast", 433, corpus=10,
+              query="Recognize the breakfast type that the person is cooking in the video."),
+        video("MVBench", "video_qa", mvbench, "MVBench", 4000, split="train"),
+        video("Video-MME", "video_qa", video_mme, "Video-MME", 2700),
+        video("NExTQA", "video_qa", nextqa, "NExTQA", 8564, subset="MC"),
+        video("EgoSchema", "video_qa", egoschema, "EgoSchema", 500, subset="Subset"),
+        video("ActivityNetQA", "video_qa", activitynetqa, "ActivityNetQA"),
+        video("DiDeMo", "video_ret", found_by("caption", "video"), "DiDeMo", 1004, query="Find a video that includes the following described scenes:", **seen),
+        video("MSR-VTT", "video_ret", found_by("caption"), "MSR-VTT", subset="test_1k",
+              query="Find a video that contains the following visual content:", **seen),
+        video("MSVD", "video_ret", found_by("caption"), "MSVD", 670,
+              query="Find the video snippet that corresponds to the given summary:", **seen),
+        video("VATEX", "video_ret", found_by("enCap", "videoID"), "VATEX", 4478, query="Select a video that fits the description provided:", **seen),
+        video("YouCook2", "video_ret", found_by("sentence", "id"), "lmms-lab/YouCook2", 3179, split="val",
+              query="Find a video that demonstrates the following action while making a recipe:", **seen),
+        video("QVHighlight", "video_mret", moments, "QVHighlight", 1083, query=FIND_MOMENT, **seen),
+        video("Charades-STA", "video_mret", moments, "Charades-STA", 727, query=FIND_MOMENT, **seen),
+        video("MomentSeeker", "video_mret", momentseeker, "MomentSeeker", 1602, target="Understand the content of the provided video clip.",
+              versions=fixed("VLM2Vec/MomentSeeker", "MomentSeeker_1k8", 1602, 1800)),
+        *(page(f"ViDoRe_{n}", "vidore_v1", f"vidore/{n}_test{'' if n[:4] in ('tatd', 'shif', 'synt') else '_subsampled'}_beir", *c) for n, c in vidore.items()),
+        *(page(f"ViDoRe_{n}", "vidore_v2", f"vidore/{n.removesuffix('_multilingual')}", *c) for n, c in vidore2.items()),
+        *(page(f"VisRAG_{n}", "visrag", f"openbmb/VisRAG-Ret-Test-{n}", q, split="train") for n, q in visrag.items()),
+        page("ViDoSeek-page", "visdoc_ood", "VLM2Vec/ViDoSeek-page-fixed", 1142, versions=fixed("VLM2Vec/ViDoSeek-page-fixed", "ViDoSeek-page", 1142)),
+        page("ViDoSeek-doc", "visdoc_ood", "VLM2Vec/ViDoSeek", 1142),
+        page("MMLongBench-page", "visdoc_ood", "VLM2Vec/MMLongBench-page-fixed", 838, 6492,
+             versions=fixed("VLM2Vec/MMLongBench-page-fixed", "MMLongBench", 838)),
+        page("MMLongBench-doc", "visdoc_ood", "VLM2Vec/MMLongBench-doc", 838, 6492)]
+    return {t.name: t for t in tasks}
+
+
+MMEB = published()
+
+
+class Row(dict):
+    """A row of a data set that knows where it stands."""
+
+    def __missing__(self, key):
+        raise DataError(f"no column {key!r}.{nearest(key, self)}")
+
+
+def row_files(folder, subset, split):
+    """The files of one subset and split in the copy of a hub data set: by the `configs` of its README.md, otherwise by their names."""
+    files = sorted(os.path.relpath(os.path.join(at, n), folder) for at, _, names in os.walk(folder) for n in names
+                   if n.endswith((".parquet", ".jsonl", ".json")) and f"{os.sep}." not in at and n != "dataset_infos.json")
+    readme = os.path.join(folder, "README.md")
+    configs = (metadata_load(readme) or {}).get("configs") or [] if os.path.isfile(readme) else []
+    found = [f for f in files if not subset or subset in f.split(os.sep) or re.match(re.escape(subset) + r"[.-]", os.path.basename(f))]
+    for config in configs:
+        if len(configs) == 1 or config.get("config_name") == (subset or "default"):
+            given = config.get("data_files") or []
+            given = [given] if isinstance(given, (str, dict)) else given
+            given = [g if isinstance(g, dict) else dict(split=split, path=g) for g in given]
+            patterns = [p for g in given for p in ([g["path"]] if isinstance(g["path"], str) else g["path"]) if g["split"] == split]
+            if matched := [f for f in files if any(fnmatch.fnmatch(f, p) for p in patterns)]:
+                return matched
+    named = {f: re.findall(r"(?<![a-z])(train|test|val|validation|dev)(?![a-z])", f.lower()) for f in found}
+    right = [f for f in found if split in named[f] or split == "val" and "validation" in named[f]]
+    return right or ([] if any(named.values()) else found)
+
+
+def rows_of(folder, subset, split, columns=None):
+    """Yields (where, Row) of the copy of a hub data set; of .parquet files only the columns asked for."""
+    files = [os.path.join(folder, f) for f in row_files(folder, subset, split)]
+    if not files:
+        raise DataError(f"{folder}: no .parquet, .jsonl or .json file of {f'subset {subset!r}, ' if subset else ''}split {split!r}")
+    for path in files:
+        if path.endswith(".parquet"):
+            try:
+                import pyarrow.parquet  # only here
+            except ImportError as e:
+                raise DataError(f"{path}: reading .parquet needs pyarrow: pip install pyarrow") from e
+            try:
+                with pyarrow.parquet.ParquetFile(path) as file:
+                    batches = file.iter_batches(64, columns=[c for c in file.schema_arrow.names if not columns or c in columns])
+                    yield from ((f"{path}: row {n}", Row(row)) for n, row in enumerate((r for b in batches for r in b.to_pylist()), 1))
+            except pyarrow.ArrowException as e:
+                raise DataError(f"{path}: not a readable .parquet file: {e}") from e
+        else:
+            with open(path, "rb") as file:
+                for n, (_, _, text) in enumerate(spans_of(file, path), 1):
+                    raw = parse_json(text, where := f"{path}: row {n}")
+                    if not isinstance(raw, dict):
+                        raise DataError(f"{where}: needs an object, got {type(raw).__name__}")
+                    yield where, Row(raw)
+
+
+class Tree:
+    """The local files of one task: rows of its hub repository, media in any of the spellings that are in use.
+
+    extract: pages that are only in the rows are written to DIR/visdoc-tasks/extracted.
+    """
+
+    def __init__(self, root, task, released=False, extract=True):
+        self.root, self.extract, self.judged, self.listed = root, extract, {}, {}
+        if released and task.read is pages and task.meta != "visrag":
+            task = replace(task, query="", target="")
+        self.task, self.most = task, 10**6 if released and task.read is momentseeker else CLIP_FRAMES
+        copies = {hub: os.path.join(root, "rows", *hub.split("/")) for hub in task.versions or [task.hub]}
+        self.hub, self.copy = next(((hub, copy) for hub, copy in copies.items() if os.path.isdir(copy)), (task.hub, ""))
+        self.jsonl = task.name.lower().replace("-", "_") + ".jsonl"  # some copies have the rows beside the videos
+        if not self.copy and not os.path.exists(os.path.join(root, "video-tasks", "data", self.jsonl)):
+            raise DataError(f"{copies[task.hub]}: no such folder; get it with: hf download {task.hub} --repo-type dataset --local-dir {copies[task.hub]}")
+        self.own, meta = os.path.join(root, "visdoc-tasks", "extracted", *self.hub.split("/")), task.meta
+        if task.is_document:
+            names = [task.folder, task.folder.removeprefix("ViDoRe_"), task.hub.split("/")[1]]
+            places = [self.own, *(os.path.join("visdoc-tasks", *m, n) for m in ((), ("visdoc-tasks",), ("images",), ("visdoc-tasks", "images")) for n in names)]
+        elif task.folder:
+            names = [task.folder, task.folder.replace("-", "_"), task.folder.replace("_", "-")]
+            places = [os.path.join("video-tasks", *m, meta, n, *end) for m in (("frames",), ()) for n in names for end in ((), ("frames",))]
+        else:
+            places = ["image-tasks", os.path.join("image-tasks", "MMEB")]
+        self.places = [p for p in dict.fromkeys(os.path.join(root, p) for p in places) if os.path.isdir(p)]
+
+    def rows(self, config=None, columns=None):
+        """Yields (where, Row)."""
+        if not self.copy:
+            yield from rows_of(os.path.join(self.root, "video-tasks", "data"), self.jsonl, self.task.split)
+        elif self.task.read is mvbench:
+            yield from ((where, Row(row, subset=subset)) for subset in MVBENCH for where, row in rows_of(self.copy, subset, self.task.split))
+        else:
+            rows = rows_of(self.copy, config or self.task.subset, self.task.split, columns)
+            yield from itertools.islice(rows, 1000) if self.task.read is ssv2 else rows
+
+    def find(self, name):
+        """The path of a file or folder in one of the places."""
+        for place in self.places:
+            if os.path.exists(path := os.path.join(place, str(name))):
+                return path
+        raise DataError(f"{name!r} is not in {' or '.join(self.places) if self.places else 'the folder of this task, which does not exist'}")
+
+    def side(self, item, where):
+        """An item -> Side.  Of a clip at most 8 frames: in natural order, evenly spaced."""
+        text, kind, name = item
+        if not kind:
+            return Side([("text", printable(text, where))], where=where)
+        path = self.find(name)
+        if kind == "video":
+            if path not in self.listed:
+                frames = frame_files(path) if os.path.isdir(path) else []
+                if not frames:
+                    raise DataError(f"{path}: no frames there")
+                self.listed[path] = frames if len(frames) <= self.most else [frames[i] for i in np.linspace(0, len(frames) - 1, self.most, dtype=int)]
+            path = self.listed[path]
+        return Side([(kind, path), ("text", "\n"), ("text", printable(text, where))], where=where)
+
+    def corpus(self):
+        """What there is to find besides the candidates of the rows: yields (where, name, item)."""
+        if self.task.read is video_classes:
+            path = os.path.join(self.root, "classes", f"{self.task.name}.txt")
+            if not os.path.exists(path):
+                raise DataError(f"{path}: no such file; write the names of the {self.task.corpus} classes there, one a line, as they stand in VLM2Vec's "
+                                "src/data/eval_dataset/video_classification_utils.py: the repository of the rows does not hold them")
+            with open(path, encoding="utf-8-sig") as f:
+                yield from ((f"{path}: line {n}", line.strip(), (line.strip(), "", "")) for n, line in enumerate(f, 1) if line.strip())
+        elif self.task.is_document:
+            for _, row in self.rows("qrels"):
+                gains = self.judged.setdefault(str(row["query-id"]), {})
+                if row["score"] > 0:
+                    gains[str(row["corpus-id"])] = max(row["score"], gains.get(str(row["corpus-id"]), 0))
+            names = [(where, str(row["corpus-id"])) for where, row in self.rows("corpus", ["corpus-id"])]
+            missing = {self.page_file(name) for _, name in names} - {n for place in self.places for n in os.listdir(place)}
+            in_rows = self.take_out(missing) if missing else set()
+            for where, name in names:
+                file = self.page_file(name)
+                yield where, name, (self.task.target, "" if file in in_rows else "image", file)
+
+    def page_file(self, name):
+        base, ext = os.path.splitext(name)  # as VLM2Vec names them; a separator must not lead out of the folder
+        file = f"{base[:50]}_{hashlib.md5(name.encode()).hexdigest()[:8]}{ext}" if self.task.meta == "visrag" else f"{name}.png"
+        return re.sub(r"[/\\]", "_", file)
+
+    def take_out(self, missing):
+        """Write the pages that no place has as they stand in the rows.  -> those that stay there, because nothing is to be written."""
+        for _, row in tqdm(self.rows("corpus"), desc=f"{self.task.name}: taking pages out of the rows", leave=False):
+            file, content = self.page_file(str(row["corpus-id"])), (row.get("image") or {}).get("bytes")
+            if file in missing and content:
+                if not self.extract:
+                    return missing  # seen one, seen all
+                os.makedirs(self.own, exist_ok=True)
+                with open(os.path.join(self.own, file + ".writing"), "wb") as f:
+                    f.write(content)
+                os.replace(os.path.join(self.own, file + ".writing"), os.path.join(self.own, file))
+        self.places = [p for p in dict.fromkeys((self.own, *self.places)) if os.path.isdir(p)]
+        return set()
+
+
+def revision(folder):
+    """The commit of a copy that `hf download --local-dir` made, or ""."""
+    found = sorted(glob.glob(os.path.join(folder, ".cache", "huggingface", "download", "**", "*.metadata"), recursive=True))
+    if not found:
+        return ""
+    with open(found[0]) as f:
+        return f.readline().strip()
+
+
+def read_published(root, name, released=False, skip_bad=False, extract=True):
+    """A task of MMEB-V2 from its local files -> Task.
+
+    Raises DataError naming task, file and row for anything that is missing or broken; with skip_bad what cannot be used
+    is left out and named in Task.bad.  released: the prompts and frames of the released evaluation.
+    """
+    tree = Tree(root, MMEB[name], released, extract)
+    task, bad, sides, known, renamed = tree.task, [], [], {}, 0  # known: candidate -> (item, its row in the corpus, or None)
+
+    def complain(where, error):
+        error = f"{name}: {where}: {error if isinstance(error, DataError) else repr(error)}"
+        if not skip_bad:
+            raise DataError(error)
+        bad.append(error)
+
+    def add(where, key, item):
+        nonlocal renamed
+        if key not in known:
+            known[key] = item, None
+            try:
+                side = tree.side(item, f"{name}: {where}")
+                known[key] = item, len(sides)
+                sides.append(side)
+            except DataError as e:
+                complain(where, e)
+        renamed += known[key][0] != item
+        return known[key][1]
+
+    for where, key, item in tree.corpus():
+        if key in known:
+            complain(where, DataError(f"the id {key!r} stands there twice"))
+        add(where, key, item)
+    queries, relevant, candidates, ids, seen, count = [], [], [], [], set(), 0
+    for where, row in tree.rows("queries" if task.is_document else None):
+        count += 1
+        try:
+            item, named, right = task.read(tree, row)
+            key = str(row["query-id"]) if task.is_document else str(count)
+            if key in seen:
+                raise DataError(f"the id {key!r} stands there twice")
+            seen.add(key)
+            query = tree.side(item, f"{name}: {where}")
+            rows = [add(where, n, candidate) for n, candidate in named.items()]
+            gains = {known[n][1]: right[n] if isinstance(right, dict) else 1 for n in right if n in known and known[n][1] is not None}
+            if not gains:
+                raise DataError(f"no right candidate{'' if right else ' is named'} for this query")
+        except (ValueError, LookupError, TypeError, AttributeError, OSError) as e:
+            complain(where, e)
+            continue
+        queries.append(query)
+        relevant.append(gains)
+        candidates.append(None if task.is_global else [r for r in rows if r is not None])
+        ids.append(key)
+    version, expected = (task.versions or {}).get(tree.hub, ("", task.queries))
+    if count != expected:  # MomentSeeker's repository held the original until 2025-07-31
+        version, expected = next((v for v in (task.versions or {}).values() if v[1] == count), ("unknown" if version else "", expected))
+    if count != expected:
+        complain(tree.copy or tree.jsonl, DataError(f"{count} queries, {expected} are published" + ": an unknown version" * (version == "unknown")))
+    if task.corpus and len(known) != task.corpus:
+        complain(tree.copy, DataError(f"{len(known)} candidates, {task.corpus} are published"))
+    if not queries:
+        raise DataError(f"{name}: no query is left" + (f"; {len(bad)} problems, the first: {bad[0]}" if bad else ""))
+    about = dict(hub=tree.hub, version=version, revision=revision(tree.copy), rows=count, renamed=renamed)
+    return Task(task.full_name, queries, sides, relevant, candidates, ids, "ndcg@5" if task.is_document else "hit@1", about, bad)
 
 
 # ------------------------------------------------------------------------------------------------------- small world
@@ -1043,14 +1502,19 @@ def parse_flags(config_class, argv, about):
         if not flag.startswith("--") or name not in known:
             raise SystemExit(f"error: unknown argument {flag!r}.{nearest(name, known)}")
         kind = known[name]
-        if not equals:
+        if kind is tuple:  # all values up to the next flag
+            value = [value] if equals else []
+            while argv and not argv[0].startswith("--"):
+                value.append(argv.pop(0))
+            value = value or None
+        elif not equals:
             value = argv.pop(0) if argv and not argv[0].startswith("--") else "true" if kind is bool else None
         try:
             if value is None:
                 raise ValueError
             values[name] = {"true": True, "false": False}[value.lower()] if kind is bool else kind(value)
         except (ValueError, KeyError, AttributeError, TypeError):
-            raise SystemExit(f"error: --{name} needs {'true or false' if kind is bool else f'a value of type {kind.__name__}'}, got {value!r}") from None
+            raise SystemExit(f"error: --{name} needs {'true or false' if kind is bool else 'a value' if kind is tuple else f'a value of type {kind.__name__}'}, got {value!r}") from None
     return config_class(**values), set(values)
 
 

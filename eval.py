@@ -4,33 +4,48 @@
     python eval.py --data DIR --task all                          every task below DIR
     python eval.py --data DIR --task video_ret --mode single      one meta-task, the single-pass embedding
     python eval.py --data DIR --task image_ret/openmoji_t2i --steps 4 --json out.json
+    python eval.py --data MMEB-V2 --task video_ret --ckpt DIR     the real benchmark: see README, "MMEB-V2"
+    python eval.py --data MMEB-V2 --check                         what of it is there; encodes nothing
+    torchrun --nproc_per_node=8 eval.py --data ... as above       the same scores on 8 GPUs
     python eval.py --compare compare.png                          all modes and 0..K steps, accuracy against latency
+    python eval.py --compare a.json b.json                        two score files, task by task
     python eval.py --task speed --preset mid --prefix 40,160      one pass, latent steps, written rationales: time, memory, floor
 
+A folder with rows/, image-tasks/, video-tasks/ or visdoc-tasks/ is a copy of MMEB-V2 (data.MMEB has its 78 tasks); in any other
 DIR/<meta-task>/<dataset>/ holds corpus.jsonl ({"_id", "text"?, "image"?, "video"?}), queries.jsonl (the same keys, and
 perhaps "candidates": [ids], to be ranked only against those) and qrels.tsv (query-id, corpus-id, score; a header line).
 
 hit@k: share of queries with a relevant document among the first k.  ndcg@5: linear gains from the graded scores.
 A tie counts against the model, so a constant embedding is never right by luck.  chance: expected hit@1 of a random ranking.
+95%: interval of the task's own metric over 1,000 bootstrap samples of its queries.
 """
 
+import datetime
+import hashlib
 import json
 import math
 import os
 import sys
+import tempfile
 import time
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 
+import av
 import numpy as np
+import PIL
 import torch
+import torch.distributed as dist
+import transformers
 from PIL import Image, ImageDraw, ImageFont
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 from transformers import DynamicCache
 
-from data import DataError, Side, World, collate, list_tasks, nearest, parse_flags, read_task, to_device, world_tasks
+from data import (META, MMEB, DataError, Side, World, collate, frame_files, list_tasks, modality, nearest, parse_flags, read_published, read_task, target_size,
+                  to_device, world_tasks)
 from latent import greedy
-from model import MODES, SHAPES, LiveBytes, Plume, pick_device
+from model import MODES, RELEASED, SHAPES, LiveBytes, Plume, pick_device
 
 TIE = 1e-6  # cosines closer than this are a tie: more than float32 rounding, less than any difference that means something
 
@@ -39,14 +54,17 @@ TIE = 1e-6  # cosines closer than this are a tie: more than float32 rounding, le
 class Config:
     # what
     data: str = ""  # folder of the tasks; media paths are relative to it; default: turtle world
-    task: str = "all"  # all, a meta-task (video_ret) or one data set (video_ret/filmed_t2v), several with commas between; or speed
+    task: str = "all"  # all, image, video, visdoc, a meta-task (video_ret) or data set (MSVD), several with commas between; or speed
     ckpt: str = "out/checkpoint"  # checkpoint folder or hub name
     # how
     mode: str = "latent"  # latent, single (one pass) or cot (writes its rationale)
-    compare: str = ""  # all modes, and latent with 0..K steps, in one table; accuracy against latency is drawn into this PNG
+    compare: tuple = ()  # one PNG: all modes, and latent with 0..K steps, drawn into it; two JSON files of scores: their differences
     steps: int = -1  # latent steps 0..32; -1: the checkpoint's own
     limit: int = 512  # tokens a rationale may have in mode cot
     batch_size: int = 32  # items encoded together; does not change the result
+    protocol: str = "clean"  # or released: as the released checkpoint was scored; see README, "MMEB-V2"
+    check: bool = False  # only look whether rows, media and counts of the tasks are there
+    skip_bad: bool = False  # leave out what cannot be read, name it in the score file, and mark the score as partial
     device: str = ""  # cuda, mps or cpu; default: the best there is
     dtype: str = ""  # float32 or bfloat16; default: bfloat16 where it is fast
     # --task speed
@@ -60,16 +78,18 @@ class Config:
     training: bool = True  # also a training step
     growth: str = ""  # instead: draw into this PNG how cost grows with prefix, steps and batch
     # report
+    scores: str = ""  # folder for a JSON a task, tables, and the embeddings with which a stopped run goes on; for MMEB-V2: out/scores
     json: str = ""  # also write the scores, and the rank of every query, to this file
 
 
 def select(tasks, wanted, root):
     """--task -> the names it stands for."""
-    known = ["all", *dict.fromkeys(t.split("/")[0] for t in tasks), *tasks]
+    means = {t: {"all", t, *t.split("/"), modality(t)} for t in tasks}
+    known = dict.fromkeys(["all", *(modality(t) for t in tasks), *(t.split("/")[0] for t in tasks), *tasks, *(t.split("/")[1] for t in tasks)])
     for name in wanted.split(","):
         if name not in known:
             raise DataError(f"--task {name!r}: no such task in {root!r}.{nearest(name, known)}")
-    return [t for t in tasks if {"all", t, t.split("/")[0]} & set(wanted.split(","))]
+    return [t for t in tasks if means[t] & set(wanted.split(","))]
 
 
 def rank(queries, corpus, relevant, candidates, block=(1024, 16384)):
@@ -128,46 +148,331 @@ def evaluate(task, vectors):
     right = [len(g) if c is None else len(set(g) & set(c)) for g, c in zip(task.relevant, task.candidates)]
     gold = [[g for row, g in gains.items() if c is None or row in set(c)] for gains, c in zip(task.relevant, task.candidates)]
     n, chance = len(ranks), float(np.mean([r / s for r, s in zip(right, sizes)]))
-    scores = {f"hit@{k}": sum(hit(r, k) for r in ranks) / n for k in (1, 5, 10)}
-    scores["ndcg@5"] = sum(ndcg(r, 5, g) for r, g in zip(ranks, gold)) / n
-    return dict(scores, queries=n, candidates=float(np.mean(sizes)), chance=chance,
+    single = {f"hit@{k}": [hit(r, k) for r in ranks] for k in (1, 5, 10)}
+    single["ndcg@5"] = [ndcg(r, 5, g) for r, g in zip(ranks, gold)]
+    scores = {metric: float(np.mean(values)) for metric, values in single.items()}
+    draws = np.random.default_rng(0).integers(n, size=(1000, n))
+    interval = np.quantile(np.array(single[task.metric], float)[draws].mean(1), (0.025, 0.975)).tolist()
+    return dict(scores, metric=task.metric, interval=interval, queries=n, candidates=float(np.mean(sizes)), chance=chance,
                 at_chance=scores["hit@1"] <= chance + 2 * math.sqrt(chance * (1 - chance) / n),
                 ranks={q: min(r for _, r in ranks_) for q, ranks_ in zip(task.query_ids, ranks)})
 
 
+# Of the released evaluation; a frame of a clip keeps Qwen2-VL's usual 4 to 32 tokens.
+RELEASED_LIMITS = dict(min_pixels=784, max_pixels=2359296, max_len=11288, num_frames=64)
 METRICS = ("hit@1", "hit@5", "hit@10", "ndcg@5")
 
 
 def table(results):
     wide = max(len("mean"), *(len(t) for t in results)) + 2
-    lines = [f"{'task':{wide}}" + "".join(f"{m:>8}" for m in METRICS) + f"{'chance':>8}{'queries':>9}{'candidates':>12}"]
+    lines = [f"{'task':{wide}}" + "".join(f"{m:>8}" for m in METRICS) + f"{'chance':>8}{'queries':>9}{'candidates':>12}   95%"]
     for name, r in results.items():
-        warning = "   hit@1 is at chance" if r["at_chance"] else ""
-        lines.append(f"{name:{wide}}" + "".join(f"{r[m]:8.1%}" for m in METRICS) + f"{r['chance']:8.1%}{r['queries']:9d}{r['candidates']:12.0f}{warning}")
+        notes = [f"{r['metric']} {r['interval'][0]:.1%} - {r['interval'][1]:.1%}", r.get("version"), f"partial: {len(r['bad'])} problems" if r.get("bad") else "",
+                 "hit@1 is at chance" if r["at_chance"] else ""]
+        lines.append(f"{name:{wide}}" + "".join(f"{r[m]:8.1%}" for m in METRICS) + f"{r['chance']:8.1%}{r['queries']:9d}{r['candidates']:12.0f}   "
+                     + "   ".join(filter(None, notes)))
     if len(results) > 1:
         mean = {m: np.mean([r[m] for r in results.values()]) for m in (*METRICS, "chance")}
         lines.append(f"{'mean':{wide}}" + "".join(f"{mean[m]:8.1%}" for m in (*METRICS, "chance")))
     return "\n".join(lines)
 
 
-def score(model, tasks, cfg, mode, steps):
-    """-> ({task: scores}, what it took).  Items that tasks share are encoded once."""
-    known, took, total = {}, {"queries": 0, "seconds": 0.0, "tokens": 0}, 0
+# ------------------------------------------------------------------------------------------------------------ encoding
 
-    def encode(sides, label, took=None):
-        new = list({s.key(): s for s in sides if s.key() not in known}.values())
-        if new:
-            vectors = model.encode(new, mode, steps, cfg.batch_size, progress=label, limit=cfg.limit, took=took)
-            known.update((s.key(), v) for s, v in zip(new, vectors))
+
+def fingerprint(model):
+    """Hash of everything a checkpoint is: weights as they were loaded, settings, tokenizer."""
+    h = hashlib.blake2b(json.dumps(model.settings, sort_keys=True).encode() + model.processor.backend.to_str().encode(), digest_size=8)
+    for name, tensor in sorted(model.state_dict().items()):
+        h.update(name.encode())
+        h.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return h.hexdigest()
+
+
+class Embedder:
+    """Embeds every item once, on all ranks, batched and shared out by cost; what a run before embedded comes from its files.
+
+    An item is known by the hash of its texts and of the bytes of its media.  What a batch holds depends on neither the number of
+    ranks nor on what is known already, so neither changes a bit of the result.
+    folder: one file a process of records (16 bytes of hash, D float32), in a folder named after the hash of everything else an
+    embedding depends on; "": nothing is kept.
+    """
+
+    def __init__(self, model, cfg, mode, steps, folder=""):
+        self.model, self.cfg, self.how = model, cfg, (mode, steps)
+        self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        self.record = np.dtype([("key", "V16"), ("vector", "<f4", (model.lm.config.hidden_size,))])
+        self.about = dict(checkpoint=fingerprint(model), mode=mode, steps=steps, limit=cfg.limit if mode == "cot" else None, protocol=cfg.protocol,
+                          dtype=str(model.lm.norm.weight.dtype), device=model.device.type, torch=torch.__version__, transformers=transformers.__version__,
+                          pillow=PIL.__version__, av=av.__version__)
+        self.run = hashlib.blake2b(json.dumps(self.about, sort_keys=True).encode(), digest_size=8).hexdigest()
+        self.folder, self.file, self.known, self.planned, self.bad, self.hashed = folder and os.path.join(folder, self.run), None, {}, set(), {}, {}
+        self.asked = self.encoded = 0
+        if folder:
+            os.makedirs(self.folder, exist_ok=True)
+        for name in sorted(os.listdir(self.folder)) if folder and self.rank == 0 else ():
+            path = os.path.join(self.folder, name)
+            records = np.fromfile(path, self.record, os.path.getsize(path) // self.record.itemsize)  # one cut off at the end is no record
+            whole = np.abs(np.linalg.norm(records["vector"], axis=1) - 1) < 1e-3
+            self.known.update((key.tobytes(), vector) for key, vector in zip(records["key"][whole], records["vector"][whole]))
+
+    def weigh(self, side):
+        """-> key, tokens, patches of a Side.  Reads all bytes of its media once, decodes none."""
+        processor, h, tokens, patches = self.model.processor, hashlib.blake2b(digest_size=16), 0, 0
+        for kind, value in side.parts:
+            h.update(f"{kind}\0".encode())
+            if kind not in ("image", "video"):
+                tokens += len(processor.encode(value or ""))
+                h.update(f"{len(value or '')}\0{value}".encode())
+                continue
+            limits = processor.limits
+            low, high = (limits.min_pixels, limits.max_pixels) if kind == "image" else (limits.video_min_pixels, limits.video_max_pixels)
+            sources = frame_files(value) if kind == "video" and isinstance(value, str) and os.path.isdir(value) else value if isinstance(value, list) else [value]
+            area, count = high, limits.num_frames  # of a video file, which only decoding would tell
+            for source in sources:
+                digest, size = self.hash(source)
+                h.update(digest)
+                if size:
+                    try:
+                        area, count = math.prod(target_size(*size, low, high)), min(len(sources), limits.num_frames)
+                    except DataError:
+                        pass  # a picture that cannot be used: the error comes when it is read
+            patches += area // 196 * ((count + 1) // 2)
+        return h.digest(), tokens + patches // 4, patches
+
+    def hash(self, source):
+        """-> hash of a picture's or video's bytes, and the size of a picture."""
+        if isinstance(source, Image.Image):
+            return hashlib.blake2b(f"{source.mode} {source.size}".encode() + source.tobytes(), digest_size=16).digest(), source.size
+        if source not in self.hashed:
+            with open(source, "rb") as f:
+                h, size = hashlib.blake2b(digest_size=16), None
+                while chunk := f.read(1 << 20):
+                    h.update(chunk)
+            try:
+                with Image.open(source) as image:
+                    size = image.size
+            except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+                pass  # a video, or broken
+            self.hashed[source] = h.digest(), size
+        return self.hashed[source]
+
+    def plan(self, sides, weights):
+        """-> for each rank its (key, Side)s, batch behind batch, the longest items first; ranks get equal cost, not equal rows."""
+        new = {}
+        for i, (key, _, _) in enumerate(weights):
+            if key not in self.planned:
+                new.setdefault(key, i)
+        self.planned |= new.keys()
+        order, size = sorted(new.values(), key=lambda i: (-weights[i][1], i)), self.cfg.batch_size
+        batches = [order[a : a + size] for a in range(0, len(order), size)]
+        batches = [b for b in batches if any(weights[i][0] not in self.known for i in b)]
+        parameters = lambda module: sum(p.numel() for p in module.parameters())
+        patch = parameters(self.model.backbone.model.visual) / parameters(self.model.lm.layers)  # in tokens of the decoder
+        load, share = [0.0] * self.world, [[] for _ in range(self.world)]
+        cost = [len(b) * weights[b[0]][1] + patch * sum(weights[i][2] for i in b) for b in batches]
+        for n in sorted(range(len(batches)), key=lambda n: -cost[n]):
+            rank = load.index(min(load))
+            share[rank].append(n)
+            load[rank] += cost[n]
+        return [[(weights[i][0], sides[i]) for n in sorted(mine) for i in batches[n]] for mine in share]
+
+    def work(self, items, label=False, took=None):
+        """(key, Side)s -> their embeddings (n, D), NaN where one could not be read, and {its number: why}; kept in this process's file."""
+        bad, out = {} if self.cfg.skip_bad else None, np.full((len(items), self.record["vector"].shape[0]), np.nan, np.float32)
+        keys = [key for key, _ in items]
+        sides, size = [side for _, side in items], self.cfg.batch_size
+        for rows, vectors in self.model.encoding(sides, *self.how, size, label, self.cfg.limit, took, sort=False, bad=bad):
+            out[rows] = vectors
+            if self.folder:
+                if self.file is None:
+                    self.file = os.fdopen(tempfile.mkstemp(dir=self.folder, prefix=f"{self.rank}-", suffix=".bin")[0], "wb")
+                records = np.empty(len(rows), self.record)
+                records["key"], records["vector"] = np.frombuffer(b"".join(keys[i] for i in rows), "V16"), vectors
+                self.file.write(records.tobytes())
+                self.file.flush()
+        return out, bad or {}
+
+    def serve(self):
+        """What the other ranks do: encode what rank 0 gives out, until there is nothing more."""
+        while (items := self.give(None)) is not None:
+            vectors, bad = self.work(items)
+            if items:
+                dist.send(torch.from_numpy(vectors), 0)
+            dist.gather_object(bad, None, 0)
+
+    def give(self, shares):
+        """Rank 0's shares -> this rank's.  None ends `serve`."""
+        if self.world == 1:
+            return shares and shares[0]
+        mine = [None]
+        dist.scatter_object_list(mine, shares or [None] * self.world if self.rank == 0 else None, 0)
+        return mine[0]
+
+    def __call__(self, sides, label, took=None):
+        """Sides -> (N, D) unit embeddings on the CPU; rows that could not be read are NaN, and stand with the reason in `bad`."""
+        with ThreadPoolExecutor(8) as pool:
+            weights = list(tqdm(pool.map(self.weigh, sides), f"{label}: hashing", len(sides), unit="item", leave=False))
+        shares = self.plan(sides, weights)
+        self.asked += len(sides)
+        self.encoded += sum(map(len, shares))
         if took is not None:
-            took["queries"] += len(new)
-        return torch.from_numpy(np.stack([known[s.key()] for s in sides])).to(model.device)
+            took["queries"] += sum(map(len, shares))
+        if any(shares):
+            found = [self.work(self.give(shares), label + f", rank 0 of {self.world}" * (self.world > 1), took)]
+            if self.world > 1:
+                others = [torch.empty(len(share), self.record["vector"].shape[0]) for share in shares[1:]]
+                for rank, vectors in enumerate(others, 1):
+                    if len(vectors):
+                        dist.recv(vectors, rank)
+                bads = [None] * self.world
+                dist.gather_object(found[0][1], bads, 0)
+                found += [(vectors.numpy(), bad) for vectors, bad in zip(others, bads[1:])]
+            for share, (vectors, bad) in zip(shares, found):
+                self.known.update((key, vector) for (key, _), vector in zip(share, vectors))
+                self.bad.update((share[i][0], why) for i, why in bad.items())
+        return torch.from_numpy(np.stack([self.known[key] for key, _, _ in weights])), [self.bad.get(key) for key, _, _ in weights]
 
-    results = {}
+
+def without_bad(task, queries, corpus):
+    """Task and what the Embedder gave for both -> the same without what could not be read, and without queries that lost all right candidates."""
+    place = {row: n for n, row in enumerate(row for row, why in enumerate(corpus[1]) if why is None)}
+    bad, kept = [*task.bad, *filter(None, corpus[1])], []
+    relevant = [{place[row]: gain for row, gain in gains.items() if row in place} for gains in task.relevant]
+    candidates = [c and [place[row] for row in c if row in place] for c in task.candidates]
+    for i, (why, gains) in enumerate(zip(queries[1], relevant)):
+        if why is None and gains:
+            kept.append(i)
+        else:
+            bad.append(why or f"{task.queries[i].where}: no right candidate is left")
+    if not kept:
+        raise DataError(f"{task.name}: no query is left; {len(bad)} problems, the first: {bad[0]}")
+    pick = lambda values: [values[i] for i in kept]
+    task = replace(task, queries=pick(task.queries), corpus=[s for s, why in zip(task.corpus, corpus[1]) if why is None], relevant=pick(relevant),
+                   candidates=pick(candidates), query_ids=pick(task.query_ids), bad=bad)
+    return task, (queries[0][kept], corpus[0][list(place)])
+
+
+def score(embedder, tasks, folder="", took=None):
+    """Yields (task name, scores); each is also written to folder/<meta-task>/<dataset>_score.json as soon as it is known.
+
+    took: what the model alone takes for the queries is added to its "seconds", "tokens" and "queries".
+    """
     for task in tasks:
-        results[task.name] = evaluate(task, (encode(task.queries, f"{task.name} queries", took), encode(task.corpus, f"{task.name} corpus")))
-        total += len(task.queries) + len(task.corpus)
-    return results, dict(took, items=len(known), shared=total - len(known))
+        begun, before = time.perf_counter(), embedder.encoded
+        queries, asked = embedder(task.queries, f"{task.name} queries", took), embedder.encoded - before
+        seconds = time.perf_counter() - begun
+        corpus = embedder(task.corpus, f"{task.name} corpus")
+        words = [value or "" for side in (*task.queries, *task.corpus) for kind, value in side.parts if kind in ("text", "disc")]
+        task, vectors = without_bad(task, queries, corpus)
+        prompt = hashlib.blake2b("\0".join([embedder.model.settings["prompt"], *words]).encode(), digest_size=8).hexdigest()
+        result = dict(evaluate(task, vectors), **task.about, bad=task.bad, partial=bool(task.bad), prompt=prompt, run=embedder.run, **embedder.about,
+                      seconds=time.perf_counter() - begun, items_encoded=embedder.encoded - before, queries_per_s=asked / seconds if asked else None)
+        if folder:
+            path = os.path.join(folder, f"{task.name}_score.json")
+            if os.path.exists(path) and not result["items_encoded"]:  # all was known: its times are those of the run that encoded it
+                with open(path) as f:
+                    old = json.load(f)
+                if (old["run"], old["prompt"]) == (embedder.run, prompt):
+                    result |= {k: old[k] for k in ("seconds", "items_encoded", "queries_per_s")}
+            os.makedirs(os.path.dirname(path), exist_ok=True)
+            write_json(path, result)
+        yield task.name, result
+
+
+# ------------------------------------------------------------------------------------------------------------- MMEB-V2
+
+# Means over the image, video and document tasks and over all 78, as the PLUME paper (arXiv 2604.02073) prints them.
+PAPER = {"PLUME, paper": (66.3, 44.1, 67.5, 61.6), "UME-R1, paper": (66.6, 42.2, 63.9, 60.1), "VLM2Vec-V2, paper": (64.9, 34.9, 65.4, 58.0)}
+PARTS = ("image", "video", "visdoc")
+
+
+def paper_rows(results, ours):
+    """-> the paper's table as rows of strings, the header first: per cent, the mean over the tasks of a column; * some are missing or partial."""
+    header, row, missing = ["model"], [ours], False
+
+    def mean(chosen):
+        nonlocal missing
+        there = [results[t.full_name] for t in chosen if t.full_name in results]
+        short = len(there) < len(chosen) or any(r["partial"] for r in there)
+        missing |= short
+        return f"{100 * np.mean([r[r['metric']] for r in there]):.1f}{'*' * short}" if there else "-"
+
+    for part in PARTS:
+        columns = {column: [t for t in MMEB.values() if t.meta == meta] for meta, column in META.items() if modality(meta) == part}
+        columns[part] = sum(columns.values(), [])
+        header += columns
+        row += map(mean, columns.values())
+    rows = [header + ["all"], row + [mean(MMEB.values())]]
+    for name, (*means, overall) in PAPER.items():
+        rows.append([name, *(cell for m in means for cell in ["-"] * 4 + [f"{m:.1f}"]), f"{overall:.1f}"])
+    return rows, missing
+
+
+def paper_table(results, ours, markdown=False):
+    rows, missing = paper_rows(results, ours)
+    note = "\n* of a part of its tasks, or of tasks where something was left out" * missing
+    if markdown:
+        return "\n".join("| " + " | ".join(row) + " |" for row in [rows[0], ["---"] * len(rows[0]), *rows[1:]]) + "\n" + note
+    wide = [max(len(row[0]) for row in rows)] + [7] * (len(rows[0]) - 1)
+    return "\n".join("".join(f"{cell:{w}}" if i == 0 else f"{cell:>{w}}" for i, (cell, w) in enumerate(zip(row, wide))) for row in rows) + note
+
+
+def leaderboard(results, ours, model):
+    """The scores in the format of the MMEB leaderboard, its names of data sets and metrics."""
+    metrics = {part: {} for part in PARTS}
+    for t in MMEB.values():
+        if r := results.get(t.full_name):
+            name = f"{t.name}-fixed" if t.versions and r["version"] == "fixed" and t.is_document else t.name
+            metrics[modality(t.meta)][name] = {**{m: r[m] for m in ("hit@1", "hit@5", "hit@10")}, "ndcg_linear@5": r["ndcg@5"], "num_pred": r["queries"],
+                                               "num_data": r["rows"]}
+    metadata = dict(model_name=ours, model_backbone="qwen2_vl", model_size=round(sum(p.numel() for p in model.parameters()) / 1e9, 3),
+                    embedding_dimension=model.lm.config.hidden_size, max_length_tokens=model.processor.limits.max_len, model_release_date="",
+                    data_source="Self-Reported", url="", report_generated_date=time.strftime("%Y-%m-%d"),
+                    incomplete=[t.name for t in MMEB.values() if results.get(t.full_name, dict(partial=True))["partial"]])
+    return dict(metadata=metadata, metrics=metrics)
+
+
+def check(root, names, released):
+    """-> (one line a task: what is there of what was published, number of tasks with problems).  Encodes nothing."""
+    lines, wrong = [f"{'task':58}{'queries':>14}{'candidates':>14}  version   problems"], 0
+    of = lambda n, published: f"{n:,}" + (f" / {published:,}" if published else "")
+    for name in tqdm(names, desc="looking at the files", leave=False):
+        published = MMEB[name.split("/")[1]]
+        try:
+            task = read_published(root, published.name, released, skip_bad=True, extract=False)
+            counts, version, bad = (of(task.about["rows"], published.queries), of(len(task.corpus), published.corpus)), task.about["version"], task.bad
+        except DataError as e:
+            counts, version, bad = (of(0, published.queries), "-"), "", [str(e)]
+        wrong += bool(bad)
+        lines.append((f"{name:58}{counts[0]:>14}{counts[1]:>14}  {version:8}" + (f"  {len(bad)}, the first: {bad[0]}" if bad else "")).rstrip())
+    return "\n".join(lines), wrong
+
+
+def main_scores(path):
+    """A score file of ours or in the leaderboard's format -> {task: its own metric}."""
+    with open(path) as f:
+        raw = json.load(f)
+    if "tasks" in raw:
+        return {name: r[r["metric"]] for name, r in raw["tasks"].items()}
+    if "metrics" in raw:
+        return {f"{part}/{name}": r["ndcg_linear@5" if part == "visdoc" else "hit@1"] for part, found in raw["metrics"].items() for name, r in found.items()}
+    raise DataError(f"{path}: neither a file that --json wrote nor a leaderboard.json")
+
+
+def differences(paths):
+    """Two score files -> a table of the tasks that both have, the biggest difference first."""
+    a, b = map(main_scores, paths)
+    both = sorted(a.keys() & b.keys(), key=lambda t: (-abs(b[t] - a[t]), t))
+    if not both:
+        raise DataError(f"{paths[0]} and {paths[1]}: no task is in both")
+    wide = max(map(len, [*both, "mean"])) + 2
+    line = lambda name, x, y: f"{name:{wide}}{x:8.1%}{y:8.1%}{100 * (y - x):+8.1f}"
+    lines = [f"{'task':{wide}}{'a':>8}{'b':>8}{'b - a':>8}", *(line(t, a[t], b[t]) for t in both)]
+    lines.append(line("mean", *(float(np.mean([x[t] for t in both])) for x in (a, b))))
+    for name, path, only in (("a", paths[0], a.keys() - b.keys()), ("b", paths[1], b.keys() - a.keys())):
+        lines += [f"only in {name} ({path}): {', '.join(sorted(only))}"] if only else []
+    return "\n".join(lines)
 
 
 def compare(model, tasks, cfg):
@@ -175,7 +480,8 @@ def compare(model, tasks, cfg):
     rows = []
     for mode, steps in [("single", None), *(("latent", k) for k in range(model.settings["latent_steps"] + 1)), ("cot", None)]:
         model.encode(tasks[0].queries[: cfg.batch_size], mode, steps, cfg.batch_size, limit=cfg.limit)  # the first call is slower
-        results, took = score(model, tasks, cfg, mode, steps)
+        took = {"queries": 0, "seconds": 0.0, "tokens": 0}
+        results = dict(score(Embedder(model, cfg, mode, steps), tasks, took=took))
         rows.append(dict(mode=mode, steps=steps, tokens=took["tokens"] / took["queries"], ms=1e3 * took["seconds"] / took["queries"],
                          hits={t: r["hit@1"] for t, r in results.items()}, mean=float(np.mean([r["hit@1"] for r in results.values()]))))
     return rows
@@ -494,43 +800,97 @@ def main(argv):
     cfg, given = parse_flags(Config, argv, __doc__)
     if cfg.mode not in MODES or not -1 <= cfg.steps <= 32 or (cfg.steps >= 0 and cfg.mode != "latent"):
         raise DataError(f"--mode {cfg.mode!r} --steps {cfg.steps}: mode is one of {MODES}, steps are 0..32 and belong to mode latent")
-    if cfg.compare and given & {"mode", "steps"}:
-        raise DataError("--compare runs every mode: leave out --mode and --steps")
+    two_files = len(cfg.compare) == 2
+    if len(cfg.compare) > 2 or two_files and given != {"compare"}:
+        raise DataError("--compare takes one PNG to draw, or two JSON files of scores and no other flag")
+    if two_files:
+        return print(differences(cfg.compare))
+    if cfg.compare and given & {"mode", "steps", "scores", "check", "skip_bad"}:
+        raise DataError("--compare runs every mode: leave out --mode, --steps, --scores, --check and --skip_bad")
+    if cfg.protocol not in ("clean", "released"):
+        raise DataError(f"--protocol {cfg.protocol!r}: needs clean or released")
     writable = lambda f: not os.path.isdir(f) and os.path.isdir(os.path.dirname(os.path.abspath(f)))
-    if cfg.batch_size < 1 or cfg.limit < 1 or not all(map(writable, (cfg.json, cfg.compare, cfg.growth))):
-        raise DataError(f"--batch_size {cfg.batch_size} and --limit {cfg.limit} must be at least 1, --json {cfg.json!r}, --compare {cfg.compare!r} "
+    if cfg.batch_size < 1 or cfg.limit < 1 or not all(map(writable, (cfg.json, cfg.growth, *cfg.compare))):
+        raise DataError(f"--batch_size {cfg.batch_size} and --limit {cfg.limit} must be at least 1, --json {cfg.json!r}, --compare {' '.join(cfg.compare)!r} "
                         f"and --growth {cfg.growth!r} files in folders that exist")
     of_speed = {"preset", "batch_sizes", "prefix", "image", "frames", "tokens", "repeats", "training", "growth"}
-    of_scores = {"data", "mode", "compare", "steps", "limit", "batch_size"}
+    of_scores = {"data", "mode", "compare", "steps", "limit", "batch_size", "protocol", "check", "skip_bad", "scores"}
     if wrong := given & (of_scores if cfg.task == "speed" else of_speed):
         raise DataError(f"--{' --'.join(sorted(wrong))}: {'not with' if cfg.task == 'speed' else 'only with'} --task speed")
     if cfg.growth and (wrong := given & {"batch_sizes", "prefix", "image", "frames", "tokens", "training"}):
         raise DataError(f"--{' --'.join(sorted(wrong))}: not with --growth, which has its own")
+    world, local = (int(os.environ.get(name, default)) for name, default in (("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    if world > 1 and (cfg.task == "speed" or cfg.compare or cfg.check):
+        raise DataError("--task speed, --compare and --check run as one process: python instead of torchrun")
     if cfg.task == "speed":
         return speed(cfg, given)
+
+    published = any(os.path.isdir(os.path.join(cfg.data, d)) for d in ("rows", "image-tasks", "video-tasks", "visdoc-tasks")) if cfg.data else False
+    if not published and (wrong := given & {"check", "protocol"}):
+        raise DataError(f"--{' --'.join(sorted(wrong))}: for MMEB-V2 only; --data {cfg.data!r} has no rows/, image-tasks/, video-tasks/ or visdoc-tasks/")
+    if not published and cfg.skip_bad:
+        raise DataError("--skip_bad: for MMEB-V2 only")
+    turtle = {} if cfg.data else world_tasks()
+    names = [t.full_name for t in MMEB.values()] if published else list_tasks(cfg.data) if cfg.data else list(turtle)
+    names = select(names, cfg.task, cfg.data or "turtle world")
+    released = cfg.protocol == "released"
+    if world > 1:
+        dist.init_process_group("gloo", timeout=datetime.timedelta(days=1))  # only tasks and embeddings travel
+    first = world == 1 or dist.get_rank() == 0
+    if published and first:
+        lines, wrong = check(cfg.data, names, released)
+        if cfg.check:
+            print(f"{lines}\n{len(names) - wrong} of {len(names)} tasks are there without a problem")
+            raise SystemExit(1 if wrong else 0)
+        if wrong and not cfg.skip_bad:
+            problems = "\n".join(line for line in lines.splitlines() if ", the first: " in line)
+            raise DataError(f"{wrong} of {len(names)} tasks have problems; mend them, choose others with --task, or leave out what is bad with --skip_bad\n{problems}")
     if not os.path.exists(cfg.ckpt) and cfg.ckpt == Config.ckpt:
         raise DataError(f"{cfg.ckpt}: no checkpoint there yet; train one with: python train.py, or name one with --ckpt")
-    if cfg.data:
-        tasks = [read_task(cfg.data, name) for name in select(list_tasks(cfg.data), cfg.task, cfg.data)]
+    device = f"cuda:{local}" if world > 1 and cfg.device in ("", "cuda") and torch.cuda.is_available() else cfg.device
+    as_released = {**{k: RELEASED[k] for k in ("latent_positions", "white_image", "prompt")}, "limits": RELEASED_LIMITS} if released else {}
+    model, begun = Plume.from_pretrained(cfg.ckpt, device or None, cfg.dtype or None, **as_released), time.time()
+    if published:  # one after the other
+        tasks = (read_published(cfg.data, name.split("/")[1], released, cfg.skip_bad) for name in names)
     else:
-        tasks = world_tasks()
-        tasks = [tasks[name] for name in select(list(tasks), cfg.task, "turtle world")]
-    model, begun = Plume.from_pretrained(cfg.ckpt, cfg.device or None, cfg.dtype or None), time.time()
+        tasks = [turtle[name] if turtle else read_task(cfg.data, name) for name in names] if first else []
     if cfg.compare:
+        tasks = list(tasks)
         rows = compare(model, tasks, cfg)
         print(f"{cfg.ckpt}: every mode, {model.device}, batches of {cfg.batch_size}, {time.time() - begun:.0f} s; tokens: decoded per query; "
               "ms/query: the model alone")
         print(compare_table(rows, tasks))
-        draw_comparison(rows, cfg.compare, f"mean of {len(tasks)} tasks")
-        print(f"accuracy against latency: {cfg.compare}")
+        draw_comparison(rows, cfg.compare[0], f"mean of {len(tasks)} tasks")
+        print(f"accuracy against latency: {cfg.compare[0]}")
         if cfg.json:
             write_json(cfg.json, dict(ckpt=cfg.ckpt, data=cfg.data, batch_size=cfg.batch_size, device=str(model.device), rows=rows))
         return
     steps = None if cfg.mode != "latent" else model.settings["latent_steps"] if cfg.steps < 0 else cfg.steps
-    results, took = score(model, tasks, cfg, cfg.mode, steps)
+    ours, root = os.path.basename(os.path.normpath(cfg.ckpt)), cfg.scores or ("out/scores" if published else "")
+    folder = root and os.path.join(root, f"{ours}-{cfg.mode}{'' if steps is None else steps}{'-released' * released}")
+    embedder = Embedder(model, cfg, cfg.mode, steps, root and os.path.join(root, "embeddings"))
+    if not first:
+        return embedder.serve()
+    results = {}
+    try:
+        for name, result in score(embedder, tasks, folder):
+            results[name] = result
+            tqdm.write(f"{name}: {result['metric']} {result[result['metric']]:.1%}, {result['seconds']:.0f} s") if published else None
+    except KeyboardInterrupt:
+        kept = f"; the embeddings so far are in {embedder.folder}, the same command goes on with them" if folder else ""
+        raise DataError(f"interrupted after {len(results)} of {len(names)} tasks{kept}") from None
+    if world > 1:
+        embedder.give(None)
     how = cfg.mode if steps is None else f"{cfg.mode}, {steps} latent steps"
-    print(f"{cfg.ckpt}, mode {how}: {took['items']} items encoded ({took['shared']} shared), {time.time() - begun:.0f} s")
+    print(f"{cfg.ckpt}, mode {how}: {embedder.asked} items, {embedder.encoded} encoded, {len(embedder.planned) - embedder.encoded} known from before, "
+          f"{embedder.asked - len(embedder.planned)} shared; {time.time() - begun:.0f} s")
     print(table(results))
+    if published:
+        print("", paper_table(results, ours), sep="\n")
+        write_json(os.path.join(folder, "leaderboard.json"), leaderboard(results, ours, model))
+        with open(os.path.join(folder, "table.md"), "w") as f:
+            f.write(paper_table(results, ours, markdown=True) + "\n")
+        print(f"scores: {folder}/<meta-task>/<data set>_score.json, {folder}/leaderboard.json, {folder}/table.md")
     if cfg.json:
         write_json(cfg.json, dict(ckpt=cfg.ckpt, mode=cfg.mode, steps=steps, data=cfg.data, tasks=results))
 

@@ -169,19 +169,37 @@ class Plume(nn.Module):
         "tokens" (decoded) are added to.  workers: threads that decode and tokenize beside the model.  Raises DataError naming
         the item for anything that cannot be read.
         """
+        if isinstance(items, (str, dict)):
+            raise TypeError("items must be a list; put a single item into [ ]")
+        out = np.empty((len(items), self.lm.config.hidden_size), np.float32)
+        for rows, vectors in self.encoding(items, mode, steps, batch_size, progress, limit, took, workers):
+            out[rows] = vectors
+        return out
+
+    def encoding(self, items, mode="latent", steps=None, batch_size=16, progress=False, limit=512, took=None, workers=4, sort=True, bad=None):
+        """`encode` in windows of 8 batches: yields (numbers of the items, their embeddings as an array).
+
+        sort: the rows of a window are batched by length; False: batches are neighbours as given.  bad: a dict; what cannot be read is
+        left out and gets its error there.
+        """
         if mode not in MODES:
             raise ValueError(f"mode {mode!r}.{nearest(mode, MODES)}")
         if steps is not None and (mode != "latent" or not 0 <= steps <= MAX_STEPS):
             raise ValueError(f"steps {steps} in mode {mode!r}: steps are 0..{MAX_STEPS} and belong to mode 'latent'")
         if min(batch_size, limit, workers) < 1:
             raise ValueError(f"batch_size {batch_size}, limit {limit}, workers {workers}: need at least 1")
-        if isinstance(items, (str, dict)):
-            raise TypeError("items must be a list; put a single item into [ ]")
-        was_training, out = self.training, np.empty((len(items), self.lm.config.hidden_size), np.float32)
+
+        def read(i):
+            try:
+                return self.processor.render(items[i] if isinstance(items[i], Side) else parse_item(items[i], where=f"item {i}"))
+            except DataError as e:
+                if bad is None:
+                    raise
+                bad[i] = str(e)
+
+        was_training, pool = self.training, ThreadPoolExecutor(workers)
         bar = tqdm(total=len(items), desc=progress if isinstance(progress, str) else f"encode ({mode})", unit="item", disable=not progress)
-        read = lambda i: self.processor.render(items[i] if isinstance(items[i], Side) else parse_item(items[i], where=f"item {i}"))
         size = 8 * batch_size  # items of a window: sorted by length, a batch has little padding; the media of two windows are in memory
-        pool = ThreadPoolExecutor(workers)
         window = lambda start: [pool.submit(read, i) for i in range(start, min(start + size, len(items)))]
         self.eval()
         try:
@@ -190,23 +208,28 @@ class Plume(nn.Module):
                 samples, ahead = [sample.result() for sample in ahead], window(start + size)
                 if took is not None:
                     wait(ahead)  # the model alone is timed
-                order, done = sorted(range(len(samples)), key=lambda i: len(samples[i]["ids"])), []
+                order, numbers, done = list(range(len(samples))), [], []
+                if sort:
+                    order.sort(key=lambda i: len(samples[i]["ids"]) if samples[i] else 0)
                 for a in range(0, len(order), batch_size):
-                    rows = order[a : a + batch_size]
+                    rows = [i for i in order[a : a + batch_size] if samples[i]]
+                    bar.update(len(order[a : a + batch_size]))
+                    if not rows:
+                        continue
                     batch = to_device(collate([samples[i] for i in rows], self.processor), self.device)
                     begun = time.perf_counter()
                     vectors, tokens = self.embed(batch, mode, steps, limit)
+                    numbers += [start + i for i in rows]
                     done.append(vectors)
                     if took is not None:
                         took["tokens"] += int(tokens.sum())  # waits for the device
                         took["seconds"] += time.perf_counter() - begun
-                    bar.update(len(rows))
-                out[[start + i for i in order]] = torch.cat(done).cpu().numpy()
+                if numbers:
+                    yield numbers, torch.cat(done).cpu().numpy()
         finally:
             self.train(was_training)
             bar.close()
             pool.shutdown(wait=False, cancel_futures=True)
-        return out
 
     # ------------------------------------------------------------------------------------------------- making, loading
 
