@@ -25,6 +25,7 @@ import json
 import math
 import os
 import re
+import shlex
 import struct
 import sys
 import threading
@@ -917,7 +918,7 @@ def activitynetqa(tree, row):
 
 def moments(tree, row):  # the folder of a query holds a folder for it and one for each candidate
     stem = os.path.splitext(os.path.basename(row["video_path"]))[0]
-    folder = tree.place(stem)
+    folder = tree.find(stem)
     names = [n for n in sorted(os.listdir(folder)) if n != "query" and os.path.isdir(os.path.join(folder, n))]
     named = {os.path.join(stem, n): (tree.task.target, "video", os.path.join(stem, n)) for n in names}
     return (say(tree.task.query, row["query"]), "video", os.path.join(stem, "query")), named, [os.path.join(stem, n) for n in names if n.startswith("positive")]
@@ -1083,6 +1084,12 @@ def rows_of(folder, subset, split, columns=None):
                     yield where, Row(raw)
 
 
+def download(root, hub):
+    """The command that copies a hub repository's rows to where they are looked for."""
+    folder = os.path.join(root, "rows", *hub.split("/"))
+    return f"hf download {hub} --repo-type dataset --include '*.parquet' --include '*.json*' --include README.md --local-dir {shlex.quote(folder)}"
+
+
 class Tree:
     """The local files of one task: rows of its hub repository, media in any of the spellings that are in use.
 
@@ -1098,7 +1105,7 @@ class Tree:
         self.hub, self.copy = next(((hub, copy) for hub, copy in copies.items() if os.path.isdir(copy)), (task.hub, ""))
         self.jsonl = task.name.lower().replace("-", "_") + ".jsonl"  # some copies have the rows beside the videos
         if not self.copy and not os.path.exists(os.path.join(root, "video-tasks", "data", self.jsonl)):
-            raise DataError(f"{copies[task.hub]}: no such folder; get it with: hf download {task.hub} --repo-type dataset --local-dir {copies[task.hub]}")
+            raise DataError(f"{copies[task.hub]}: no such folder; get it with: {download(root, task.hub)}")
         self.own, meta = os.path.join(root, "visdoc-tasks", "extracted", *self.hub.split("/")), task.meta
         if task.is_document:
             names = [task.folder, task.folder.removeprefix("ViDoRe_"), task.hub.split("/")[1]]

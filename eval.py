@@ -42,7 +42,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 from transformers import DynamicCache
 
-from data import (META, MMEB, DataError, Side, World, collate, frame_files, list_tasks, modality, nearest, parse_flags, read_published, read_task, target_size,
+from data import (META, MMEB, DataError, Side, World, collate, download, frame_files, list_tasks, modality, nearest, parse_flags, read_published, read_task, target_size,
                   to_device, world_tasks)
 from latent import greedy
 from model import MODES, RELEASED, SHAPES, LiveBytes, Plume, pick_device
@@ -62,7 +62,7 @@ class Config:
     steps: int = -1  # latent steps 0..32; -1: the checkpoint's own
     limit: int = 512  # tokens a rationale may have in mode cot
     batch_size: int = 32  # items encoded together; does not change the result
-    protocol: str = "clean"  # or released: as the released checkpoint was scored; see README, "MMEB-V2"
+    protocol: str = "clean"  # clean, or released: as the released checkpoint was scored; see README, "MMEB-V2"
     check: bool = False  # only look whether rows, media and counts of the tasks are there
     skip_bad: bool = False  # leave out what cannot be read, name it in the score file, and mark the score as partial
     device: str = ""  # cuda, mps or cpu; default: the best there is
@@ -300,6 +300,7 @@ class Embedder:
             if items:
                 dist.send(torch.from_numpy(vectors), 0)
             dist.gather_object(bad, None, 0)
+        dist.destroy_process_group()
 
     def give(self, shares):
         """Rank 0's shares -> this rank's.  None ends `serve`."""
@@ -434,7 +435,7 @@ def leaderboard(results, ours, model):
 
 
 def check(root, names, released):
-    """-> (one line a task: what is there of what was published, number of tasks with problems).  Encodes nothing."""
+    """-> (one line a task: what is there of what was published, and how to get the rows that are not; number of tasks with problems)."""
     lines, wrong = [f"{'task':58}{'queries':>14}{'candidates':>14}  version   problems"], 0
     of = lambda n, published: f"{n:,}" + (f" / {published:,}" if published else "")
     for name in tqdm(names, desc="looking at the files", leave=False):
@@ -446,6 +447,8 @@ def check(root, names, released):
             counts, version, bad = (of(0, published.queries), "-"), "", [str(e)]
         wrong += bool(bad)
         lines.append((f"{name:58}{counts[0]:>14}{counts[1]:>14}  {version:8}" + (f"  {len(bad)}, the first: {bad[0]}" if bad else "")).rstrip())
+    hubs = dict.fromkeys(MMEB[name.split("/")[1]].hub for name in names if not os.path.isdir(os.path.join(root, "rows", MMEB[name.split("/")[1]].hub)))
+    lines += ["", "rows that are not there yet:", *(download(root, hub) for hub in hubs)] if hubs and wrong else []
     return "\n".join(lines), wrong
 
 
@@ -841,7 +844,7 @@ def main(argv):
         lines, wrong = check(cfg.data, names, released)
         if cfg.check:
             print(f"{lines}\n{len(names) - wrong} of {len(names)} tasks are there without a problem")
-            raise SystemExit(1 if wrong else 0)
+            return 1 if wrong else None
         if wrong and not cfg.skip_bad:
             problems = "\n".join(line for line in lines.splitlines() if ", the first: " in line)
             raise DataError(f"{wrong} of {len(names)} tasks have problems; mend them, choose others with --task, or leave out what is bad with --skip_bad\n{problems}")
@@ -869,10 +872,10 @@ def main(argv):
     ours, root = os.path.basename(os.path.normpath(cfg.ckpt)), cfg.scores or ("out/scores" if published else "")
     folder = root and os.path.join(root, f"{ours}-{cfg.mode}{'' if steps is None else steps}{'-released' * released}")
     embedder = Embedder(model, cfg, cfg.mode, steps, root and os.path.join(root, "embeddings"))
-    if not first:
-        return embedder.serve()
     results = {}
     try:
+        if not first:
+            return embedder.serve()
         for name, result in score(embedder, tasks, folder):
             results[name] = result
             tqdm.write(f"{name}: {result['metric']} {result[result['metric']]:.1%}, {result['seconds']:.0f} s") if published else None
@@ -881,6 +884,7 @@ def main(argv):
         raise DataError(f"interrupted after {len(results)} of {len(names)} tasks{kept}") from None
     if world > 1:
         embedder.give(None)
+        dist.destroy_process_group()
     how = cfg.mode if steps is None else f"{cfg.mode}, {steps} latent steps"
     print(f"{cfg.ckpt}, mode {how}: {embedder.asked} items, {embedder.encoded} encoded, {len(embedder.planned) - embedder.encoded} known from before, "
           f"{embedder.asked - len(embedder.planned)} shared; {time.time() - begun:.0f} s")
@@ -897,6 +901,6 @@ def main(argv):
 
 if __name__ == "__main__":
     try:
-        main(sys.argv[1:])
+        sys.exit(main(sys.argv[1:]))
     except (DataError, FileNotFoundError) as e:
         sys.exit(f"error: {e}")
