@@ -1054,7 +1054,7 @@ def row_files(folder, subset, split):
             if matched := [f for f in files if any(fnmatch.fnmatch(f, p) for p in patterns)]:
                 return matched
     named = {f: re.findall(r"(?<![a-z])(train|test|val|validation|dev)(?![a-z])", f.lower()) for f in found}
-    right = [f for f in found if split in named[f] or split == "val" and "validation" in named[f]]
+    right = [f for f in found if split in named[f] or not split or split == "val" and "validation" in named[f]]
     return right or ([] if any(named.values()) else found)
 
 
@@ -1086,8 +1086,13 @@ def rows_of(folder, subset, split, columns=None):
 
 def download(root, hub):
     """The command that copies a hub repository's rows to where they are looked for."""
-    folder = os.path.join(root, "rows", *hub.split("/"))
+    folder = copies(root, hub)[0]
     return f"hf download {hub} --repo-type dataset --include '*.parquet' --include '*.json*' --include README.md --local-dir {shlex.quote(folder)}"
+
+
+def copies(root, hub):
+    """Where a hub repository's rows may lie; the second is how visdoc-tasks.data.tar.gz holds them."""
+    return [os.path.join(root, "rows", *hub.split("/")), *(os.path.join(root, *doubled, "data", hub.split("/")[1]) for doubled in (["visdoc-tasks"], ["visdoc-tasks"] * 2))]
 
 
 class Tree:
@@ -1101,26 +1106,29 @@ class Tree:
         if released and task.read is pages and task.meta != "visrag":
             task = replace(task, query="", target="")
         self.task, self.most = task, 10**6 if released and task.read is momentseeker else CLIP_FRAMES
-        copies = {hub: os.path.join(root, "rows", *hub.split("/")) for hub in task.versions or [task.hub]}
-        self.hub, self.copy = next(((hub, copy) for hub, copy in copies.items() if os.path.isdir(copy)), (task.hub, ""))
-        self.jsonl = task.name.lower().replace("-", "_") + ".jsonl"  # some copies have the rows beside the videos
-        if not self.copy and not os.path.exists(os.path.join(root, "video-tasks", "data", self.jsonl)):
-            raise DataError(f"{copies[task.hub]}: no such folder; get it with: {download(root, task.hub)}")
-        self.own, meta = os.path.join(root, "visdoc-tasks", "extracted", *self.hub.split("/")), task.meta
+        there = [(hub, c) for hub in task.versions or [task.hub] for c in copies(root, hub) if os.path.isdir(c)]
+        self.hub, self.copy = there[0] if there else (task.hub, "")
+        names = [f"{task.name.lower()}_1k6"] * bool(task.versions) + [task.name.lower(), task.name.lower().replace("-", "_"), task.folder.lower()]
+        names = [name for name in names if os.path.exists(os.path.join(root, "video-tasks", "data", f"{name}.jsonl"))]
+        self.jsonl = names[0] if names else ""  # some trees have the rows beside the videos
+        if not self.copy and not self.jsonl:
+            raise DataError(f"{copies(root, task.hub)[0]}: no such folder; get it with: {download(root, task.hub)}")
+        self.own = os.path.join("visdoc-tasks", "extracted", *self.hub.split("/"))
+        names = dict.fromkeys([task.folder, task.folder.replace("-", "_"), task.folder.replace("_", "-"), task.folder.lower()])
         if task.is_document:
-            names = [task.folder, task.folder.removeprefix("ViDoRe_"), task.hub.split("/")[1]]
-            places = [self.own, *(os.path.join("visdoc-tasks", *m, n) for m in ((), ("visdoc-tasks",), ("images",), ("visdoc-tasks", "images")) for n in names)]
-        elif task.folder:
-            names = [task.folder, task.folder.replace("-", "_"), task.folder.replace("_", "-")]
-            places = [os.path.join("video-tasks", *m, meta, n, *end) for m in (("frames",), ()) for n in names for end in ((), ("frames",))]
+            names = [task.folder, task.folder.removeprefix("ViDoRe_"), self.hub.split("/")[1]]
+            places = [self.own, *(os.path.join("visdoc-tasks", *m, n) for m in ((), ("images",), ("visdoc-tasks",), ("visdoc-tasks", "images")) for n in names)]
+        elif task.folder:  # video_ret.tar.gz holds its folders below data/ziyan/video_retrieval
+            groups = [task.meta, *(os.path.join(m, "data", "ziyan", "video_retrieval") for m in (task.meta, "") if task.meta == "video_ret")]
+            places = [os.path.join("video-tasks", *m, g, n, *end) for m in (("frames",), ()) for g in groups for n in names for end in ((), ("frames",))]
         else:
             places = ["image-tasks", os.path.join("image-tasks", "MMEB")]
-        self.places = [p for p in dict.fromkeys(os.path.join(root, p) for p in places) if os.path.isdir(p)]
+        self.own, self.places = os.path.join(root, self.own), [p for p in (os.path.join(root, p) for p in places) if os.path.isdir(p)]
 
     def rows(self, config=None, columns=None):
         """Yields (where, Row)."""
         if not self.copy:
-            yield from rows_of(os.path.join(self.root, "video-tasks", "data"), self.jsonl, self.task.split)
+            yield from rows_of(os.path.join(self.root, "video-tasks", "data"), self.jsonl, "")
         elif self.task.read is mvbench:
             yield from ((where, Row(row, subset=subset)) for subset in MVBENCH for where, row in rows_of(self.copy, subset, self.task.split))
         else:

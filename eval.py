@@ -42,7 +42,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 from transformers import DynamicCache
 
-from data import (META, MMEB, DataError, Side, World, collate, download, frame_files, list_tasks, modality, nearest, parse_flags, read_published, read_task, target_size,
+from data import (META, MMEB, DataError, Side, World, collate, copies, download, frame_files, list_tasks, modality, nearest, parse_flags, read_published, read_task, target_size,
                   to_device, world_tasks)
 from latent import greedy
 from model import MODES, RELEASED, SHAPES, LiveBytes, Plume, pick_device
@@ -436,7 +436,7 @@ def leaderboard(results, ours, model):
 
 def check(root, names, released):
     """-> (one line a task: what is there of what was published, and how to get the rows that are not; number of tasks with problems)."""
-    lines, wrong = [f"{'task':58}{'queries':>14}{'candidates':>14}  version   problems"], 0
+    lines, hubs, wrong = [f"{'task':58}{'queries':>14}{'candidates':>14}  version   problems"], {}, 0
     of = lambda n, published: f"{n:,}" + (f" / {published:,}" if published else "")
     for name in tqdm(names, desc="looking at the files", leave=False):
         published = MMEB[name.split("/")[1]]
@@ -445,10 +445,10 @@ def check(root, names, released):
             counts, version, bad = (of(task.about["rows"], published.queries), of(len(task.corpus), published.corpus)), task.about["version"], task.bad
         except DataError as e:
             counts, version, bad = (of(0, published.queries), "-"), "", [str(e)]
+            hubs |= {} if any(map(os.path.isdir, copies(root, published.hub))) else {published.hub: download(root, published.hub)}
         wrong += bool(bad)
         lines.append((f"{name:58}{counts[0]:>14}{counts[1]:>14}  {version:8}" + (f"  {len(bad)}, the first: {bad[0]}" if bad else "")).rstrip())
-    hubs = dict.fromkeys(MMEB[name.split("/")[1]].hub for name in names if not os.path.isdir(os.path.join(root, "rows", MMEB[name.split("/")[1]].hub)))
-    lines += ["", "rows that are not there yet:", *(download(root, hub) for hub in hubs)] if hubs and wrong else []
+    lines += ["", "rows that are not there yet:", *hubs.values()] if hubs else []
     return "\n".join(lines), wrong
 
 

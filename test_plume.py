@@ -1725,7 +1725,7 @@ class Miniature:
 
     def rows(self, hub, config, split, rows, style=""):
         """A part of a hub repository: <config>/<split>-00000-of-00001.parquet, or JSON lines."""
-        folder = self.root / "rows" / hub / config
+        folder = (self.root / "visdoc-tasks/data" / hub.split("/")[1] if self.other and config in ("queries", "corpus", "qrels") else self.root / "rows" / hub) / config
         folder.mkdir(parents=True, exist_ok=True)
         if style == "json":
             (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -1768,6 +1768,8 @@ class Miniature:
     def clip(self, meta, name, clip, concept, count=10):
         """A folder of frames -> the paths of the (at most) 8 of them that are used."""
         group = self.root / "video-tasks" / ("" if self.other else "frames") / meta / (name if self.other else SSV2_SPELLING.get(name, name))
+        if self.other and meta == "video_ret":  # as the archive holds them
+            group = self.root / "video-tasks/frames/video_ret/data/ziyan/video_retrieval" / name
         folder = group / ("frames" if self.other else "") / clip
         if name == "SmthSmthV2":
             folder = group.with_name("SSv2") / ("frames" if self.other else "") / clip
@@ -1846,7 +1848,8 @@ class Miniature:
             queries, candidates, gains = ([values[k] for k in order] for values in (queries, candidates, gains))
         elif self.other and name in ("Charades-STA", "MomentSeeker", "ActivityNetQA"):
             (self.root / "video-tasks" / "data").mkdir(parents=True, exist_ok=True)
-            (self.root / "video-tasks" / "data" / f"{name.lower().replace('-', '_')}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+            stem = "momentseeker_1k6" if name == "MomentSeeker" else name.lower().replace("-", "_")
+            (self.root / "video-tasks" / "data" / f"{stem}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
         else:
             self.rows(task.hub, task.subset, task.split, rows, "json" if name in ("Breakfast", "MomentSeeker") else "")
         return queries, candidates, gains
@@ -1861,12 +1864,12 @@ class Miniature:
             rows.append({"corpus-id": page, "image": dict(bytes=None if self.other else buffer.getvalue(), path=None)})
             if self.other:  # the pages lie beside the rows, as an archive holds them
                 stored = page_file(task, str(page))
-                folder = self.root / "visdoc-tasks" / "visdoc-tasks" / name.removeprefix("ViDoRe_" if name.endswith(("_v2", "_multilingual")) else "")
+                folder = self.root / "visdoc-tasks" / ("images" if task.meta == "visrag" else "visdoc-tasks") / name.removeprefix("ViDoRe_" if name.endswith(("_v2", "_multilingual")) else "")
                 folder.mkdir(parents=True, exist_ok=True)
                 (folder / stored).write_bytes(buffer.getvalue())
         ids = [row["corpus-id"] for row in rows]
         judged = [(0, 0, 1), (0, 3, 2), (1, 1, 1), (1, 2, 0), (2, 2, 1), (2, 2, 2), (3, 3, 1)]
-        if not (self.root / "rows" / task.hub).exists():
+        if not any((self.root / at).exists() for at in (f"rows/{task.hub}", f"visdoc-tasks/data/{task.hub.split('/')[1]}")):
             self.rows(task.hub, "corpus", task.split, rows)
             self.rows(task.hub, "queries", task.split, [{"query-id": q, "query": f"a {self.names[q]}", "language": "english"} for q in range(4)])
             self.rows(task.hub, "qrels", task.split, [{"query-id": q, "corpus-id": ids[c], "score": s} for q, c, s in judged])
