@@ -38,6 +38,7 @@ import av
 import numpy as np
 import tokenizers
 import torch
+import yaml
 from huggingface_hub import metadata_load
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from tqdm import tqdm
@@ -117,7 +118,7 @@ def to_rgb(image):
 
 def frame_files(folder):
     """The paths of the pictures in a folder, in natural order."""
-    names = [n for n in os.listdir(folder) if n.lower().endswith(IMAGE_SUFFIXES)]
+    names = [n for n in os.listdir(folder) if n.lower().endswith(IMAGE_SUFFIXES) and not n.startswith(".")]
     names.sort(key=lambda n: [(int(p), "") if p.isdecimal() else (-1, p) for p in re.split(r"(\d+)", n)])
     return [os.path.join(folder, n) for n in names]
 
@@ -836,30 +837,38 @@ def modality(meta):
 
 def say(instruction, text=""):
     """Instruction and text as one; a row's own image tokens are dropped, pictures have their place in the prompt."""
+    if not isinstance(text, str):
+        raise DataError(f"needs a text, got {text!r}")
     return re.sub(r"<\|image_\d+\|>\n?", "", f"{instruction} {text}").replace(" \n", "\n").strip()
 
 
 # Readers: a row -> the query, its candidates {name: item}, the names of the right ones.  An item is (text, "" | "image" | "video", where that is).
 
 
+def image_query(row):
+    return say(row["qry_inst"] or "", row["qry_text"] or "")
+
+
 def image_texts(tree, row):
-    return (say(row["qry_inst"], row["qry_text"]), "image", row["qry_img_path"]), {t: (t, "", "") for t in row["tgt_text"]}, row["tgt_text"][:1]
+    texts = row.texts("tgt_text")
+    return (image_query(row), "image", row["qry_img_path"]), {t: (t, "", "") for t in texts}, texts[:1]
 
 
 def pictures(row, name):
     """The candidates of a row: pictures, with captions where there are any.  name: makes one of path and caption; the first to bear it counts."""
-    named, texts, paths = {}, row["tgt_text"], row["tgt_img_path"]
-    for path, text in zip(paths, texts if texts and texts[0].strip() else [""] * len(paths), strict=True):
-        named.setdefault(name(path, text), (say(row["tgt_inst"], text), "image", path))
+    named, paths, instruction = {}, row.texts("tgt_img_path"), row["tgt_inst"] or ""
+    texts = row.texts("tgt_text") if row["tgt_text"] and (row["tgt_text"][0] or "").strip() else [""] * len(paths)
+    for path, text in zip(paths, texts, strict=True):
+        named.setdefault(name(path, text), (say(instruction, text), "image", path))
     return named, [*named][:1]
 
 
 def image_pictures(tree, row):
-    return (say(row["qry_inst"], row["qry_text"]), "", ""), *pictures(row, lambda path, text: path)
+    return (image_query(row), "", ""), *pictures(row, lambda path, text: path)
 
 
 def image_pairs(tree, row):  # several captions may share a picture
-    return (say(row["qry_inst"], row["qry_text"]), "image", row["qry_img_path"]), *pictures(row, lambda path, text: f"{path}:{text.strip(QUOTE)}")
+    return (image_query(row), "image", row["qry_img_path"]), *pictures(row, lambda path, text: f"{path}:{text.strip(QUOTE)}")
 
 
 def video_classes(tree, row):  # the corpus is the list of classes
@@ -867,7 +876,7 @@ def video_classes(tree, row):  # the corpus is the list of classes
 
 
 def ssv2(tree, row):
-    return (tree.task.query, "video", row["video_id"]), {t: (t, "", "") for t in row["neg_text"]}, [row["pos_text"]]
+    return (tree.task.query, "video", row["video_id"]), {t: (t, "", "") for t in row.texts("neg_text")}, [row["pos_text"]]
 
 
 def found_by(text_key, id_key="video_id"):
@@ -881,8 +890,9 @@ def found_by(text_key, id_key="video_id"):
     return read
 
 
-def answers(clip, question, texts, right):
-    return (f"{CHOOSE} {question}", "video", clip), {t: (t, "", "") for t in texts}, [texts[right]]
+def answers(clip, question, texts, right, shown=None):
+    """A question about a clip.  texts: the candidates; shown: what of each is embedded, when that is not all."""
+    return (f"{CHOOSE} {say('', question)}", "video", clip), {t: (s, "", "") for t, s in zip(texts, shown or texts)}, [texts[right]]
 
 
 def lettered(texts):
@@ -894,21 +904,23 @@ def unlettered(texts):  # "A. a text." -> "a text"
 
 
 def video_mme(tree, row):
-    return answers(row["videoID"], "\n".join([row["question"], *row["options"]]), unlettered(row["options"]), "ABCD".index(row["answer"]))
+    texts = row.texts("options")
+    return answers(row["videoID"], "\n".join([row["question"], *texts]), texts, "ABCD".index(row["answer"]), unlettered(texts))
 
 
 def egoschema(tree, row):
-    return answers(row["video_idx"], row["question"] + " ".join(row["option"]), unlettered(row["option"]), int(row["answer"]))
+    texts = row.texts("option")
+    return answers(row["video_idx"], row["question"] + " ".join(texts), texts, int(row["answer"]), unlettered(texts))
 
 
 def nextqa(tree, row):
     texts = [row[f"a{i}"] for i in range(5)]
-    return answers(row["video"], "\n".join([row["question"], "Options:", *lettered(texts)]).rstrip(), texts, row["answer"])
+    return answers(row["video"], "\n".join([row["question"], "Options:", *lettered(texts)]), texts, row["answer"])
 
 
 def mvbench(tree, row):
-    texts = lettered(row["candidates"])
-    question = "\n".join([row["question"], "Options:", *texts]).rstrip()
+    texts = lettered(row.texts("candidates"))
+    question = "\n".join([row["question"], "Options:", *texts])
     return answers(os.path.join(row["subset"], row["video"]), question, texts, row["candidates"].index(row["answer"]))
 
 
@@ -918,7 +930,7 @@ def activitynetqa(tree, row):
 
 def moments(tree, row):  # the folder of a query holds a folder for it and one for each candidate
     stem = os.path.splitext(os.path.basename(row["video_path"]))[0]
-    folder = tree.find(stem)
+    folder = tree.find(stem, os.path.isdir)
     names = [n for n in sorted(os.listdir(folder)) if n != "query" and os.path.isdir(os.path.join(folder, n))]
     named = {os.path.join(stem, n): (tree.task.target, "video", os.path.join(stem, n)) for n in names}
     return (say(tree.task.query, row["query"]), "video", os.path.join(stem, "query")), named, [os.path.join(stem, n) for n in names if n.startswith("positive")]
@@ -972,7 +984,7 @@ class Published:
 
 
 def published():
-    """-> {name: Published}, all 78, in the paper's order."""
+    """-> {name: Published}, all 78, meta-tasks in the paper's order."""
     image = lambda meta, read, names: [Published(n, meta, read, "ziyjiang/MMEB_Test_Instruct", n) for n in names.split()]
     video = lambda name, meta, read, hub, queries=1000, folder="", **rest: Published(
         name, meta, read, hub if "/" in hub else f"VLM2Vec/{hub}", queries=queries, folder=folder or name, **rest)
@@ -1034,28 +1046,47 @@ MMEB = published()
 class Row(dict):
     """A row of a data set that knows where it stands."""
 
+    def __init__(self, row, where, **more):
+        super().__init__(row, **more)
+        self.where = where
+
     def __missing__(self, key):
-        raise DataError(f"no column {key!r}.{nearest(key, self)}")
+        raise DataError(f"{self.where}: no column {key!r}.{nearest(key, self)}")
+
+    def texts(self, key):
+        """A column that must be a list of texts."""
+        if not isinstance(self[key], list) or not all(isinstance(text, str) for text in self[key]):
+            raise DataError(f"{self.where}: {key!r} must be a list of texts, got {str(self[key])[:80]}")
+        return self[key]
 
 
 def row_files(folder, subset, split):
     """The files of one subset and split in the copy of a hub data set: by the `configs` of its README.md, otherwise by their names."""
     files = sorted(os.path.relpath(os.path.join(at, n), folder) for at, _, names in os.walk(folder) for n in names
-                   if n.endswith((".parquet", ".jsonl", ".json")) and f"{os.sep}." not in at and n != "dataset_infos.json")
-    readme = os.path.join(folder, "README.md")
-    configs = (metadata_load(readme) or {}).get("configs") or [] if os.path.isfile(readme) else []
+                   if n.endswith((".parquet", ".jsonl", ".json")) and f"{os.sep}." not in at[len(folder) :] and n != "dataset_infos.json")
     found = [f for f in files if not subset or subset in f.split(os.sep) or re.match(re.escape(subset) + r"[.-]", os.path.basename(f))]
-    for config in configs:
-        if len(configs) == 1 or config.get("config_name") == (subset or "default"):
-            given = config.get("data_files") or []
-            given = [given] if isinstance(given, (str, dict)) else given
-            given = [g if isinstance(g, dict) else dict(split=split, path=g) for g in given]
-            patterns = [p for g in given for p in ([g["path"]] if isinstance(g["path"], str) else g["path"]) if g["split"] == split]
-            if matched := [f for f in files if any(fnmatch.fnmatch(f, p) for p in patterns)]:
-                return matched
     named = {f: re.findall(r"(?<![a-z])(train|test|val|validation|dev)(?![a-z])", f.lower()) for f in found}
     right = [f for f in found if split in named[f] or not split or split == "val" and "validation" in named[f]]
-    return right or ([] if any(named.values()) else found)
+    right, readme = right or ([] if any(named.values()) else found), os.path.join(folder, "README.md")
+    try:
+        configs = (metadata_load(readme) or {}).get("configs") or [] if os.path.isfile(readme) else []
+        for config in configs:
+            if config.get("config_name") == (subset or "default") or len(configs) == 1 and not subset:
+                given = config.get("data_files") or []
+                given = given if isinstance(given, list) else [given]
+                patterns = [g["path"] if isinstance(g, dict) else g for g in given if not isinstance(g, dict) or g.get("split", split) == split]
+                patterns = [p for path in patterns for p in ([path] if isinstance(path, str) else path)]
+                right = [f for f in files if any(fnmatch.fnmatch(f, p) for p in patterns)] or right
+    except (ValueError, LookupError, TypeError, AttributeError, yaml.YAMLError) as e:
+        raise DataError(f"{readme}: its 'configs' cannot be read: {str(e).splitlines()[0]}") from e
+    shards = {}
+    for f in right:
+        if m := re.fullmatch(r"(.*)-\d+-of-(\d+)(\.\w+)", f):
+            shards.setdefault(m.groups()[::2] + (int(m[2]),), []).append(f)
+    for (stem, suffix, count), parts in shards.items():
+        if len(parts) != count:
+            raise DataError(f"{os.path.join(folder, stem)}-...-of-{count:05d}{suffix}: {len(parts)} of {count} files are there; get the others as well")
+    return right
 
 
 def rows_of(folder, subset, split, columns=None):
@@ -1072,7 +1103,7 @@ def rows_of(folder, subset, split, columns=None):
             try:
                 with pyarrow.parquet.ParquetFile(path) as file:
                     batches = file.iter_batches(64, columns=[c for c in file.schema_arrow.names if not columns or c in columns])
-                    yield from ((f"{path}: row {n}", Row(row)) for n, row in enumerate((r for b in batches for r in b.to_pylist()), 1))
+                    yield from ((f"{path}: row {n}", Row(row, f"{path}: row {n}")) for n, row in enumerate((r for b in batches for r in b.to_pylist()), 1))
             except pyarrow.ArrowException as e:
                 raise DataError(f"{path}: not a readable .parquet file: {e}") from e
         else:
@@ -1081,7 +1112,7 @@ def rows_of(folder, subset, split, columns=None):
                     raw = parse_json(text, where := f"{path}: row {n}")
                     if not isinstance(raw, dict):
                         raise DataError(f"{where}: needs an object, got {type(raw).__name__}")
-                    yield where, Row(raw)
+                    yield where, Row(raw, where)
 
 
 def download(root, hub):
@@ -1130,32 +1161,32 @@ class Tree:
         if not self.copy:
             yield from rows_of(os.path.join(self.root, "video-tasks", "data"), self.jsonl, "")
         elif self.task.read is mvbench:
-            yield from ((where, Row(row, subset=subset)) for subset in MVBENCH for where, row in rows_of(self.copy, subset, self.task.split))
+            yield from ((where, Row(row, where, subset=subset)) for subset in MVBENCH for where, row in rows_of(self.copy, subset, self.task.split))
         else:
             rows = rows_of(self.copy, config or self.task.subset, self.task.split, columns)
             yield from itertools.islice(rows, 1000) if self.task.read is ssv2 else rows
 
-    def find(self, name):
-        """The path of a file or folder in one of the places."""
-        for place in self.places:
-            if os.path.exists(path := os.path.join(place, str(name))):
+    def find(self, name, usable=os.path.isfile):
+        """The path of a file, or of a folder that is usable, in one of the places."""
+        for place in self.places if name not in ("", None) else ():
+            if usable(path := os.path.join(place, str(name))):
                 return path
         raise DataError(f"{name!r} is not in {' or '.join(self.places) if self.places else 'the folder of this task, which does not exist'}")
+
+    def has_frames(self, path):
+        if path not in self.listed:
+            frames = frame_files(path) if os.path.isdir(path) else []
+            few = len(frames) <= self.most
+            self.listed[path] = frames if few else [frames[i] for i in np.linspace(0, len(frames) - 1, self.most, dtype=int)]
+        return bool(self.listed[path])
 
     def side(self, item, where):
         """An item -> Side.  Of a clip at most 8 frames: in natural order, evenly spaced."""
         text, kind, name = item
         if not kind:
             return Side([("text", printable(text, where))], where=where)
-        path = self.find(name)
-        if kind == "video":
-            if path not in self.listed:
-                frames = frame_files(path) if os.path.isdir(path) else []
-                if not frames:
-                    raise DataError(f"{path}: no frames there")
-                self.listed[path] = frames if len(frames) <= self.most else [frames[i] for i in np.linspace(0, len(frames) - 1, self.most, dtype=int)]
-            path = self.listed[path]
-        return Side([(kind, path), ("text", "\n"), ("text", printable(text, where))], where=where)
+        media = self.find(name) if kind == "image" else self.listed[self.find(name, self.has_frames)]
+        return Side([(kind, media), ("text", "\n"), ("text", printable(text, where))], where=where)
 
     def corpus(self):
         """What there is to find besides the candidates of the rows: yields (where, name, item)."""
@@ -1167,12 +1198,16 @@ class Tree:
             with open(path, encoding="utf-8-sig") as f:
                 yield from ((f"{path}: line {n}", line.strip(), (line.strip(), "", "")) for n, line in enumerate(f, 1) if line.strip())
         elif self.task.is_document:
-            for _, row in self.rows("qrels"):
+            for where, row in self.rows("qrels"):
                 gains = self.judged.setdefault(str(row["query-id"]), {})
+                if not isinstance(row["score"], (int, float)):
+                    raise DataError(f"{where}: 'score' must be a number, got {row['score']!r}")
                 if row["score"] > 0:
                     gains[str(row["corpus-id"])] = max(row["score"], gains.get(str(row["corpus-id"]), 0))
             names = [(where, str(row["corpus-id"])) for where, row in self.rows("corpus", ["corpus-id"])]
-            missing = {self.page_file(name) for _, name in names} - {n for place in self.places for n in os.listdir(place)}
+            # pages of a data set that has versions are those of its rows: an archive does not say which version it has
+            trusted = [p for p in self.places if p == self.own or not self.task.versions]
+            missing = {self.page_file(name) for _, name in names} - {n for place in trusted for n in os.listdir(place)}
             in_rows = self.take_out(missing) if missing else set()
             for where, name in names:
                 file = self.page_file(name)
@@ -1186,7 +1221,8 @@ class Tree:
     def take_out(self, missing):
         """Write the pages that no place has as they stand in the rows.  -> those that stay there, because nothing is to be written."""
         for _, row in tqdm(self.rows("corpus"), desc=f"{self.task.name}: taking pages out of the rows", leave=False):
-            file, content = self.page_file(str(row["corpus-id"])), (row.get("image") or {}).get("bytes")
+            file, image = self.page_file(str(row["corpus-id"])), row.get("image")
+            content = image.get("bytes") if isinstance(image, dict) else None
             if file in missing and content:
                 if not self.extract:
                     return missing  # seen one, seen all
@@ -1217,10 +1253,12 @@ def read_published(root, name, released=False, skip_bad=False, extract=True):
     task, bad, sides, known, renamed = tree.task, [], [], {}, 0  # known: candidate -> (item, its row in the corpus, or None)
 
     def complain(where, error):
-        error = f"{name}: {where}: {error if isinstance(error, DataError) else repr(error)}"
+        text = str(error) if isinstance(error, DataError) else f"{type(error).__name__}: {error}"
+        text = text if where in text else f"{where}: {text}"
+        text = text if text.startswith(f"{name}: ") else f"{name}: {text}"
         if not skip_bad:
-            raise DataError(error)
-        bad.append(error)
+            raise DataError(text)
+        bad.append(text)
 
     def add(where, key, item):
         nonlocal renamed
@@ -1250,9 +1288,11 @@ def read_published(root, name, released=False, skip_bad=False, extract=True):
             seen.add(key)
             query = tree.side(item, f"{name}: {where}")
             rows = [add(where, n, candidate) for n, candidate in named.items()]
-            gains = {known[n][1]: right[n] if isinstance(right, dict) else 1 for n in right if n in known and known[n][1] is not None}
-            if not gains:
-                raise DataError(f"no right candidate{'' if right else ' is named'} for this query")
+            if strange := [n for n in right if n not in (known if task.is_global else named)]:
+                raise DataError(f"the right candidate {strange[0]!r} is none of the candidates")
+            gains = {known[n][1]: right[n] if isinstance(right, dict) else 1 for n in right if known[n][1] is not None}
+            if not gains or not task.is_global and len(rows) < 2:
+                raise DataError("no right candidate for this query" if not gains else "a query with one candidate")
         except (ValueError, LookupError, TypeError, AttributeError, OSError) as e:
             complain(where, e)
             continue
@@ -1269,7 +1309,7 @@ def read_published(root, name, released=False, skip_bad=False, extract=True):
         complain(tree.copy, DataError(f"{len(known)} candidates, {task.corpus} are published"))
     if not queries:
         raise DataError(f"{name}: no query is left" + (f"; {len(bad)} problems, the first: {bad[0]}" if bad else ""))
-    about = dict(hub=tree.hub, version=version, revision=revision(tree.copy), rows=count, renamed=renamed)
+    about = dict(data=os.path.abspath(root), hub=tree.hub, version=version, revision=revision(tree.copy), rows=count, renamed=renamed)
     return Task(task.full_name, queries, sides, relevant, candidates, ids, "ndcg@5" if task.is_document else "hit@1", about, bad)
 
 

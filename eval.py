@@ -21,7 +21,10 @@ A tie counts against the model, so a constant embedding is never right by luck. 
 """
 
 import datetime
+import functools
+import glob
 import hashlib
+import inspect
 import json
 import math
 import os
@@ -42,7 +45,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 from transformers import DynamicCache
 
-from data import (META, MMEB, DataError, Side, World, collate, copies, download, frame_files, list_tasks, modality, nearest, parse_flags, read_published, read_task, target_size,
+from data import (META, MMEB, DataError, Side, World, collate, download, frame_files, list_tasks, modality, nearest, parse_flags, read_published, read_task, target_size,
                   to_device, world_tasks)
 from latent import greedy
 from model import MODES, RELEASED, SHAPES, LiveBytes, Plume, pick_device
@@ -180,9 +183,14 @@ def table(results):
 # ------------------------------------------------------------------------------------------------------------ encoding
 
 
+def short_hash(*texts):
+    return hashlib.blake2b("\0".join(texts).encode(), digest_size=8).hexdigest()
+
+
 def fingerprint(model):
-    """Hash of everything a checkpoint is: weights as they were loaded, settings, tokenizer."""
-    h = hashlib.blake2b(json.dumps(model.settings, sort_keys=True).encode() + model.processor.backend.to_str().encode(), digest_size=8)
+    """Hash of everything a checkpoint is: weights as they were loaded, configuration, settings, tokenizer."""
+    config = {k: v for k, v in model.backbone.config.to_dict().items() if k not in ("plume", "transformers_version", "_name_or_path")}
+    h = hashlib.blake2b(json.dumps([config, model.settings], sort_keys=True, default=str).encode() + model.processor.backend.to_str().encode(), digest_size=8)
     for name, tensor in sorted(model.state_dict().items()):
         h.update(name.encode())
         h.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
@@ -198,20 +206,20 @@ class Embedder:
     embedding depends on; "": nothing is kept.
     """
 
-    def __init__(self, model, cfg, mode, steps, folder=""):
+    def __init__(self, model, cfg, mode, steps, folder="", checkpoint_hash=None):
         self.model, self.cfg, self.how = model, cfg, (mode, steps)
         self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         self.record = np.dtype([("key", "V16"), ("vector", "<f4", (model.lm.config.hidden_size,))])
-        self.about = dict(checkpoint=fingerprint(model), mode=mode, steps=steps, limit=cfg.limit if mode == "cot" else None, protocol=cfg.protocol,
-                          dtype=str(model.lm.norm.weight.dtype), device=model.device.type, torch=torch.__version__, transformers=transformers.__version__,
-                          pillow=PIL.__version__, av=av.__version__)
-        self.run = hashlib.blake2b(json.dumps(self.about, sort_keys=True).encode(), digest_size=8).hexdigest()
-        self.folder, self.file, self.known, self.planned, self.bad, self.hashed = folder and os.path.join(folder, self.run), None, {}, set(), {}, {}
+        code = [inspect.getsource(sys.modules[name]) for name in ("adapter", "latent", "model", "data")]
+        self.about = dict(checkpoint_hash=checkpoint_hash or fingerprint(model), code_hash=short_hash(*code), mode=mode, steps=steps,
+                          limit=cfg.limit if mode == "cot" else None, protocol=cfg.protocol, dtype=str(model.lm.norm.weight.dtype),
+                          device=model.device.type, torch=torch.__version__, transformers=transformers.__version__, pillow=PIL.__version__, av=av.__version__)
+        self.run_hash = short_hash(json.dumps(self.about, sort_keys=True))
+        self.folder, self.file, self.known, self.planned, self.bad, self.hashed = folder and os.path.join(folder, self.run_hash), None, {}, set(), {}, {}
         self.asked = self.encoded = 0
         if folder:
             os.makedirs(self.folder, exist_ok=True)
-        for name in sorted(os.listdir(self.folder)) if folder and self.rank == 0 else ():
-            path = os.path.join(self.folder, name)
+        for path in sorted(glob.glob(os.path.join(glob.escape(self.folder), "*.bin"))) if folder and self.rank == 0 else ():
             records = np.fromfile(path, self.record, os.path.getsize(path) // self.record.itemsize)  # one cut off at the end is no record
             whole = np.abs(np.linalg.norm(records["vector"], axis=1) - 1) < 1e-3
             self.known.update((key.tobytes(), vector) for key, vector in zip(records["key"][whole], records["vector"][whole]))
@@ -220,14 +228,14 @@ class Embedder:
         """-> key, tokens, patches of a Side.  Reads all bytes of its media once, decodes none."""
         processor, h, tokens, patches = self.model.processor, hashlib.blake2b(digest_size=16), 0, 0
         for kind, value in side.parts:
-            h.update(f"{kind}\0".encode())
+            h.update(f"{kind}\0{len(value) if isinstance(value, (list, tuple)) else ''}\0".encode())
             if kind not in ("image", "video"):
                 tokens += len(processor.encode(value or ""))
                 h.update(f"{len(value or '')}\0{value}".encode())
                 continue
             limits = processor.limits
             low, high = (limits.min_pixels, limits.max_pixels) if kind == "image" else (limits.video_min_pixels, limits.video_max_pixels)
-            sources = frame_files(value) if kind == "video" and isinstance(value, str) and os.path.isdir(value) else value if isinstance(value, list) else [value]
+            sources = frame_files(value) if kind == "video" and isinstance(value, str) and os.path.isdir(value) else value if isinstance(value, (list, tuple)) else [value]
             area, count = high, limits.num_frames  # of a video file, which only decoding would tell
             for source in sources:
                 digest, size = self.hash(source)
@@ -243,12 +251,15 @@ class Embedder:
     def hash(self, source):
         """-> hash of a picture's or video's bytes, and the size of a picture."""
         if isinstance(source, Image.Image):
-            return hashlib.blake2b(f"{source.mode} {source.size}".encode() + source.tobytes(), digest_size=16).digest(), source.size
+            return hashlib.blake2b(f"{source.mode} {source.size} {source.getpalette()}".encode() + source.tobytes(), digest_size=16).digest(), source.size
         if source not in self.hashed:
-            with open(source, "rb") as f:
-                h, size = hashlib.blake2b(digest_size=16), None
-                while chunk := f.read(1 << 20):
-                    h.update(chunk)
+            h, size = hashlib.blake2b(digest_size=16), None
+            try:
+                with open(source, "rb") as f:
+                    while chunk := f.read(1 << 20):
+                        h.update(chunk)
+            except OSError:
+                h.update(source.encode())  # an error when it is decoded
             try:
                 with Image.open(source) as image:
                     size = image.size
@@ -332,7 +343,9 @@ class Embedder:
             for share, (vectors, bad) in zip(shares, found):
                 self.known.update((key, vector) for (key, _), vector in zip(share, vectors))
                 self.bad.update((share[i][0], why) for i, why in bad.items())
-        return torch.from_numpy(np.stack([self.known[key] for key, _, _ in weights])), [self.bad.get(key) for key, _, _ in weights]
+        reasons = [self.bad.get(key) for key, _, _ in weights]
+        reasons = [why if why is None or why.startswith(side.where) else f"{side.where}: the same as {why}" for why, side in zip(reasons, sides)]
+        return torch.from_numpy(np.stack([self.known[key] for key, _, _ in weights])), reasons
 
 
 def without_bad(task, queries, corpus):
@@ -355,30 +368,45 @@ def without_bad(task, queries, corpus):
 
 
 def score(embedder, tasks, folder="", took=None):
-    """Yields (task name, scores); each is also written to folder/<meta-task>/<dataset>_score.json as soon as it is known.
+    """(name, function that makes the Task)s -> yields (name, scores); each is also written to folder/<name>_score.json as soon as it is known.
 
-    took: what the model alone takes for the queries is added to its "seconds", "tokens" and "queries".
+    With skip_bad a task that cannot be made or has nothing left is dict(left_out=why).  took: what the model alone takes for the queries is added to its "seconds", "tokens" and "queries".
     """
-    for task in tasks:
+    for name, make in tasks:
         begun, before = time.perf_counter(), embedder.encoded
-        queries, asked = embedder(task.queries, f"{task.name} queries", took), embedder.encoded - before
-        seconds = time.perf_counter() - begun
-        corpus = embedder(task.corpus, f"{task.name} corpus")
-        words = [value or "" for side in (*task.queries, *task.corpus) for kind, value in side.parts if kind in ("text", "disc")]
-        task, vectors = without_bad(task, queries, corpus)
-        prompt = hashlib.blake2b("\0".join([embedder.model.settings["prompt"], *words]).encode(), digest_size=8).hexdigest()
-        result = dict(evaluate(task, vectors), **task.about, bad=task.bad, partial=bool(task.bad), prompt=prompt, run=embedder.run, **embedder.about,
-                      seconds=time.perf_counter() - begun, items_encoded=embedder.encoded - before, queries_per_s=asked / seconds if asked else None)
+        try:
+            task = make()
+            queries, asked = embedder(task.queries, f"{name} queries", took), embedder.encoded - before
+            seconds = time.perf_counter() - begun
+            corpus = embedder(task.corpus, f"{name} corpus")
+            words = [value or "" for side in (*task.queries, *task.corpus) for kind, value in side.parts if kind in ("text", "disc")]
+            task, vectors = without_bad(task, queries, corpus)
+            result = evaluate(task, vectors)
+        except DataError as e:
+            if not embedder.cfg.skip_bad:
+                raise
+            yield name, dict(left_out=str(e))
+            continue
+        result |= dict(**task.about, **embedder.about, bad=task.bad, partial=bool(task.bad), run_hash=embedder.run_hash,
+                       prompt_hash=short_hash(embedder.model.settings["prompt"], *words), seconds=time.perf_counter() - begun,
+                       items_encoded=embedder.encoded - before, queries_per_s=asked / seconds if asked else None)
         if folder:
-            path = os.path.join(folder, f"{task.name}_score.json")
-            if os.path.exists(path) and not result["items_encoded"]:  # all was known: its times are those of the run that encoded it
-                with open(path) as f:
-                    old = json.load(f)
-                if (old["run"], old["prompt"]) == (embedder.run, prompt):
-                    result |= {k: old[k] for k in ("seconds", "items_encoded", "queries_per_s")}
+            path = os.path.join(folder, f"{name}_score.json")
+            old = read_score(path)
+            if not result["items_encoded"] and (old.get("run_hash"), old.get("prompt_hash")) == (result["run_hash"], result["prompt_hash"]):
+                result |= {k: old[k] for k in ("seconds", "items_encoded", "queries_per_s")}  # all was known: the times of the run that encoded it
             os.makedirs(os.path.dirname(path), exist_ok=True)
             write_json(path, result)
-        yield task.name, result
+        yield name, result
+
+
+def read_score(path):
+    """A score file of an earlier run; {} when there is none, or not a whole one."""
+    try:
+        with open(path) as f:
+            return json.load(f)
+    except (OSError, ValueError):
+        return {}
 
 
 # ------------------------------------------------------------------------------------------------------------- MMEB-V2
@@ -435,32 +463,35 @@ def leaderboard(results, ours, model):
 
 
 def check(root, names, released):
-    """-> (one line a task: what is there of what was published, and how to get the rows that are not; number of tasks with problems)."""
+    """-> (one line a task: what is there of what was published, and commands that get the rest; number of tasks with problems)."""
     lines, hubs, wrong = [f"{'task':58}{'queries':>14}{'candidates':>14}  version   problems"], {}, 0
     of = lambda n, published: f"{n:,}" + (f" / {published:,}" if published else "")
     for name in tqdm(names, desc="looking at the files", leave=False):
         published = MMEB[name.split("/")[1]]
         try:
             task = read_published(root, published.name, released, skip_bad=True, extract=False)
-            counts, version, bad = (of(task.about["rows"], published.queries), of(len(task.corpus), published.corpus)), task.about["version"], task.bad
+            rows, corpus, version, bad = task.about["rows"], len(task.corpus), task.about["version"], task.bad
         except DataError as e:
-            counts, version, bad = (of(0, published.queries), "-"), "", [str(e)]
-            hubs |= {} if any(map(os.path.isdir, copies(root, published.hub))) else {published.hub: download(root, published.hub)}
+            rows, corpus, version, bad = 0, 0, "", [str(e)]
+        if version == "original" or rows != published.queries or published.corpus and corpus != published.corpus:
+            hubs[published.hub] = download(root, published.hub)
         wrong += bool(bad)
-        lines.append((f"{name:58}{counts[0]:>14}{counts[1]:>14}  {version:8}" + (f"  {len(bad)}, the first: {bad[0]}" if bad else "")).rstrip())
-    lines += ["", "rows that are not there yet:", *hubs.values()] if hubs else []
+        lines.append((f"{name:58}{of(rows, published.queries):>14}{of(corpus, published.corpus):>14}  {version:8}" + (f"  {len(bad)}, the first: {bad[0]}" if bad else "")).rstrip())
+    lines += ["", "rows that are not there, not all there, or not the mended ones:", *hubs.values()] if hubs else []
     return "\n".join(lines), wrong
 
 
 def main_scores(path):
-    """A score file of ours or in the leaderboard's format -> {task: its own metric}."""
-    with open(path) as f:
-        raw = json.load(f)
-    if "tasks" in raw:
-        return {name: r[r["metric"]] for name, r in raw["tasks"].items()}
-    if "metrics" in raw:
-        return {f"{part}/{name}": r["ndcg_linear@5" if part == "visdoc" else "hit@1"] for part, found in raw["metrics"].items() for name, r in found.items()}
-    raise DataError(f"{path}: neither a file that --json wrote nor a leaderboard.json")
+    """A file that --json wrote, or one in the leaderboard's format -> {"image/MSVD": the task's own metric}."""
+    try:
+        with open(path) as f:
+            raw = json.load(f)
+        if "tasks" in raw:
+            return {f"{modality(name.split('/')[0])}/{name.split('/')[1]}": r[r["metric"]] for name, r in raw["tasks"].items()}
+        return {f"{part}/{name.removesuffix('-fixed')}": r["ndcg_linear@5" if part == "visdoc" else "hit@1"]
+                for part, found in raw["metrics"].items() for name, r in found.items()}
+    except (ValueError, LookupError, TypeError, AttributeError) as e:
+        raise DataError(f"{path}: neither a file that --json writes nor a leaderboard.json: {type(e).__name__} {e}") from e
 
 
 def differences(paths):
@@ -480,11 +511,11 @@ def differences(paths):
 
 def compare(model, tasks, cfg):
     """One row for each mode, and for each number of latent steps up to the checkpoint's K."""
-    rows = []
+    rows, checkpoint_hash = [], fingerprint(model)
     for mode, steps in [("single", None), *(("latent", k) for k in range(model.settings["latent_steps"] + 1)), ("cot", None)]:
         model.encode(tasks[0].queries[: cfg.batch_size], mode, steps, cfg.batch_size, limit=cfg.limit)  # the first call is slower
         took = {"queries": 0, "seconds": 0.0, "tokens": 0}
-        results = dict(score(Embedder(model, cfg, mode, steps), tasks, took=took))
+        results = dict(score(Embedder(model, cfg, mode, steps, "", checkpoint_hash), [(t.name, lambda t=t: t) for t in tasks], took=took))
         rows.append(dict(mode=mode, steps=steps, tokens=took["tokens"] / took["queries"], ms=1e3 * took["seconds"] / took["queries"],
                          hits={t: r["hit@1"] for t, r in results.items()}, mean=float(np.mean([r["hit@1"] for r in results.values()]))))
     return rows
@@ -808,6 +839,8 @@ def main(argv):
         raise DataError("--compare takes one PNG to draw, or two JSON files of scores and no other flag")
     if two_files:
         return print(differences(cfg.compare))
+    if cfg.compare and not cfg.compare[0].lower().endswith(".png"):
+        raise DataError(f"--compare {cfg.compare[0]}: one file is a picture to draw and must end in .png; name two JSON files to compare their scores")
     if cfg.compare and given & {"mode", "steps", "scores", "check", "skip_bad"}:
         raise DataError("--compare runs every mode: leave out --mode, --steps, --scores, --check and --skip_bad")
     if cfg.protocol not in ("clean", "released"):
@@ -853,12 +886,9 @@ def main(argv):
     device = f"cuda:{local}" if world > 1 and cfg.device in ("", "cuda") and torch.cuda.is_available() else cfg.device
     as_released = {**{k: RELEASED[k] for k in ("latent_positions", "white_image", "prompt")}, "limits": RELEASED_LIMITS} if released else {}
     model, begun = Plume.from_pretrained(cfg.ckpt, device or None, cfg.dtype or None, **as_released), time.time()
-    if published:  # one after the other
-        tasks = (read_published(cfg.data, name.split("/")[1], released, cfg.skip_bad) for name in names)
-    else:
-        tasks = [turtle[name] if turtle else read_task(cfg.data, name) for name in names] if first else []
+    make = lambda name: read_published(cfg.data, name.split("/")[1], released, cfg.skip_bad) if published else turtle[name] if turtle else read_task(cfg.data, name)
     if cfg.compare:
-        tasks = list(tasks)
+        tasks = [make(name) for name in names]
         rows = compare(model, tasks, cfg)
         print(f"{cfg.ckpt}: every mode, {model.device}, batches of {cfg.batch_size}, {time.time() - begun:.0f} s; tokens: decoded per query; "
               "ms/query: the model alone")
@@ -869,16 +899,21 @@ def main(argv):
             write_json(cfg.json, dict(ckpt=cfg.ckpt, data=cfg.data, batch_size=cfg.batch_size, device=str(model.device), rows=rows))
         return
     steps = None if cfg.mode != "latent" else model.settings["latent_steps"] if cfg.steps < 0 else cfg.steps
-    ours, root = os.path.basename(os.path.normpath(cfg.ckpt)), cfg.scores or ("out/scores" if published else "")
-    folder = root and os.path.join(root, f"{ours}-{cfg.mode}{'' if steps is None else steps}{'-released' * released}")
+    root, ours = cfg.scores or ("out/scores" if published else ""), "-".join(os.path.normpath(cfg.ckpt).split(os.sep)[-2:])
     embedder = Embedder(model, cfg, cfg.mode, steps, root and os.path.join(root, "embeddings"))
-    results = {}
+    folder = root and os.path.join(root, f"{ours}-{cfg.mode}{'' if steps is None else steps}{'-released' * released}-{embedder.run_hash[:6]}")
+    if not first:
+        return embedder.serve()
+    results, left_out = {}, {}
     try:
-        if not first:
-            return embedder.serve()
+        tasks = [(name, functools.partial(make, name)) for name in names]
+        if not published:  # all are read before the first is encoded; those of MMEB-V2 `check` has looked at
+            tasks = [(name, lambda task=read(): task) for name, read in tasks]
         for name, result in score(embedder, tasks, folder):
-            results[name] = result
-            tqdm.write(f"{name}: {result['metric']} {result[result['metric']]:.1%}, {result['seconds']:.0f} s") if published else None
+            (left_out if "left_out" in result else results)[name] = result
+            if published:
+                tqdm.write(f"{name}: " + (f"left out: {result['left_out']}" if "left_out" in result else
+                                          f"{result['metric']} {result[result['metric']]:.1%}, {result['seconds']:.0f} s"))
     except KeyboardInterrupt:
         kept = f"; the embeddings so far are in {embedder.folder}, the same command goes on with them" if folder else ""
         raise DataError(f"interrupted after {len(results)} of {len(names)} tasks{kept}") from None
@@ -888,19 +923,28 @@ def main(argv):
     how = cfg.mode if steps is None else f"{cfg.mode}, {steps} latent steps"
     print(f"{cfg.ckpt}, mode {how}: {embedder.asked} items, {embedder.encoded} encoded, {len(embedder.planned) - embedder.encoded} known from before, "
           f"{embedder.asked - len(embedder.planned)} shared; {time.time() - begun:.0f} s")
+    if not results:
+        raise DataError(f"no task is left: {'; '.join(r['left_out'] for r in left_out.values())}")
     print(table(results))
-    if published:
-        print("", paper_table(results, ours), sep="\n")
-        write_json(os.path.join(folder, "leaderboard.json"), leaderboard(results, ours, model))
-        with open(os.path.join(folder, "table.md"), "w") as f:
-            f.write(paper_table(results, ours, markdown=True) + "\n")
-        print(f"scores: {folder}/<meta-task>/<data set>_score.json, {folder}/leaderboard.json, {folder}/table.md")
     if cfg.json:
-        write_json(cfg.json, dict(ckpt=cfg.ckpt, mode=cfg.mode, steps=steps, data=cfg.data, tasks=results))
+        write_json(cfg.json, dict(ckpt=cfg.ckpt, mode=cfg.mode, steps=steps, data=cfg.data, tasks=results, left_out=left_out))
+    if published:
+        earlier = {t.full_name: read_score(os.path.join(folder, f"{t.full_name}_score.json")) for t in MMEB.values() if t.full_name not in names}
+        earlier = {name: r for name, r in earlier.items() if r.get("run_hash") == embedder.run_hash and r.get("data") == os.path.abspath(cfg.data)}
+        everything = earlier | results
+        print(f"\n{len(results)} tasks of this command" + f" and {len(earlier)} that were scored before with the same checkpoint and settings" * bool(earlier))
+        print(paper_table(everything, ours))
+        write_json(os.path.join(folder, "leaderboard.json"), leaderboard(everything, ours, model))
+        with open(os.path.join(folder, "table.md.writing"), "w") as f:
+            f.write(paper_table(everything, ours, markdown=True) + "\n")
+        os.replace(os.path.join(folder, "table.md.writing"), os.path.join(folder, "table.md"))
+        print(f"scores: {folder}/<meta-task>/<data set>_score.json, {folder}/leaderboard.json, {folder}/table.md")
 
 
 if __name__ == "__main__":
     try:
         sys.exit(main(sys.argv[1:]))
-    except (DataError, FileNotFoundError) as e:
+    except (DataError, OSError) as e:
         sys.exit(f"error: {e}")
+    except KeyboardInterrupt:
+        sys.exit("interrupted")

@@ -1750,14 +1750,14 @@ class Miniature:
             query = dict(text=f"{INST} for {name}." + (f" what is this, {i}?" if task.meta == "image_qa" else ""), image=self.picture(base / path(self.names[i]), self.names[i]))
             found = [dict(text=n) for n in mine]
             if t2i or i2i:
-                texts = [f"a {n}" for n in mine] if captioned else [""] * 4
+                texts = [f'"a {n}"' if i2i else f"a {n}" for n in mine] if captioned else [""] * 4
                 row |= dict(tgt_inst="<|image_1|>\nRepresent it.", tgt_text=texts, tgt_img_path=[path(n) for n in mine])
                 found = [dict(text=f"Represent it. {t}".strip(), image=self.picture(base / path(n), n)) for t, n in zip(texts, mine)]
             if name == "RefCOCO-Matching":  # one picture, four captions
                 row["tgt_img_path"] = [path(mine[0])] * 4
                 found = [dict(f, image=str(base / path(mine[0]))) for f in found]
             if t2i:
-                row |= dict(qry_text=f"the {mine[0]} \nof {i}", qry_img_path="")
+                row |= dict(qry_text=f"the {mine[0]} \nof {i}\n", qry_img_path="")  # with a line break at the end, as VisDial's
                 query = dict(text=f"{INST} for {name}. the {mine[0]}\nof {i}")
             queries.append(query)
             candidates.append(found)
@@ -1952,9 +1952,9 @@ def test_all_78_tasks_from_their_files_score_what_an_independent_computation_doe
     assert {results[n]["version"] for n in ("video_mret/MomentSeeker", "visdoc_ood/ViDoSeek-page", "visdoc_ood/MMLongBench-page")} == {"fixed"}
     asked, encoded, known, shared = map(int, re.search(r"(\d+) items, (\d+) encoded, (\d+) known from before, (\d+) shared", done.stdout).groups())
     assert encoded + shared == asked and shared > 100 and not known  # labels and pages that several tasks have
-    folder = tmp_path / "scores" / "small-latent8"
+    (folder,) = (tmp_path / "scores").glob("small?-small-latent8-??????")
     one = json.loads((folder / "video_ret" / "MSVD_score.json").read_text())
-    assert one == results["video_ret/MSVD"] and one["queries_per_s"] > 0 and one["steps"] == 8 and one["mode"] == "latent" and one["checkpoint"] and one["prompt"]
+    assert one == results["video_ret/MSVD"] and one["queries_per_s"] > 0 and one["steps"] == 8 and one["mode"] == "latent" and one["checkpoint_hash"] and one["prompt_hash"]
     board = json.loads((folder / "leaderboard.json").read_text())
     assert {part: len(found) for part, found in board["metrics"].items()} == dict(image=36, video=18, visdoc=24) and board["metadata"]["incomplete"] == []
     assert {"ViDoSeek-page-fixed", "MMLongBench-page-fixed", "ViDoSeek-doc"} <= board["metrics"]["visdoc"].keys() and "MomentSeeker" in board["metrics"]["video"]
@@ -1968,12 +1968,17 @@ def test_all_78_tasks_from_their_files_score_what_an_independent_computation_doe
     call("eval.py", *flags[:-1], tmp_path / "b.json", "--mode", "single", "--task", "image_gd,MSVD,visdoc")
     done = call("eval.py", "--compare", tmp_path / "a.json", tmp_path / "b.json")
     b = json.loads((tmp_path / "b.json").read_text())["tasks"]
-    assert len(b) == 4 + 1 + 24 and all(r["run"] != results[n]["run"] for n, r in b.items()) and (folder / "table.md").exists()
+    assert len(b) == 4 + 1 + 24 and all(r["run_hash"] != results[n]["run_hash"] for n, r in b.items()) and (folder / "table.md").exists()
     sizes = [abs(float(line.split()[-1])) for line in done.stdout.splitlines()[1 : 1 + len(b)]]
     assert sizes == sorted(sizes, reverse=True) and "only in a" in done.stdout and "only in b" not in done.stdout
-    assert "visdoc_ood/ViDoSeek-doc" in done.stdout
+    assert "visdoc/ViDoSeek-doc" in done.stdout
     done = call("eval.py", "--compare", folder / "leaderboard.json", folder / "leaderboard.json")
     assert "image/ImageNet-1K" in done.stdout and "+0.0" in done.stdout
+    done = call("eval.py", "--compare", folder / "leaderboard.json", tmp_path / "a.json")
+    assert len(done.stdout.splitlines()) == 80 and "only in" not in done.stdout and not re.search(r"[1-9]\n", done.stdout)  # the same scores in two formats
+    for wrong, said in ((["a.json"], "must end in .png"), (["a.json", "b.png"], "No such file"), ([folder / "table.md", folder / "table.md"], "neither a file that")):
+        assert said in call("eval.py", "--compare", *(tmp_path / w for w in wrong), check=False).stderr
+    assert (tmp_path / "a.json").read_text().startswith("{")
 
 
 def stored(folder):
@@ -2017,17 +2022,27 @@ def test_a_stopped_run_goes_on_and_two_ranks_equal_one_bit_for_bit(mmeb, small, 
     assert here == timeless(json.loads((tmp_path / "whole.json").read_text())["tasks"]) and stored(tmp_path / "stopped") == stored(tmp_path / "whole")
 
 
-def test_embeddings_of_another_checkpoint_mode_or_setting_are_never_used(small, world):
+def test_embeddings_of_another_checkpoint_mode_or_setting_are_never_used(small, world, tmp_path, monkeypatch):
     model = Plume.from_pretrained(small)
     cfg = evaluation.Config()
-    runs = [evaluation.Embedder(model, cfg, "latent", 8).run, evaluation.Embedder(model, cfg, "latent", 4).run, evaluation.Embedder(model, cfg, "single", None).run,
-            evaluation.Embedder(model, evaluation.Config(protocol="released"), "latent", 8).run]
+    run_hash = lambda m, c=cfg, mode="latent", steps=8: evaluation.Embedder(m, c, mode, steps).run_hash
+    runs = [run_hash(model), run_hash(model, steps=4), run_hash(model, cfg, "single", None), run_hash(model, evaluation.Config(protocol="released"))]
     with torch.no_grad():
         model.adapter.state_dict()["ln.bias"][3] += 1e-6
-    runs.append(evaluation.Embedder(model, cfg, "latent", 8).run)
-    runs.append(evaluation.Embedder(Plume.from_pretrained(small, limits=dict(max_pixels=784)), cfg, "latent", 8).run)
-    runs.append(evaluation.Embedder(Plume.from_pretrained(small, dtype="bfloat16"), cfg, "latent", 8).run)
-    assert len(set(runs)) == len(runs) and evaluation.Embedder(Plume.from_pretrained(small), cfg, "latent", 8).run == runs[0]
+    runs.append(run_hash(model))
+    runs.append(run_hash(Plume.from_pretrained(small, limits=dict(max_pixels=784))))
+    runs.append(run_hash(Plume.from_pretrained(small, dtype="bfloat16")))
+    for key, value in (("rope_theta", 1e6), ("rms_norm_eps", 0.01)):  # what is in no weight
+        shutil.copytree(small, tmp_path / key)
+        config = json.loads((small / "config.json").read_text())
+        text = config["text_config"]
+        (text["rope_parameters"] if key == "rope_theta" else text)[key] = value
+        (tmp_path / key / "config.json").write_text(json.dumps(config))
+        runs.append(run_hash(Plume.from_pretrained(tmp_path / key)))
+    with monkeypatch.context() as m:
+        m.setattr(evaluation.inspect, "getsource", lambda module: "another source")
+        runs.append(run_hash(Plume.from_pretrained(small)))
+    assert len(set(runs)) == len(runs) and run_hash(Plume.from_pretrained(small)) == runs[0]
     weigh = evaluation.Embedder(model, cfg, "latent", 8).weigh
     items = mixed_items(world) + ["red ", dict(image=str(world / "red bar.png"), text="x"), dict(video=[str(world / "red bar.png")])]
     keys = [weigh(parse_item(i))[0] for i in items]
@@ -2072,6 +2087,7 @@ def test_versions_are_told_apart_and_another_count_is_an_error(mmeb, counts, tmp
     (tmp_path / "rows/VLM2Vec/ViDoSeek-page-fixed").rename(tmp_path / "rows/VLM2Vec/ViDoSeek-page")
     monkeypatch.setitem(data.MMEB, "ViDoSeek-page", replace(data.MMEB["ViDoSeek-page"], versions={"VLM2Vec/ViDoSeek-page-fixed": ("fixed", 4), "VLM2Vec/ViDoSeek-page": ("original", 4)}))
     assert data.read_published(str(tmp_path), "ViDoSeek-page").about["version"] == "original"
+    assert "\nhf download VLM2Vec/ViDoSeek-page-fixed --repo-type dataset" in call("eval.py", "--data", tmp_path, "--check", "--task", "ViDoSeek-page").stdout
     versions = data.MMEB["MomentSeeker"].versions
     for count, version in ((13, "original"), (4, "fixed"), (5, "unknown")):
         path = tmp_path / "rows/VLM2Vec/MomentSeeker/test.jsonl"
@@ -2113,25 +2129,91 @@ def test_what_is_missing_or_broken_is_named_and_with_skip_bad_marks_the_score_as
     done = call("eval.py", *flags, "MSCOCO_t2i", check=False)
     assert "red square.jpg" in done.stderr and "image_ret/MSCOCO_t2i" not in done.stdout
     done = call("eval.py", *flags, "MSCOCO_t2i,ImageNet-1K,MSVD", "--skip_bad")
-    scores = {n: json.loads((tmp_path / f"scores/small-latent8/{n}_score.json").read_text()) for n in ("image_ret/MSCOCO_t2i", "image_cls/ImageNet-1K", "video_ret/MSVD")}
+    (folder,) = (tmp_path / "scores").glob("*-latent8-*")
+    scores = {n: json.loads((folder / f"{n}_score.json").read_text()) for n in ("image_ret/MSCOCO_t2i", "image_cls/ImageNet-1K", "video_ret/MSVD")}
     assert all(s["partial"] for s in scores.values()) and "partial: " in done.stdout and "*" in done.stdout
     assert [s["queries"] for s in scores.values()] == [3, 3, 3]  # its right candidate is broken, its picture, its clip missing
     assert [len(s["bad"]) for s in scores.values()] == [2, 1, 2] and "red square.jpg" in scores["image_ret/MSCOCO_t2i"]["bad"][0]
     assert scores["video_ret/MSVD"]["candidates"] == 3
+    # a task of which nothing is there does not take the others with it, and what was scored before stays in the table
+    done = call("eval.py", *flags, "K700,ViDoRe_docvqa,MSVD", "--skip_bad", "--json", tmp_path / "rest.json")
+    rest = json.loads((tmp_path / "rest.json").read_text())
+    assert [*rest["tasks"]] == ["video_ret/MSVD"] and [*rest["left_out"]] == ["video_cls/K700", "vidore_v1/ViDoRe_docvqa"] and "left out: " in done.stdout
+    assert "1 tasks of this command and 2 that were scored before" in done.stdout
+    board = json.loads((folder / "leaderboard.json").read_text())
+    assert [*board["metrics"]["image"]] == ["ImageNet-1K", "MSCOCO_t2i"] and len(board["metadata"]["incomplete"]) == 78
+    done = call("eval.py", *flags, "K700", "--skip_bad", check=False)
+    assert "no task is left" in done.stderr and "classes/K700.txt" in done.stderr
 
 
-def test_ids_that_stand_twice_and_columns_that_are_not_there_are_errors(counts, tmp_path):
-    for at, config, rows, said in (
-            (0, "corpus", lambda rows: [dict(r, **{"corpus-id": "doc/0"}) for r in rows], "'doc/0' stands there twice"),
-            (1, "queries", lambda rows: [dict(r, **{"query-id": 0}) for r in rows], "'0' stands there twice"),
-            (2, "queries", lambda rows: [dict({k: v for k, v in r.items() if k != "query"}, querry="x") for r in rows], "no column 'query'. Did you mean 'querry'?")):
-        root = tmp_path / str(at)
-        mini = Miniature(root, ["ViDoRe_docvqa"])
-        hub = data.MMEB["ViDoRe_docvqa"].hub
-        old = [row for _, row in data.rows_of(str(root / "rows" / hub), config, "test")]
-        mini.rows(hub, config, "test", rows(old))
-        with pytest.raises(DataError, match=re.escape(said)):
-            data.read_published(str(root), "ViDoRe_docvqa")
+def edit(mini, hub, config, split, change):
+    """Rewrite the rows of a part of a hub repository."""
+    old = [dict(row) for _, row in data.rows_of(str(mini.root / "rows" / hub), config, split)]
+    mini.rows(hub, config, split, change(old))
+
+
+DOCS, ROWS = ("ViDoRe_docvqa", "vidore/docvqa_test_subsampled_beir"), "ziyjiang/MMEB_Test_Instruct"
+first = lambda **kw: lambda rows: [dict(rows[0], **kw), *rows[1:]]
+
+
+@pytest.mark.parametrize("name, hub, config, change, said", [
+    (*DOCS, "corpus", lambda rows: [dict(r, **{"corpus-id": "doc/0"}) for r in rows], ["'doc/0' stands there twice", "row 2"]),
+    (*DOCS, "corpus", lambda rows: [dict(r, image="x.png") for r in rows], ["doc_0.png' is not in", "row 1"]),
+    (*DOCS, "queries", lambda rows: [dict(r, **{"query-id": 0}) for r in rows], ["'0' stands there twice", "row 2"]),
+    (*DOCS, "queries", lambda rows: [dict(querry="x", **{"query-id": r["query-id"]}) for r in rows], ["no column 'query'. Did you mean 'querry'?", "row 1"]),
+    (*DOCS, "queries", first(query=None), ["needs a text, got None", "row 1"]),
+    (*DOCS, "qrels", lambda rows: [{k: v for k, v in r.items() if k != "score"} for r in rows], ["no column 'score'", "row 1"]),
+    (*DOCS, "qrels", lambda rows: [dict(r, score=str(r["score"])) for r in rows], ["'score' must be a number", "row 1"]),
+    (*DOCS, "qrels", lambda rows: [*rows, {"query-id": 1, "corpus-id": "doc/77", "score": 1}], ["'doc/77' is none of the candidates", "row 2"]),
+    ("ImageNet-1K", ROWS, "ImageNet-1K", first(qry_img_path=""), ["'' is not in", "row 1"]),
+    ("ImageNet-1K", ROWS, "ImageNet-1K", lambda rows: [dict(r, tgt_text=r["tgt_text"][0]) for r in rows], ["'tgt_text' must be a list of texts", "row 1"]),
+    ("ImageNet-1K", ROWS, "ImageNet-1K", first(tgt_text=["red bar"]), ["a query with one candidate", "row 1"]),
+    ("MSCOCO", ROWS, "MSCOCO", first(tgt_img_path=["MSCOCO/Test/red bar.jpg"] * 3, tgt_text=["x"] * 4), ["ValueError", "row 1"]),
+    ("SmthSmthV2", "VLM2Vec/SmthSmthV2", "", first(pos_text="blue bar"), ["'blue bar' is none of the candidates", "row 1"]),
+    ("Video-MME", "VLM2Vec/Video-MME", "", first(answer="E"), ["ValueError", "row 1"])])
+def test_a_row_that_cannot_be_right_is_named(counts, tmp_path, name, hub, config, change, said):
+    mini = Miniature(tmp_path, [name])
+    edit(mini, hub, config, "test", change)
+    with pytest.raises(DataError) as error:
+        data.read_published(str(tmp_path), name)
+    assert all(s in str(error.value) for s in said) and str(tmp_path) in str(error.value) and str(error.value).count(": row ") == 1, error.value
+
+
+def test_oddities_of_rows_that_are_right(counts, tmp_path):
+    mini = Miniature(tmp_path / ".hidden", ["ImageNet-1K", "MomentSeeker", "Video-MME", "ViDoSeek-page"])
+    root = mini.root
+    edit(mini, ROWS, "ImageNet-1K", "test", first(qry_text=None))
+    task = data.read_published(str(root), "ImageNet-1K")
+    assert task.queries[0].parts[-1] == ("text", f"{INST} for ImageNet-1K.") == task.queries[1].parts[-1]
+    clips = [f"video_frames/clips_0_{k}" for k in range(4)]  # the newer layout names the folder of frames
+    entries = lambda paths: [dict(output_path="gone.mp4", frame_path=p) for p in paths]
+    rows = [json.loads(line) for line in (root / "rows/VLM2Vec/MomentSeeker/test.jsonl").read_text().splitlines()]
+    rows[0] |= dict(positive_frames=entries(clips[:2]), negative_frames=entries(clips[2:]))
+    before = data.read_published(str(root), "MomentSeeker")
+    mini.rows("VLM2Vec/MomentSeeker", "", "test", rows, "json")
+    assert [s.parts for s in data.read_published(str(root), "MomentSeeker").corpus] == [s.parts for s in before.corpus]
+    edit(mini, "VLM2Vec/Video-MME", "", "test", first(options=["A.cats", "B.dogs", "C.pets", "D.kids"]))  # no blank behind the dot
+    assert len(data.read_published(str(root), "Video-MME").candidates[0]) == 4
+    (root / "visdoc-tasks/images/ViDoSeek-page").mkdir(parents=True)  # of an archive of who knows which version
+    picture("red", "bar").save(root / "visdoc-tasks/images/ViDoSeek-page/doc_1.png")
+    assert "extracted" in data.read_published(str(root), "ViDoSeek-page").corpus[1].parts[0][1]
+    frames = root / "video-tasks/frames/video_mret/MomentSeeker/video_frames/clips_0_0"
+    (frames / "._frame_1.jpg").write_bytes(b"what a Mac puts into archives")
+    (root / "video-tasks/video_mret/MomentSeeker/frames/video_frames").mkdir(parents=True)
+    frames.rename(root / "video-tasks/video_mret/MomentSeeker/frames/video_frames/clips_0_0")
+    frames.mkdir()  # an empty folder does not hide the full one
+    assert len(data.read_published(str(root), "MomentSeeker").corpus[0].parts[0][1]) == 8
+
+
+def test_only_the_first_1000_rows_of_ssv2_count_and_parquet_without_pyarrow_says_what_to_install(counts, tmp_path, monkeypatch):
+    mini = Miniature(tmp_path, ["SmthSmthV2"])
+    monkeypatch.setitem(data.MMEB, "SmthSmthV2", replace(data.MMEB["SmthSmthV2"], queries=1000))
+    edit(mini, "VLM2Vec/SmthSmthV2", "", "test", lambda rows: rows * 300)
+    assert len(data.read_published(str(tmp_path), "SmthSmthV2").queries) == 1000
+    monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
+    monkeypatch.delattr(sys.modules["pyarrow"], "parquet", raising=False)
+    with pytest.raises(DataError, match="pip install pyarrow"):
+        data.read_published(str(tmp_path), "SmthSmthV2")
 
 
 def test_files_of_a_subset_and_split_are_found_as_the_hub_names_them(tmp_path):
@@ -2151,8 +2233,14 @@ def test_files_of_a_subset_and_split_are_found_as_the_hub_names_them(tmp_path):
     assert names(["data/validation-0.parquet"], "", "val") == ["data/validation-0.parquet"]
     card = "---\nconfigs:\n- config_name: test_1k\n  data_files:\n  - split: test\n    path: x/1k*.json\n- config_name: test_3k\n  data_files: x/3k.json\n---\n"
     assert names(["x/1k_a.json", "x/3k.json"], "test_1k", "test", card) == ["x/1k_a.json"] and names(["x/1k_a.json", "x/3k.json"], "test_3k", "test", card) == ["x/3k.json"]
+    assert names(["a.json"], "", "test", "---\nconfigs:\n- config_name: default\n  data_files:\n    path: a.json\n---\n") == ["a.json"]
     with pytest.raises(DataError, match="no .parquet, .jsonl or .json file of subset 'q', split 'test'"):
         list(data.rows_of(str(tmp_path / "d"), "q", "test"))
+    with pytest.raises(DataError, match="test-...-of-00003.parquet: 2 of 3 files are there"):
+        names([f"test-0000{n}-of-00003.parquet" for n in (0, 2)], "", "test")
+    for broken in ("---\nconfigs: [\n---\n", "---\nconfigs: 7\n---\n"):
+        with pytest.raises(DataError, match="README.md: its 'configs' cannot be read"):
+            names(["a.json"], "", "test", broken)
 
 
 def test_the_released_protocol_is_the_released_evaluation_s_input(mmeb, counts, small, tmp_path):
@@ -2165,7 +2253,7 @@ def test_the_released_protocol_is_the_released_evaluation_s_input(mmeb, counts, 
     assert clips == [8, 9]
     done = call("eval.py", "--data", mmeb.root, "--ckpt", small, "--task", "MSVD", "--protocol", "released", "--scores", tmp_path, "--json", tmp_path / "r.json")
     r = json.loads((tmp_path / "r.json").read_text())["tasks"]["video_ret/MSVD"]
-    assert r["protocol"] == "released" and (tmp_path / "small-latent8-released/video_ret/MSVD_score.json").exists()
+    assert r["protocol"] == "released" and len([*tmp_path.glob("*-latent8-released-*/video_ret/MSVD_score.json")]) == 1
     model = Plume.from_pretrained(small, latent_positions="cache", white_image=True, prompt=plume_model.RELEASED_PROMPT,
                                   limits=dict(min_pixels=784, max_pixels=2359296, max_len=11288, num_frames=64))
     assert abs(r["hit@1"] - score_by_hand(model, *mmeb.expected["MSVD"], "hit@1")) < 1e-9
