@@ -1133,7 +1133,7 @@ class Tree:
     """
 
     def __init__(self, root, task, released=False, extract=True):
-        self.root, self.extract, self.judged, self.listed = root, extract, {}, {}
+        self.root, self.extract, self.judged, self.listed, self.media = root, extract, {}, {}, {}  # media: is each one there?
         if released and task.read is pages and task.meta != "visrag":
             task = replace(task, query="", target="")
         self.task, self.most = task, 10**6 if released and task.read is momentseeker else CLIP_FRAMES
@@ -1185,7 +1185,9 @@ class Tree:
         text, kind, name = item
         if not kind:
             return Side([("text", printable(text, where))], where=where)
+        self.media.setdefault((kind, name), False)
         media = self.find(name) if kind == "image" else self.listed[self.find(name, self.has_frames)]
+        self.media[kind, name] = True
         return Side([(kind, media), ("text", "\n"), ("text", printable(text, where))], where=where)
 
     def corpus(self):
@@ -1211,6 +1213,7 @@ class Tree:
             in_rows = self.take_out(missing) if missing else set()
             for where, name in names:
                 file = self.page_file(name)
+                self.media["image", file] = file in in_rows
                 yield where, name, (self.task.target, "" if file in in_rows else "image", file)
 
     def page_file(self, name):
@@ -1309,7 +1312,8 @@ def read_published(root, name, released=False, skip_bad=False, extract=True):
         complain(tree.copy, DataError(f"{len(known)} candidates, {task.corpus} are published"))
     if not queries:
         raise DataError(f"{name}: no query is left" + (f"; {len(bad)} problems, the first: {bad[0]}" if bad else ""))
-    about = dict(data=os.path.abspath(root), hub=tree.hub, version=version, revision=revision(tree.copy), rows=count, renamed=renamed)
+    about = dict(data=os.path.abspath(root), hub=tree.hub, version=version, revision=revision(tree.copy), rows=count, renamed=renamed,
+                 media=sum(tree.media.values()), media_wanted=len(tree.media))
     return Task(task.full_name, queries, sides, relevant, candidates, ids, "ndcg@5" if task.is_document else "hit@1", about, bad)
 
 

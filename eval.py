@@ -464,19 +464,20 @@ def leaderboard(results, ours, model):
 
 def check(root, names, released):
     """-> (one line a task: what is there of what was published, and commands that get the rest; number of tasks with problems)."""
-    lines, hubs, wrong = [f"{'task':58}{'queries':>14}{'candidates':>14}  version   problems"], {}, 0
+    lines, hubs, wrong = [f"{'task':58}{'queries':>14}{'candidates':>14}{'media':>18}  version   problems"], {}, 0
     of = lambda n, published: f"{n:,}" + (f" / {published:,}" if published else "")
     for name in tqdm(names, desc="looking at the files", leave=False):
         published = MMEB[name.split("/")[1]]
         try:
             task = read_published(root, published.name, released, skip_bad=True, extract=False)
-            rows, corpus, version, bad = task.about["rows"], len(task.corpus), task.about["version"], task.bad
+            about, corpus, bad = task.about, len(task.corpus), task.bad
         except DataError as e:
-            rows, corpus, version, bad = 0, 0, "", [str(e)]
-        if version == "original" or rows != published.queries or published.corpus and corpus != published.corpus:
+            about, corpus, bad = dict(rows=0, version="", media=0, media_wanted=0), 0, [str(e)]
+        if about["version"] == "original" or about["rows"] != published.queries or published.corpus and corpus != published.corpus:
             hubs[published.hub] = download(root, published.hub)
         wrong += bool(bad)
-        lines.append((f"{name:58}{of(rows, published.queries):>14}{of(corpus, published.corpus):>14}  {version:8}" + (f"  {len(bad)}, the first: {bad[0]}" if bad else "")).rstrip())
+        counts = f"{of(about['rows'], published.queries):>14}{of(corpus, published.corpus):>14}{of(about['media'], about['media_wanted']):>18}"
+        lines.append((f"{name:58}{counts}  {about['version']:8}" + (f"  {len(bad)}, the first: {bad[0]}" if bad else "")).rstrip())
     lines += ["", "rows that are not there, not all there, or not the mended ones:", *hubs.values()] if hubs else []
     return "\n".join(lines), wrong
 
