@@ -1940,7 +1940,7 @@ def test_all_78_tasks_from_their_files_score_what_an_independent_computation_doe
     done = call("eval.py", "--data", mmeb.root, "--check")
     assert "78 of 78 tasks are there without a problem" in done.stdout
     line = {row.split()[0]: row.split()[1:] for row in done.stdout.splitlines() if "/" in row}
-    assert line["video_ret/MSVD"] == "4 / 4 4 4 / 4".split() and line["image_gd/CIRR"][:3] == ["4", "/", "4"] and line["visdoc_ood/ViDoSeek-page"][-1] == "fixed"
+    assert line["video_ret/MSVD"] == "4 / 4 4 4 / 4".split() and line["image_gd/RefCOCO"][:3] == ["4", "/", "4"] and line["visdoc_ood/ViDoSeek-page"][-1] == "fixed"
     flags = ["--data", mmeb.root, "--ckpt", small, "--scores", tmp_path / "scores", "--json", tmp_path / "a.json"]
     done = call("eval.py", *flags)
     results, model = json.loads((tmp_path / "a.json").read_text())["tasks"], Plume.from_pretrained(small)
