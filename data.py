@@ -14,6 +14,7 @@ Nothing here is skipped, replaced or cut silently: what cannot be used raises Da
 record and the reason.
 """
 
+import csv
 import difflib
 import fnmatch
 import functools
@@ -900,7 +901,7 @@ def lettered(texts):
 
 
 def unlettered(texts):  # "A. a text." -> "a text"
-    return [t[t.find(". ") :].strip(". ") for t in texts]
+    return [(t.partition(". ")[2] or t).strip(". ") for t in texts]
 
 
 def video_mme(tree, row):
@@ -930,7 +931,7 @@ def activitynetqa(tree, row):
 
 def moments(tree, row):  # the folder of a query holds a folder for it and one for each candidate
     stem = os.path.splitext(os.path.basename(row["video_path"]))[0]
-    folder = tree.find(stem, os.path.isdir)
+    folder = tree.find(stem, lambda path: os.path.isdir(path) and os.listdir(path))
     names = [n for n in sorted(os.listdir(folder)) if n != "query" and os.path.isdir(os.path.join(folder, n))]
     named = {os.path.join(stem, n): (tree.task.target, "video", os.path.join(stem, n)) for n in names}
     return (say(tree.task.query, row["query"]), "video", os.path.join(stem, "query")), named, [os.path.join(stem, n) for n in names if n.startswith("positive")]
@@ -1063,11 +1064,12 @@ class Row(dict):
 def row_files(folder, subset, split):
     """The files of one subset and split in the copy of a hub data set: by the `configs` of its README.md, otherwise by their names."""
     files = sorted(os.path.relpath(os.path.join(at, n), folder) for at, _, names in os.walk(folder) for n in names
-                   if n.endswith((".parquet", ".jsonl", ".json")) and f"{os.sep}." not in at[len(folder) :] and n != "dataset_infos.json")
-    found = [f for f in files if not subset or subset in f.split(os.sep) or re.match(re.escape(subset) + r"[.-]", os.path.basename(f))]
-    named = {f: re.findall(r"(?<![a-z])(train|test|val|validation|dev)(?![a-z])", f.lower()) for f in found}
-    right = [f for f in found if split in named[f] or not split or split == "val" and "validation" in named[f]]
-    right, readme = right or ([] if any(named.values()) else found), os.path.join(folder, "README.md")
+                   if n.endswith((".parquet", ".jsonl", ".json", ".tsv")) and f"{os.sep}." not in at[len(folder) :] and n != "dataset_infos.json")
+    of_subset = [f for f in files if not subset or subset in f.split(os.sep) or re.match(rf"{re.escape(subset)}(-\d|\.)", os.path.basename(f))]
+    splits = {f: re.findall(r"(?<![a-z])(train|test|val|validation|dev)(?![a-z])", f.lower()) for f in of_subset}
+    right = [f for f in of_subset if split in splits[f] or not split or split == "val" and "validation" in splits[f]]
+    right = right or ([] if any(splits.values()) else of_subset)
+    readme = os.path.join(folder, "README.md")
     try:
         configs = (metadata_load(readme) or {}).get("configs") or [] if os.path.isfile(readme) else []
         for config in configs:
@@ -1076,12 +1078,13 @@ def row_files(folder, subset, split):
                 given = given if isinstance(given, list) else [given]
                 patterns = [g["path"] if isinstance(g, dict) else g for g in given if not isinstance(g, dict) or g.get("split", split) == split]
                 patterns = [p for path in patterns for p in ([path] if isinstance(path, str) else path)]
+                patterns = [os.path.normpath(p) for path in patterns for p in (path, os.path.join(path, "*"))]
                 right = [f for f in files if any(fnmatch.fnmatch(f, p) for p in patterns)] or right
     except (ValueError, LookupError, TypeError, AttributeError, yaml.YAMLError) as e:
         raise DataError(f"{readme}: its 'configs' cannot be read: {str(e).splitlines()[0]}") from e
     shards = {}
     for f in right:
-        if m := re.fullmatch(r"(.*)-\d+-of-(\d+)(\.\w+)", f):
+        if m := re.fullmatch(r"(.*)-\d+-of-(\d+)(?:-\w+)?(\.\w+)", f):
             shards.setdefault(m.groups()[::2] + (int(m[2]),), []).append(f)
     for (stem, suffix, count), parts in shards.items():
         if len(parts) != count:
@@ -1090,10 +1093,10 @@ def row_files(folder, subset, split):
 
 
 def rows_of(folder, subset, split, columns=None):
-    """Yields (where, Row) of the copy of a hub data set; of .parquet files only the columns asked for."""
+    """The Rows of the copy of a hub data set, one after the other; of .parquet files only the columns asked for."""
     files = [os.path.join(folder, f) for f in row_files(folder, subset, split)]
     if not files:
-        raise DataError(f"{folder}: no .parquet, .jsonl or .json file of {f'subset {subset!r}, ' if subset else ''}split {split!r}")
+        raise DataError(f"{folder}: no .parquet, .jsonl, .json or .tsv file of {f'subset {subset!r}, ' if subset else ''}split {split!r}")
     for path in files:
         if path.endswith(".parquet"):
             try:
@@ -1103,22 +1106,26 @@ def rows_of(folder, subset, split, columns=None):
             try:
                 with pyarrow.parquet.ParquetFile(path) as file:
                     batches = file.iter_batches(64, columns=[c for c in file.schema_arrow.names if not columns or c in columns])
-                    yield from ((f"{path}: row {n}", Row(row, f"{path}: row {n}")) for n, row in enumerate((r for b in batches for r in b.to_pylist()), 1))
-            except pyarrow.ArrowException as e:
+                    yield from (Row(row, f"{path}: row {n}") for n, row in enumerate((r for b in batches for r in b.to_pylist()), 1))
+            except (pyarrow.ArrowException, OSError) as e:
                 raise DataError(f"{path}: not a readable .parquet file: {e}") from e
+        elif path.endswith(".tsv"):
+            with open(path, encoding="utf-8-sig", newline="") as file:
+                for n, raw in enumerate(csv.DictReader(file, delimiter="\t"), 1):
+                    yield Row({k: int(v) if re.fullmatch(r"-?\d+", v or "") else v for k, v in raw.items()}, f"{path}: row {n}")
         else:
             with open(path, "rb") as file:
                 for n, (_, _, text) in enumerate(spans_of(file, path), 1):
                     raw = parse_json(text, where := f"{path}: row {n}")
                     if not isinstance(raw, dict):
                         raise DataError(f"{where}: needs an object, got {type(raw).__name__}")
-                    yield where, Row(raw, where)
+                    yield Row(raw, where)
 
 
 def download(root, hub):
     """The command that copies a hub repository's rows to where they are looked for."""
     folder = copies(root, hub)[0]
-    return f"hf download {hub} --repo-type dataset --include '*.parquet' --include '*.json*' --include README.md --local-dir {shlex.quote(folder)}"
+    return f"hf download {hub} --repo-type dataset --include '*.parquet' --include '*.json*' --include '*.tsv' --include README.md --local-dir {shlex.quote(folder)}"
 
 
 def copies(root, hub):
@@ -1133,38 +1140,38 @@ class Tree:
     """
 
     def __init__(self, root, task, released=False, extract=True):
-        self.root, self.extract, self.judged, self.listed, self.media = root, extract, {}, {}, {}  # media: is each one there?
+        self.root, self.extract, self.judged, self.frames, self.media = root, extract, {}, {}, {}  # media: is each one there?
         if released and task.read is pages and task.meta != "visrag":
             task = replace(task, query="", target="")
-        self.task, self.most = task, 10**6 if released and task.read is momentseeker else CLIP_FRAMES
+        self.task, self.max_frames = task, 10**6 if released and task.read is momentseeker else CLIP_FRAMES
         there = [(hub, c) for hub in task.versions or [task.hub] for c in copies(root, hub) if os.path.isdir(c)]
         self.hub, self.copy = there[0] if there else (task.hub, "")
-        names = [f"{task.name.lower()}_1k6"] * bool(task.versions) + [task.name.lower(), task.name.lower().replace("-", "_"), task.folder.lower()]
-        names = [name for name in names if os.path.exists(os.path.join(root, "video-tasks", "data", f"{name}.jsonl"))]
-        self.jsonl = names[0] if names else ""  # some trees have the rows beside the videos
+        self.revision = revision(self.copy)
+        stems = [f"{task.name.lower()}_1k6"] * bool(task.versions) + [task.name.lower(), task.name.lower().replace("-", "_"), task.folder.lower()]
+        stems = [stem for stem in stems if os.path.exists(os.path.join(root, "video-tasks", "data", f"{stem}.jsonl"))]
+        self.jsonl = stems[0] if stems else ""  # some trees have the rows beside the videos
         if not self.copy and not self.jsonl:
             raise DataError(f"{copies(root, task.hub)[0]}: no such folder; get it with: {download(root, task.hub)}")
-        self.own = os.path.join("visdoc-tasks", "extracted", *self.hub.split("/"))
-        names = dict.fromkeys([task.folder, task.folder.replace("-", "_"), task.folder.replace("_", "-"), task.folder.lower()])
+        own = os.path.join("visdoc-tasks", "extracted", *self.hub.split("/"), self.revision)
         if task.is_document:
             names = [task.folder, task.folder.removeprefix("ViDoRe_"), self.hub.split("/")[1]]
-            places = [self.own, *(os.path.join("visdoc-tasks", *m, n) for m in ((), ("images",), ("visdoc-tasks",), ("visdoc-tasks", "images")) for n in names)]
+            places = [own, *(os.path.join("visdoc-tasks", *m, n) for m in ((), ("images",), ("visdoc-tasks",), ("visdoc-tasks", "images")) for n in names)]
         elif task.folder:  # video_ret.tar.gz holds its folders below data/ziyan/video_retrieval
+            spellings = dict.fromkeys([task.folder, task.folder.replace("-", "_"), task.folder.replace("_", "-"), task.folder.lower()])
             groups = [task.meta, *(os.path.join(m, "data", "ziyan", "video_retrieval") for m in (task.meta, "") if task.meta == "video_ret")]
-            places = [os.path.join("video-tasks", *m, g, n, *end) for m in (("frames",), ()) for g in groups for n in names for end in ((), ("frames",))]
+            places = [os.path.join("video-tasks", *m, g, n, *end) for m in (("frames",), ()) for g in groups for n in spellings for end in ((), ("frames",))]
         else:
             places = ["image-tasks", os.path.join("image-tasks", "MMEB")]
-        self.own, self.places = os.path.join(root, self.own), [p for p in (os.path.join(root, p) for p in places) if os.path.isdir(p)]
+        self.own, self.places = os.path.join(root, own), [p for p in (os.path.join(root, p) for p in places) if os.path.isdir(p)]
 
     def rows(self, config=None, columns=None):
-        """Yields (where, Row)."""
+        """The task's Rows, or those of one config of its repository."""
         if not self.copy:
-            yield from rows_of(os.path.join(self.root, "video-tasks", "data"), self.jsonl, "")
-        elif self.task.read is mvbench:
-            yield from ((where, Row(row, where, subset=subset)) for subset in MVBENCH for where, row in rows_of(self.copy, subset, self.task.split))
-        else:
-            rows = rows_of(self.copy, config or self.task.subset, self.task.split, columns)
-            yield from itertools.islice(rows, 1000) if self.task.read is ssv2 else rows
+            return rows_of(os.path.join(self.root, "video-tasks", "data"), self.jsonl, "")
+        if self.task.read is mvbench:
+            return (Row(row, row.where, subset=subset) for subset in MVBENCH for row in rows_of(self.copy, subset, self.task.split))
+        rows = rows_of(self.copy, config or self.task.subset, self.task.split, columns)
+        return itertools.islice(rows, 1000) if self.task.read is ssv2 else rows
 
     def find(self, name, usable=os.path.isfile):
         """The path of a file, or of a folder that is usable, in one of the places."""
@@ -1174,11 +1181,11 @@ class Tree:
         raise DataError(f"{name!r} is not in {' or '.join(self.places) if self.places else 'the folder of this task, which does not exist'}")
 
     def has_frames(self, path):
-        if path not in self.listed:
+        if path not in self.frames:
             frames = frame_files(path) if os.path.isdir(path) else []
-            few = len(frames) <= self.most
-            self.listed[path] = frames if few else [frames[i] for i in np.linspace(0, len(frames) - 1, self.most, dtype=int)]
-        return bool(self.listed[path])
+            n = len(frames)
+            self.frames[path] = [frames[i] for i in (range(n) if n <= self.max_frames else np.linspace(0, n - 1, self.max_frames, dtype=int))]
+        return bool(self.frames[path])
 
     def side(self, item, where):
         """An item -> Side.  Of a clip at most 8 frames: in natural order, evenly spaced."""
@@ -1186,7 +1193,7 @@ class Tree:
         if not kind:
             return Side([("text", printable(text, where))], where=where)
         self.media.setdefault((kind, name), False)
-        media = self.find(name) if kind == "image" else self.listed[self.find(name, self.has_frames)]
+        media = self.find(name) if kind == "image" else self.frames[self.find(name, self.has_frames)]
         self.media[kind, name] = True
         return Side([(kind, media), ("text", "\n"), ("text", printable(text, where))], where=where)
 
@@ -1197,16 +1204,20 @@ class Tree:
             if not os.path.exists(path):
                 raise DataError(f"{path}: no such file; write the names of the {self.task.corpus} classes there, one a line, as they stand in VLM2Vec's "
                                 "src/data/eval_dataset/video_classification_utils.py: the repository of the rows does not hold them")
-            with open(path, encoding="utf-8-sig") as f:
-                yield from ((f"{path}: line {n}", line.strip(), (line.strip(), "", "")) for n, line in enumerate(f, 1) if line.strip())
+            try:
+                with open(path, encoding="utf-8-sig") as f:
+                    names = [line.strip() for line in f]
+            except UnicodeDecodeError as e:
+                raise DataError(f"{path}: not UTF-8: {e}") from e
+            yield from ((f"{path}: line {n}", name, (name, "", "")) for n, name in enumerate(names, 1) if name)
         elif self.task.is_document:
-            for where, row in self.rows("qrels"):
+            for row in self.rows("qrels"):
                 gains = self.judged.setdefault(str(row["query-id"]), {})
                 if not isinstance(row["score"], (int, float)):
-                    raise DataError(f"{where}: 'score' must be a number, got {row['score']!r}")
+                    raise DataError(f"{row.where}: 'score' must be a number, got {row['score']!r}")
                 if row["score"] > 0:
                     gains[str(row["corpus-id"])] = max(row["score"], gains.get(str(row["corpus-id"]), 0))
-            names = [(where, str(row["corpus-id"])) for where, row in self.rows("corpus", ["corpus-id"])]
+            names = [(row.where, str(row["corpus-id"])) for row in self.rows("corpus", ["corpus-id"])]
             # pages of a data set that has versions are those of its rows: an archive does not say which version it has
             trusted = [p for p in self.places if p == self.own or not self.task.versions]
             missing = {self.page_file(name) for _, name in names} - {n for place in trusted for n in os.listdir(place)}
@@ -1222,13 +1233,13 @@ class Tree:
         return re.sub(r"[/\\]", "_", file)
 
     def take_out(self, missing):
-        """Write the pages that no place has as they stand in the rows.  -> those that stay there, because nothing is to be written."""
-        for _, row in tqdm(self.rows("corpus"), desc=f"{self.task.name}: taking pages out of the rows", leave=False):
+        """Write the pages that no place has as they stand in the rows.  -> those that are only there: all, when nothing is to be written."""
+        for row in tqdm(self.rows("corpus"), desc=f"{self.task.name}: taking pages out of the rows", leave=False):
             file, image = self.page_file(str(row["corpus-id"])), row.get("image")
             content = image.get("bytes") if isinstance(image, dict) else None
             if file in missing and content:
                 if not self.extract:
-                    return missing  # seen one, seen all
+                    return missing  # one is there: the others are not looked at
                 os.makedirs(self.own, exist_ok=True)
                 with open(os.path.join(self.own, file + ".writing"), "wb") as f:
                     f.write(content)
@@ -1239,7 +1250,7 @@ class Tree:
 
 def revision(folder):
     """The commit of a copy that `hf download --local-dir` made, or ""."""
-    found = sorted(glob.glob(os.path.join(folder, ".cache", "huggingface", "download", "**", "*.metadata"), recursive=True))
+    found = folder and sorted(glob.glob(os.path.join(folder, ".cache", "huggingface", "download", "**", "*.metadata"), recursive=True))
     if not found:
         return ""
     with open(found[0]) as f:
@@ -1281,8 +1292,8 @@ def read_published(root, name, released=False, skip_bad=False, extract=True):
             complain(where, DataError(f"the id {key!r} stands there twice"))
         add(where, key, item)
     queries, relevant, candidates, ids, seen, count = [], [], [], [], set(), 0
-    for where, row in tree.rows("queries" if task.is_document else None):
-        count += 1
+    for row in tree.rows("queries" if task.is_document else None):
+        count, where = count + 1, row.where
         try:
             item, named, right = task.read(tree, row)
             key = str(row["query-id"]) if task.is_document else str(count)
@@ -1290,18 +1301,18 @@ def read_published(root, name, released=False, skip_bad=False, extract=True):
                 raise DataError(f"the id {key!r} stands there twice")
             seen.add(key)
             query = tree.side(item, f"{name}: {where}")
-            rows = [add(where, n, candidate) for n, candidate in named.items()]
+            rows = [r for r in [add(where, n, candidate) for n, candidate in named.items()] if r is not None]
             if strange := [n for n in right if n not in (known if task.is_global else named)]:
                 raise DataError(f"the right candidate {strange[0]!r} is none of the candidates")
             gains = {known[n][1]: right[n] if isinstance(right, dict) else 1 for n in right if known[n][1] is not None}
             if not gains or not task.is_global and len(rows) < 2:
-                raise DataError("no right candidate for this query" if not gains else "a query with one candidate")
+                raise DataError("no right candidate for this query" if not gains else "a query with one candidate: it cannot be wrong")
         except (ValueError, LookupError, TypeError, AttributeError, OSError) as e:
             complain(where, e)
             continue
         queries.append(query)
         relevant.append(gains)
-        candidates.append(None if task.is_global else [r for r in rows if r is not None])
+        candidates.append(None if task.is_global else rows)
         ids.append(key)
     version, expected = (task.versions or {}).get(tree.hub, ("", task.queries))
     if count != expected:  # MomentSeeker's repository held the original until 2025-07-31
@@ -1312,7 +1323,7 @@ def read_published(root, name, released=False, skip_bad=False, extract=True):
         complain(tree.copy, DataError(f"{len(known)} candidates, {task.corpus} are published"))
     if not queries:
         raise DataError(f"{name}: no query is left" + (f"; {len(bad)} problems, the first: {bad[0]}" if bad else ""))
-    about = dict(data=os.path.abspath(root), hub=tree.hub, version=version, revision=revision(tree.copy), rows=count, renamed=renamed,
+    about = dict(data=os.path.realpath(root), hub=tree.hub, version=version, revision=tree.revision, rows=count, renamed=renamed,
                  media=sum(tree.media.values()), media_wanted=len(tree.media))
     return Task(task.full_name, queries, sides, relevant, candidates, ids, "ndcg@5" if task.is_document else "hit@1", about, bad)
 

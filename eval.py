@@ -45,8 +45,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 from transformers import DynamicCache
 
-from data import (META, MMEB, DataError, Side, World, collate, download, frame_files, list_tasks, modality, nearest, parse_flags, read_published, read_task, target_size,
-                  to_device, world_tasks)
+from data import (META, MMEB, DataError, Side, World, collate, copies, download, frame_files, list_tasks, modality, nearest, parse_flags, read_published, read_task, target_size,
+                  to_device, video_classes, world_tasks)
 from latent import greedy
 from model import MODES, RELEASED, SHAPES, LiveBytes, Plume, pick_device
 
@@ -219,7 +219,8 @@ class Embedder:
         self.asked = self.encoded = 0
         if folder:
             os.makedirs(self.folder, exist_ok=True)
-        for path in sorted(glob.glob(os.path.join(glob.escape(self.folder), "*.bin"))) if folder and self.rank == 0 else ():
+        kept = glob.glob(os.path.join(glob.escape(self.folder), "*.bin")) if folder and self.rank == 0 else []
+        for path in sorted(kept):
             records = np.fromfile(path, self.record, os.path.getsize(path) // self.record.itemsize)  # one cut off at the end is no record
             whole = np.abs(np.linalg.norm(records["vector"], axis=1) - 1) < 1e-3
             self.known.update((key.tobytes(), vector) for key, vector in zip(records["key"][whole], records["vector"][whole]))
@@ -240,6 +241,8 @@ class Embedder:
             for source in sources:
                 digest, size = self.hash(source)
                 h.update(digest)
+                if kind == "image" and not size:
+                    h.update(str(source).encode())  # broken ones of equal bytes are told apart by their names
                 if size:
                     try:
                         area, count = math.prod(target_size(*size, low, high)), min(len(sources), limits.num_frames)
@@ -258,13 +261,10 @@ class Embedder:
                 with open(source, "rb") as f:
                     while chunk := f.read(1 << 20):
                         h.update(chunk)
-            except OSError:
-                h.update(source.encode())  # an error when it is decoded
-            try:
                 with Image.open(source) as image:
                     size = image.size
             except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
-                pass  # a video, or broken
+                pass  # a video; or it cannot be read, which is an error when it is decoded
             self.hashed[source] = h.digest(), size
         return self.hashed[source]
 
@@ -355,10 +355,10 @@ def without_bad(task, queries, corpus):
     relevant = [{place[row]: gain for row, gain in gains.items() if row in place} for gains in task.relevant]
     candidates = [c and [place[row] for row in c if row in place] for c in task.candidates]
     for i, (why, gains) in enumerate(zip(queries[1], relevant)):
-        if why is None and gains:
+        if why is None and gains and (candidates[i] is None or len(candidates[i]) > 1):
             kept.append(i)
         else:
-            bad.append(why or f"{task.queries[i].where}: no right candidate is left")
+            bad.append(why or f"{task.queries[i].where}: {'no right' if not gains else 'only the right'} candidate is left")
     if not kept:
         raise DataError(f"{task.name}: no query is left; {len(bad)} problems, the first: {bad[0]}")
     pick = lambda values: [values[i] for i in kept]
@@ -381,13 +381,12 @@ def score(embedder, tasks, folder="", took=None):
             corpus = embedder(task.corpus, f"{name} corpus")
             words = [value or "" for side in (*task.queries, *task.corpus) for kind, value in side.parts if kind in ("text", "disc")]
             task, vectors = without_bad(task, queries, corpus)
-            result = evaluate(task, vectors)
         except DataError as e:
             if not embedder.cfg.skip_bad:
                 raise
             yield name, dict(left_out=str(e))
             continue
-        result |= dict(**task.about, **embedder.about, bad=task.bad, partial=bool(task.bad), run_hash=embedder.run_hash,
+        result = dict(evaluate(task, vectors), **task.about, **embedder.about, bad=task.bad, partial=bool(task.bad), run_hash=embedder.run_hash,
                        prompt_hash=short_hash(embedder.model.settings["prompt"], *words), seconds=time.perf_counter() - begun,
                        items_encoded=embedder.encoded - before, queries_per_s=asked / seconds if asked else None)
         if folder:
@@ -404,9 +403,10 @@ def read_score(path):
     """A score file of an earlier run; {} when there is none, or not a whole one."""
     try:
         with open(path) as f:
-            return json.load(f)
+            value = json.load(f)
     except (OSError, ValueError):
         return {}
+    return value if isinstance(value, dict) else {}
 
 
 # ------------------------------------------------------------------------------------------------------------- MMEB-V2
@@ -473,7 +473,9 @@ def check(root, names, released):
             about, corpus, bad = task.about, len(task.corpus), task.bad
         except DataError as e:
             about, corpus, bad = dict(rows=0, version="", media=0, media_wanted=0), 0, [str(e)]
-        if about["version"] == "original" or about["rows"] != published.queries or published.corpus and corpus != published.corpus:
+        if published.read is video_classes and os.path.isdir(copies(root, published.hub)[0]):
+            pass  # only the file of class names can be missing
+        elif about["version"] == "original" or about["rows"] != published.queries or published.corpus and corpus != published.corpus:
             hubs[published.hub] = download(root, published.hub)
         wrong += bool(bad)
         counts = f"{of(about['rows'], published.queries):>14}{of(corpus, published.corpus):>14}{of(about['media'], about['media_wanted']):>18}"
@@ -483,12 +485,13 @@ def check(root, names, released):
 
 
 def main_scores(path):
-    """A file that --json wrote, or one in the leaderboard's format -> {"image/MSVD": the task's own metric}."""
+    """A file that --json wrote, or one in the leaderboard's format -> {"video/MSVD": the task's own metric}."""
     try:
         with open(path) as f:
             raw = json.load(f)
         if "tasks" in raw:
-            return {f"{modality(name.split('/')[0])}/{name.split('/')[1]}": r[r["metric"]] for name, r in raw["tasks"].items()}
+            ours = {t.full_name: f"{modality(t.meta)}/{t.name}" for t in MMEB.values()}
+            return {ours.get(name, name): r[r["metric"]] for name, r in raw["tasks"].items()}
         return {f"{part}/{name.removesuffix('-fixed')}": r["ndcg_linear@5" if part == "visdoc" else "hit@1"]
                 for part, found in raw["metrics"].items() for name, r in found.items()}
     except (ValueError, LookupError, TypeError, AttributeError) as e:
@@ -826,8 +829,12 @@ def growth(model, cfg):
 
 
 def write_json(path, value):
+    write_text(path, json.dumps(value, indent=1))
+
+
+def write_text(path, text):
     with open(path + ".writing", "w") as f:
-        json.dump(value, f, indent=1)
+        f.write(text)
     os.replace(path + ".writing", path)
 
 
@@ -836,7 +843,7 @@ def main(argv):
     if cfg.mode not in MODES or not -1 <= cfg.steps <= 32 or (cfg.steps >= 0 and cfg.mode != "latent"):
         raise DataError(f"--mode {cfg.mode!r} --steps {cfg.steps}: mode is one of {MODES}, steps are 0..32 and belong to mode latent")
     two_files = len(cfg.compare) == 2
-    if len(cfg.compare) > 2 or two_files and given != {"compare"}:
+    if len(cfg.compare) > 2 or two_files and (given != {"compare"} or any(f.lower().endswith(".png") for f in cfg.compare)):
         raise DataError("--compare takes one PNG to draw, or two JSON files of scores and no other flag")
     if two_files:
         return print(differences(cfg.compare))
@@ -931,14 +938,12 @@ def main(argv):
         write_json(cfg.json, dict(ckpt=cfg.ckpt, mode=cfg.mode, steps=steps, data=cfg.data, tasks=results, left_out=left_out))
     if published:
         earlier = {t.full_name: read_score(os.path.join(folder, f"{t.full_name}_score.json")) for t in MMEB.values() if t.full_name not in names}
-        earlier = {name: r for name, r in earlier.items() if r.get("run_hash") == embedder.run_hash and r.get("data") == os.path.abspath(cfg.data)}
+        earlier = {name: r for name, r in earlier.items() if r.get("run_hash") == embedder.run_hash and r.get("data") == os.path.realpath(cfg.data)}
         everything = earlier | results
         print(f"\n{len(results)} tasks of this command" + f" and {len(earlier)} that were scored before with the same checkpoint and settings" * bool(earlier))
         print(paper_table(everything, ours))
         write_json(os.path.join(folder, "leaderboard.json"), leaderboard(everything, ours, model))
-        with open(os.path.join(folder, "table.md.writing"), "w") as f:
-            f.write(paper_table(everything, ours, markdown=True) + "\n")
-        os.replace(os.path.join(folder, "table.md.writing"), os.path.join(folder, "table.md"))
+        write_text(os.path.join(folder, "table.md"), paper_table(everything, ours, markdown=True) + "\n")
         print(f"scores: {folder}/<meta-task>/<data set>_score.json, {folder}/leaderboard.json, {folder}/table.md")
 
 

@@ -1978,6 +1978,11 @@ def test_all_78_tasks_from_their_files_score_what_an_independent_computation_doe
     assert "image/ImageNet-1K" in done.stdout and "+0.0" in done.stdout
     done = call("eval.py", "--compare", folder / "leaderboard.json", tmp_path / "a.json")
     assert len(done.stdout.splitlines()) == 80 and "only in" not in done.stdout and not re.search(r"[1-9]\n", done.stdout)  # the same scores in two formats
+    turtle = dict(metric="hit@1")  # several meta-tasks may have a data set of one name
+    for name, value in (("x", 0.1), ("y", 0.9)):
+        (tmp_path / name).write_text(json.dumps(dict(tasks={"image_cls/turtle": turtle | {"hit@1": value}, "image_qa/turtle": turtle | {"hit@1": 0.5}})))
+    done = call("eval.py", "--compare", tmp_path / "x", tmp_path / "y")
+    assert [line.split()[-1] for line in done.stdout.splitlines()[1:]] == ["+80.0", "+0.0", "+40.0"]
     for wrong, said in ((["a.json"], "must end in .png"), (["a.json", "b.png"], "No such file"), ([folder / "table.md", folder / "table.md"], "neither a file that")):
         assert said in call("eval.py", "--compare", *(tmp_path / w for w in wrong), check=False).stderr
     assert (tmp_path / "a.json").read_text().startswith("{")
@@ -2144,13 +2149,25 @@ def test_what_is_missing_or_broken_is_named_and_with_skip_bad_marks_the_score_as
     assert "1 tasks of this command and 2 that were scored before" in done.stdout
     board = json.loads((folder / "leaderboard.json").read_text())
     assert [*board["metrics"]["image"]] == ["ImageNet-1K", "MSCOCO_t2i"] and len(board["metadata"]["incomplete"]) == 78
+    for broken in ("MSCOCO_t2i/Test/red bar", "MSCOCO_t2i/Test/black square"):  # the first query is left with its right candidate alone
+        (root / f"image-tasks/{broken}.jpg").write_bytes(b"")
+    (root / "image-tasks/MSCOCO_t2i/Test/red square.jpg").write_bytes((root / "image-tasks/MSCOCO_t2i/Test/red circle.jpg").read_bytes())
+    lonely = [n for n in (mini.names[3 * k % 12] for k in range(4)) if n not in ("red square", "red bar", "black square")]
+    for n in lonely:
+        (root / f"image-tasks/MSCOCO_t2i/Test/{n}.jpg").write_bytes(b"")
+    call("eval.py", *flags, "MSCOCO_t2i", "--skip_bad")
+    score = json.loads((folder / "image_ret/MSCOCO_t2i_score.json").read_text())
+    assert any("only the right candidate is left" in why for why in score["bad"]) and all(f"{n}.jpg" in str(score["bad"]) for n in lonely)
+    (root / "rows" / ROWS / "MSCOCO_t2i/test-00000-of-00002.parquet").write_bytes(b"PAR1 no PAR1")
+    done = check("--task", "MSCOCO_t2i,MSVD")
+    assert "test-00000-of-00002.parquet: not a readable .parquet" in done.stdout and "video_ret/MSVD" in done.stdout
     done = call("eval.py", *flags, "K700", "--skip_bad", check=False)
     assert "no task is left" in done.stderr and "classes/K700.txt" in done.stderr
 
 
 def edit(mini, hub, config, split, change):
     """Rewrite the rows of a part of a hub repository."""
-    old = [dict(row) for _, row in data.rows_of(str(mini.root / "rows" / hub), config, split)]
+    old = [dict(row) for row in data.rows_of(str(mini.root / "rows" / hub), config, split)]
     mini.rows(hub, config, split, change(old))
 
 
@@ -2194,8 +2211,9 @@ def test_oddities_of_rows_that_are_right(counts, tmp_path):
     before = data.read_published(str(root), "MomentSeeker")
     mini.rows("VLM2Vec/MomentSeeker", "", "test", rows, "json")
     assert [s.parts for s in data.read_published(str(root), "MomentSeeker").corpus] == [s.parts for s in before.corpus]
-    edit(mini, "VLM2Vec/Video-MME", "", "test", first(options=["A.cats", "B.dogs", "C.pets", "D.kids"]))  # no blank behind the dot
-    assert len(data.read_published(str(root), "Video-MME").candidates[0]) == 4
+    edit(mini, "VLM2Vec/Video-MME", "", "test", first(options=["A.cats", "B.dogs", "C. a pet.", "D. a pet"]))  # no blank behind the dot; equal texts
+    task = data.read_published(str(root), "Video-MME")
+    assert [task.corpus[row].parts for row in task.candidates[0]] == [[("text", text)] for text in ("A.cats", "B.dogs", "a pet", "a pet")]
     (root / "visdoc-tasks/images/ViDoSeek-page").mkdir(parents=True)  # of an archive of who knows which version
     picture("red", "bar").save(root / "visdoc-tasks/images/ViDoSeek-page/doc_1.png")
     assert "extracted" in data.read_published(str(root), "ViDoSeek-page").corpus[1].parts[0][1]
@@ -2205,6 +2223,16 @@ def test_oddities_of_rows_that_are_right(counts, tmp_path):
     frames.rename(root / "video-tasks/video_mret/MomentSeeker/frames/video_frames/clips_0_0")
     frames.mkdir()  # an empty folder does not hide the full one
     assert len(data.read_published(str(root), "MomentSeeker").corpus[0].parts[0][1]) == 8
+    (root / "rows/VLM2Vec/ViDoSeek-page-fixed/.cache/huggingface/download").mkdir(parents=True)  # as `hf download` leaves it
+    (root / "rows/VLM2Vec/ViDoSeek-page-fixed/.cache/huggingface/download/x.metadata").write_text("0123abcd\netag\n1.0\n")
+    task = data.read_published(str(root), "ViDoSeek-page")
+    assert task.about["revision"] == "0123abcd" and "ViDoSeek-page-fixed/0123abcd/" in task.corpus[1].parts[0][1]
+    parts = root / "rows/VLM2Vec/ViDoSeek-page-fixed/qrels"
+    judged = [dict(row) for row in data.rows_of(str(parts.parent), "qrels", "test")]
+    shutil.rmtree(parts)
+    parts.mkdir()
+    (parts / "eval-qrels.tsv").write_text("query-id\tcorpus-id\tscore\n" + "".join("\t".join(map(str, row.values())) + "\n" for row in judged))
+    assert data.read_published(str(root), "ViDoSeek-page").relevant == task.relevant
 
 
 def test_only_the_first_1000_rows_of_ssv2_count_and_parquet_without_pyarrow_says_what_to_install(counts, tmp_path, monkeypatch):
@@ -2235,8 +2263,11 @@ def test_files_of_a_subset_and_split_are_found_as_the_hub_names_them(tmp_path):
     assert names(["data/validation-0.parquet"], "", "val") == ["data/validation-0.parquet"]
     card = "---\nconfigs:\n- config_name: test_1k\n  data_files:\n  - split: test\n    path: x/1k*.json\n- config_name: test_3k\n  data_files: x/3k.json\n---\n"
     assert names(["x/1k_a.json", "x/3k.json"], "test_1k", "test", card) == ["x/1k_a.json"] and names(["x/1k_a.json", "x/3k.json"], "test_3k", "test", card) == ["x/3k.json"]
+    assert names(["RefCOCO.parquet", "RefCOCO-Matching.parquet"], "RefCOCO", "test") == ["RefCOCO.parquet"]
+    assert names(["test-00000-of-00001-0a1b.parquet", "x.json"], "", "test") == ["test-00000-of-00001-0a1b.parquet"]
+    assert names(["rows/a.json"], "", "test", "---\nconfigs:\n- config_name: default\n  data_files: ./rows\n---\n") == ["rows/a.json"]
     assert names(["a.json"], "", "test", "---\nconfigs:\n- config_name: default\n  data_files:\n    path: a.json\n---\n") == ["a.json"]
-    with pytest.raises(DataError, match="no .parquet, .jsonl or .json file of subset 'q', split 'test'"):
+    with pytest.raises(DataError, match="no .parquet, .jsonl, .json or .tsv file of subset 'q', split 'test'"):
         list(data.rows_of(str(tmp_path / "d"), "q", "test"))
     with pytest.raises(DataError, match="test-...-of-00003.parquet: 2 of 3 files are there"):
         names([f"test-0000{n}-of-00003.parquet" for n in (0, 2)], "", "test")
