@@ -1983,7 +1983,7 @@ def test_all_78_tasks_from_their_files_score_what_an_independent_computation_doe
         (tmp_path / name).write_text(json.dumps(dict(tasks={"image_cls/turtle": turtle | {"hit@1": value}, "image_qa/turtle": turtle | {"hit@1": 0.5}})))
     done = call("eval.py", "--compare", tmp_path / "x", tmp_path / "y")
     assert [line.split()[-1] for line in done.stdout.splitlines()[1:]] == ["+80.0", "+0.0", "+40.0"]
-    for wrong, said in ((["a.json"], "must end in .png"), (["a.json", "b.png"], "No such file"), ([folder / "table.md", folder / "table.md"], "neither a file that")):
+    for wrong, said in ((["a.json"], "must end in .png"), (["a.json", "b.png"], "one PNG to draw, or two JSON files"), (["a.json", "c.json"], "No such file"), ([folder / "table.md", folder / "table.md"], "neither a file that")):
         assert said in call("eval.py", "--compare", *(tmp_path / w for w in wrong), check=False).stderr
     assert (tmp_path / "a.json").read_text().startswith("{")
 
