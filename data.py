@@ -823,7 +823,8 @@ META = dict(  # meta-task -> its column in the paper's table
     image_cls="CLS", image_qa="QA", image_ret="RET", image_gd="GD", video_cls="CLS", video_qa="QA", video_ret="RET", video_mret="MRET",
     vidore_v1="VDRv1", vidore_v2="VDRv2", visrag="VR", visdoc_ood="OOD")
 CLIP_FRAMES, QUOTE = 8, '"'  # frames of every clip
-CHOOSE = "Given a video and a question, select the most accurate answer from the provided candidates. Return only the exact text of your chosen answer. Question: "
+CHOOSE = ("Given a video and a question, select the most accurate answer from the provided candidates. Return only the exact text of your "
+          "chosen answer. Question: ")
 WATCH, PAGE = "Understand the content of the provided video.", "Understand the content of the provided document image."
 FIND_PAGE, FIND_MOMENT = "Find a document image that matches the given query:", "Find the clip that corresponds to the described scene in the given video:"
 MVBENCH = ("episodic_reasoning action_sequence action_prediction action_antonym fine_grained_action unexpected_action object_existence object_interaction "
@@ -1124,13 +1125,14 @@ def rows_of(folder, subset, split, columns=None):
 
 def download(root, hub):
     """The command that copies a hub repository's rows to where they are looked for."""
-    folder = copies(root, hub)[0]
-    return f"hf download {hub} --repo-type dataset --include '*.parquet' --include '*.json*' --include '*.tsv' --include README.md --local-dir {shlex.quote(folder)}"
+    parts = " ".join(f"--include '{pattern}'" for pattern in ("*.parquet", "*.json*", "*.tsv", "README.md"))
+    return f"hf download {hub} --repo-type dataset {parts} --local-dir {shlex.quote(copies(root, hub)[0])}"
 
 
 def copies(root, hub):
     """Where a hub repository's rows may lie; the second is how visdoc-tasks.data.tar.gz holds them."""
-    return [os.path.join(root, "rows", *hub.split("/")), *(os.path.join(root, *doubled, "data", hub.split("/")[1]) for doubled in (["visdoc-tasks"], ["visdoc-tasks"] * 2))]
+    return [os.path.join(root, "rows", *hub.split("/")), *(os.path.join(root, *doubled, "data", hub.split("/")[1])
+                                                           for doubled in (["visdoc-tasks"], ["visdoc-tasks"] * 2))]
 
 
 class Tree:

@@ -45,8 +45,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 from transformers import DynamicCache
 
-from data import (META, MMEB, DataError, Side, World, collate, copies, download, frame_files, list_tasks, modality, nearest, parse_flags, read_published, read_task, target_size,
-                  to_device, video_classes, world_tasks)
+from data import (META, MMEB, DataError, Side, World, collate, copies, download, frame_files, list_tasks, modality, nearest, parse_flags,
+                  read_published, read_task, target_size, to_device, video_classes, world_tasks)
 from latent import greedy
 from model import MODES, RELEASED, SHAPES, LiveBytes, Plume, pick_device
 
@@ -170,8 +170,8 @@ def table(results):
     wide = max(len("mean"), *(len(t) for t in results)) + 2
     lines = [f"{'task':{wide}}" + "".join(f"{m:>8}" for m in METRICS) + f"{'chance':>8}{'queries':>9}{'candidates':>12}   95%"]
     for name, r in results.items():
-        notes = [f"{r['metric']} {r['interval'][0]:.1%} - {r['interval'][1]:.1%}", r.get("version"), f"partial: {len(r['bad'])} problems" if r.get("bad") else "",
-                 "hit@1 is at chance" if r["at_chance"] else ""]
+        notes = [f"{r['metric']} {r['interval'][0]:.1%} - {r['interval'][1]:.1%}", r.get("version"),
+                 f"partial: {len(r['bad'])} problems" if r.get("bad") else "", "hit@1 is at chance" if r["at_chance"] else ""]
         lines.append(f"{name:{wide}}" + "".join(f"{r[m]:8.1%}" for m in METRICS) + f"{r['chance']:8.1%}{r['queries']:9d}{r['candidates']:12.0f}   "
                      + "   ".join(filter(None, notes)))
     if len(results) > 1:
@@ -236,7 +236,9 @@ class Embedder:
                 continue
             limits = processor.limits
             low, high = (limits.min_pixels, limits.max_pixels) if kind == "image" else (limits.video_min_pixels, limits.video_max_pixels)
-            sources = frame_files(value) if kind == "video" and isinstance(value, str) and os.path.isdir(value) else value if isinstance(value, (list, tuple)) else [value]
+            sources = value if isinstance(value, (list, tuple)) else [value]
+            if kind == "video" and isinstance(value, str) and os.path.isdir(value):
+                sources = frame_files(value)
             area, count = high, limits.num_frames  # of a video file, which only decoding would tell
             for source in sources:
                 digest, size = self.hash(source)
@@ -370,7 +372,8 @@ def without_bad(task, queries, corpus):
 def score(embedder, tasks, folder="", took=None):
     """(name, function that makes the Task)s -> yields (name, scores); each is also written to folder/<name>_score.json as soon as it is known.
 
-    With skip_bad a task that cannot be made or has nothing left is dict(left_out=why).  took: what the model alone takes for the queries is added to its "seconds", "tokens" and "queries".
+    With skip_bad a task that cannot be made or has nothing left is dict(left_out=why).
+    took: what the model alone takes for the queries is added to its "seconds", "tokens" and "queries".
     """
     for name, make in tasks:
         begun, before = time.perf_counter(), embedder.encoded
@@ -473,9 +476,10 @@ def check(root, names, released):
             about, corpus, bad = task.about, len(task.corpus), task.bad
         except DataError as e:
             about, corpus, bad = dict(rows=0, version="", media=0, media_wanted=0), 0, [str(e)]
-        if published.read is video_classes and os.path.isdir(copies(root, published.hub)[0]):
-            pass  # only the file of class names can be missing
-        elif about["version"] == "original" or about["rows"] != published.queries or published.corpus and corpus != published.corpus:
+        short = about["rows"] != published.queries or published.corpus and corpus != published.corpus
+        if published.read is video_classes:  # its corpus is not in the repository
+            short = not any(map(os.path.isdir, copies(root, published.hub)))
+        if short or about["version"] == "original":
             hubs[published.hub] = download(root, published.hub)
         wrong += bool(bad)
         counts = f"{of(about['rows'], published.queries):>14}{of(corpus, published.corpus):>14}{of(about['media'], about['media_wanted']):>18}"
@@ -615,7 +619,7 @@ def one_by_one(model, batch, steps):
 
 def speed_methods(model, batch, cfg):
     """{name: (function, decoder passes behind the prefill)}"""
-    size, gen, head = len(batch["ids"]), model.processor.id["<gen_emb>"], model.backbone.lm_head
+    gen, head = model.processor.id["<gen_emb>"], model.backbone.lm_head
     rows = [to_device(collate([sample], model.processor), model.device) for sample in batch["samples"]]
     at = torch.tensor([gen], device=model.device)
     endless = lambda h: head(h).index_fill(-1, at, -math.inf)  # never ends early
@@ -888,13 +892,17 @@ def main(argv):
             return 1 if wrong else None
         if wrong and not cfg.skip_bad:
             problems = "\n".join(line for line in lines.splitlines() if ", the first: " in line)
-            raise DataError(f"{wrong} of {len(names)} tasks have problems; mend them, choose others with --task, or leave out what is bad with --skip_bad\n{problems}")
+            raise DataError(f"{wrong} of {len(names)} tasks have problems; mend them, choose others with --task, or leave out what is bad with "
+                            f"--skip_bad\n{problems}")
     if not os.path.exists(cfg.ckpt) and cfg.ckpt == Config.ckpt:
         raise DataError(f"{cfg.ckpt}: no checkpoint there yet; train one with: python train.py, or name one with --ckpt")
     device = f"cuda:{local}" if world > 1 and cfg.device in ("", "cuda") and torch.cuda.is_available() else cfg.device
     as_released = {**{k: RELEASED[k] for k in ("latent_positions", "white_image", "prompt")}, "limits": RELEASED_LIMITS} if released else {}
     model, begun = Plume.from_pretrained(cfg.ckpt, device or None, cfg.dtype or None, **as_released), time.time()
-    make = lambda name: read_published(cfg.data, name.split("/")[1], released, cfg.skip_bad) if published else turtle[name] if turtle else read_task(cfg.data, name)
+    if published:
+        make = lambda name: read_published(cfg.data, name.split("/")[1], released, cfg.skip_bad)
+    else:
+        make = lambda name: turtle[name] if turtle else read_task(cfg.data, name)
     if cfg.compare:
         tasks = [make(name) for name in names]
         rows = compare(model, tasks, cfg)

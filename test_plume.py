@@ -34,7 +34,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import DynamicCache
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
@@ -2089,13 +2088,12 @@ def test_both_spellings_of_the_published_folders_are_read(mmeb, counts, tmp_path
 
 
 def test_versions_are_told_apart_and_another_count_is_an_error(mmeb, counts, tmp_path, monkeypatch):
-    old = Miniature(tmp_path, ["ViDoSeek-page", "MomentSeeker"])
+    Miniature(tmp_path, ["ViDoSeek-page", "MomentSeeker"])
     assert data.read_published(str(tmp_path), "ViDoSeek-page").about["version"] == "fixed"
     (tmp_path / "rows/VLM2Vec/ViDoSeek-page-fixed").rename(tmp_path / "rows/VLM2Vec/ViDoSeek-page")
     monkeypatch.setitem(data.MMEB, "ViDoSeek-page", replace(data.MMEB["ViDoSeek-page"], versions={"VLM2Vec/ViDoSeek-page-fixed": ("fixed", 4), "VLM2Vec/ViDoSeek-page": ("original", 4)}))
     assert data.read_published(str(tmp_path), "ViDoSeek-page").about["version"] == "original"
     assert "\nhf download VLM2Vec/ViDoSeek-page-fixed --repo-type dataset" in call("eval.py", "--data", tmp_path, "--check", "--task", "ViDoSeek-page").stdout
-    versions = data.MMEB["MomentSeeker"].versions
     for count, version in ((13, "original"), (4, "fixed"), (5, "unknown")):
         path = tmp_path / "rows/VLM2Vec/MomentSeeker/test.jsonl"
         rows = (mmeb.root / "rows/VLM2Vec/MomentSeeker/test.jsonl").read_text().splitlines()
@@ -2284,7 +2282,7 @@ def test_the_released_protocol_is_the_released_evaluation_s_input(mmeb, counts, 
     assert kept.corpus[0].parts[-1] == ("text", PAGE_TARGET)  # not of VisRAG's
     clips = [len(data.read_published(str(mmeb.root), "MomentSeeker", r).corpus[0].parts[0][1]) for r in (False, True)]
     assert clips == [8, 9]
-    done = call("eval.py", "--data", mmeb.root, "--ckpt", small, "--task", "MSVD", "--protocol", "released", "--scores", tmp_path, "--json", tmp_path / "r.json")
+    call("eval.py", "--data", mmeb.root, "--ckpt", small, "--task", "MSVD", "--protocol", "released", "--scores", tmp_path, "--json", tmp_path / "r.json")
     r = json.loads((tmp_path / "r.json").read_text())["tasks"]["video_ret/MSVD"]
     assert r["protocol"] == "released" and len([*tmp_path.glob("*-latent8-released-*/video_ret/MSVD_score.json")]) == 1
     model = Plume.from_pretrained(small, latent_positions="cache", white_image=True, prompt=plume_model.RELEASED_PROMPT,
@@ -2411,7 +2409,7 @@ def test_turtle_world_trains_evaluates_and_compares_without_any_data(tmp_path):
     assert [(r["mode"], r["steps"]) for r in rows] == [("single", None), ("latent", 0), ("latent", 1), ("latent", 2), ("cot", None)]
     assert [r["tokens"] for r in rows[:4]] == [0] * 4 and 0 < rows[4]["tokens"] <= 12 and all(r["ms"] > 0 for r in rows)
     assert "hard candidates" in printed and Image.open(tmp_path / "c.png").size == (1000, 620)
-    alone = call(*base, "--task", "image_qa", "--steps", 1, "--json", tmp_path / "one.json")
+    call(*base, "--task", "image_qa", "--steps", 1, "--json", tmp_path / "one.json")
     scores = json.loads((tmp_path / "one.json").read_text())["tasks"]
     assert {t: r["hit@1"] for t, r in scores.items()} == rows[2]["hits"]
     for flags, why in ((["--compare", tmp_path / "c.png", "--steps", 2], "leave out"), (["--task", "image_qa,vidoe_ret"], "Did you mean 'video_ret'")):
