@@ -2308,6 +2308,16 @@ def test_graded_ndcg_by_hand():
     assert abs(tie["ndcg@5"] - (1 / math.log2(3) + 2 / 2) / (2 + 1 / math.log2(3))) < 1e-12 and tie["hit@1"] == 0
 
 
+def test_the_interval_is_that_of_the_task_s_own_metric_over_its_queries():
+    """40 hits of 100: by the normal approximation 0.4 +- 1.96 sqrt(0.4 * 0.6 / 100)."""
+    relevant = [{0: 1} if i < 40 else {1: 1} for i in range(100)]
+    task = data.Task("t", ["q"] * 100, ["a", "b"], relevant, [None] * 100, [str(i) for i in range(100)])
+    result = evaluation.evaluate(task, (torch.eye(2)[:1].expand(100, 2), torch.eye(2)))
+    assert result["hit@1"] == 0.4 and all(abs(got - want) < 0.015 for got, want in zip(result["interval"], (0.304, 0.496)))
+    graded = evaluation.evaluate(replace(task, metric="ndcg@5"), (torch.eye(2)[:1].expand(100, 2), torch.eye(2)))
+    assert abs(np.mean(graded["interval"]) - graded["ndcg@5"]) < 0.01 and graded["interval"][0] > result["interval"][1]
+
+
 # ---------------------------------------------------------------------------------------------------------- turtle world
 
 
