@@ -16,6 +16,7 @@ Shapes: B sequences, P prefix tokens, K latent steps, T suffix tokens, L new col
 G key/value heads, d = D/H, E experts.
 """
 
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -51,17 +52,23 @@ class Cache:
         self.prefix, self.slots = [], []  # a (k, v) for each layer, each (B, G, ., d)
 
 
-def rollout(lm, adapter, prefix, steps, suffix, rule="mrope", checkpointing=False):
+def rollout(lm, adapter, prefix, steps, suffix, rule="mrope", checkpointing=False, graphs=None):
     """The method: prefill, K latent steps, suffix.
 
     lm: transformers' Qwen2VLTextModel; adapter: TransitionAdapter; prefix: Prefix; steps: K, a Python int;
-    suffix: (B, T, D) input embeddings; rule: see `next_positions`.  h(.) is the state after the decoder's final norm.
+    suffix: (B, T, D) input embeddings; rule: see `next_positions`; graphs: None, or a `Graphs`, which does the same as
+    `steps_and_suffix`.  h(.) is the state after the decoder's final norm.
     """
     cache = Cache(prefix.lengths, prefix.x.shape[1])
     h = decoder(lm, prefix.x, prefix.positions, cache, checkpointing)  # (B, P, D)
-    anchor, z = at(h, prefix.disc), h[:, -1]
-    pos = next_positions(prefix, rule)  # (B,)
-    states, probs, columns = [z], [], suffix
+    anchor, z, pos = at(h, prefix.disc), h[:, -1], next_positions(prefix, rule)  # (B, D), (B, D), (B,)
+    behind = graphs or partial(steps_and_suffix, checkpointing=checkpointing)
+    return Rollout(anchor, z, *behind(lm, adapter, steps, anchor, z, pos, suffix, cache))
+
+
+def steps_and_suffix(lm, adapter, steps, anchor, z, pos, suffix, cache, checkpointing=False):
+    """What comes behind the prefix -> latents (B, K, D), suffix states (B, T, D), router probabilities (B, K, E)."""
+    states, probs, columns = [], [], suffix
     for k in range(steps):
         x, r = adapter(z, k, anchor)  # (B, D), (B, E)
         probs.append(r)
@@ -72,9 +79,8 @@ def rollout(lm, adapter, prefix, steps, suffix, rule="mrope", checkpointing=Fals
             states.append(z)
     places = pos[:, None] + torch.arange(max(0, steps - 1), steps + suffix.shape[1], device=pos.device)
     h = decoder(lm, columns, places, cache, checkpointing)  # (B, 1+T, D), without a latent step (B, T, D)
-    latents = torch.cat([torch.stack(states, 1)[:, 1:], h[:, : -suffix.shape[1]]], 1)
-    router = torch.stack(probs, 1) if steps else z.new_zeros(len(z), 0, 0)
-    return Rollout(anchor, states[0], latents, h[:, -suffix.shape[1] :], router)
+    latents = torch.cat([*(z[:, None] for z in states), h[:, : -suffix.shape[1]]], 1)
+    return latents, h[:, -suffix.shape[1] :], torch.stack(probs, 1) if steps else z.new_zeros(len(z), 0, 0)
 
 
 def single_pass(lm, prefix):
@@ -121,6 +127,71 @@ def next_positions(prefix, rule):
 def at(h, column):
     """h (B, L, D), column (B,) -> (B, D)"""
     return h[torch.arange(len(h), device=h.device), column]
+
+
+# -------------------------------------------------------------------------------------------------------------- graphs
+
+
+class Graphs:
+    """`steps_and_suffix` as CUDA graphs, for inference: one for each B, K, T and number of prefix columns.
+
+    A latent step of a small batch is hundreds of kernels, each shorter than the time in which Python starts it; a graph
+    starts all K steps at once.  It reads fixed places in memory: the rollout's inputs are copied there, the prefix's keys
+    and values with hidden columns in front, 7 or 1/16 of its length at most, so that few sizes serve all.  A shape
+    runs as usual when it is first seen and is recorded when it comes again; the `keep` shapes used last stay.  Weights
+    may change in place; when they move, everything is forgotten.
+    """
+
+    def __init__(self, keep=8):
+        self.keep, self.weights, self.seen, self.recorded = keep, None, set(), {}
+
+    @torch.no_grad()
+    def __call__(self, lm, adapter, steps, anchor, z, pos, suffix, cache):
+        weights = [p.data_ptr() for module in (lm, adapter) for p in module.parameters()]
+        if weights != self.weights:
+            self.__init__(self.keep)
+            self.weights = weights
+        P = cache.hide.shape[-1]
+        hidden = -P % max(8, 1 << max(0, P.bit_length() - 5))  # columns in front of the prefix
+        shape = (steps, hidden + P, *suffix.shape, suffix.dtype)
+        if shape not in self.seen:
+            self.seen.add(shape)
+            return steps_and_suffix(lm, adapter, steps, anchor, z, pos, suffix, cache)
+        if shape not in self.recorded:
+            while len(self.recorded) >= self.keep:
+                del self.recorded[next(iter(self.recorded))]
+            inputs = [t.clone() for t in (anchor, z, pos, suffix)]
+            fixed = Cache(pos.new_zeros(len(pos)), hidden + P)
+            fixed.prefix = [tuple(t.new_zeros(*t.shape[:2], hidden + P, t.shape[3]) for t in kv) for kv in cache.prefix]
+
+            def function():
+                fixed.slots = [tuple(t[:, :, :0] for t in kv) for kv in fixed.prefix]
+                return steps_and_suffix(lm, adapter, steps, *inputs, fixed)
+
+            self.recorded[shape] = *record(function, suffix.device), inputs, fixed
+        replay, outputs, inputs, fixed = self.recorded[shape] = self.recorded.pop(shape)  # to the end: used last
+        old, new = ([t for kv in c.prefix for t in kv] for c in (fixed, cache))
+        torch._foreach_zero_([t[:, :, :hidden] for t in old])  # hidden is not enough: 0 x NaN of an earlier batch is NaN
+        fixed.hide.fill_(float("-inf"))
+        torch._foreach_copy_([*inputs, fixed.hide[..., hidden:], *(t[:, :, hidden:] for t in old)], [anchor, z, pos, suffix, cache.hide, *new])
+        replay()
+        return [t.clone() for t in outputs]
+
+
+def record(function, device):
+    """A function without arguments as a CUDA graph -> (replay, its output tensors, which every replay overwrites)."""
+    if device.type != "cuda":
+        raise ValueError(f"latent.Graphs on {device}: CUDA graphs need a CUDA device; leave `graphs` None on others")
+    with torch.cuda.device(device):
+        here, side = torch.cuda.current_stream(), torch.cuda.Stream()
+        side.wait_stream(here)
+        with torch.cuda.stream(side):  # once without recording: libraries load their kernels and take their workspaces
+            function()
+        here.wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # other threads may use the device meanwhile
+            outputs = function()
+    return graph.replay, outputs
 
 
 # ------------------------------------------------------------------------------------------------------------ decoder
@@ -174,8 +245,8 @@ def block(layer, x, cos, sin, mask, past):
 
 
 def linear(layer, x):
-    """layer(x), x (B, L, D).  For the few rows of a latent step a CPU is faster when it computes W x^T: 1.5 times at 16 rows."""
-    if x.device.type != "cpu" or type(layer) is not torch.nn.Linear or not 8 <= x.shape[0] * x.shape[1] <= 64:
+    """layer(x), x (B, L, D).  For the few rows of a latent step a CPU is faster when it computes W x^T: 1.2 times at 16 rows."""
+    if x.device.type != "cpu" or type(layer) is not torch.nn.Linear or not 16 <= x.shape[0] * x.shape[1] <= 48:
         return layer(x)
     x_t = x.flatten(0, 1).T  # (D, B*L)
     y_t = layer.weight @ x_t if layer.bias is None else torch.addmm(layer.bias[:, None], layer.weight, x_t)

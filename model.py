@@ -102,6 +102,7 @@ class Plume(nn.Module):
         self.adapter = TransitionAdapter(text.hidden_size, **self.settings["adapter"])
         self.processor = Processor(tokenizer, self.settings["prompt"], limits, self.settings["white_image"])
         self.checkpointing = False  # activation checkpointing around every decoder layer
+        self.graphs = None  # latent.Graphs(): what comes behind the prefix is replayed as CUDA graphs in `encode`
 
     @property
     def lm(self):
@@ -156,7 +157,7 @@ class Plume(nn.Module):
         none = torch.zeros_like(batch["lengths"])
         if mode == "single":
             return unit(single_pass(self.lm, prefix)), none
-        r = rollout(self.lm, self.adapter, prefix, steps, self.lm.embed_tokens(batch["suffix"]), rule)
+        r = rollout(self.lm, self.adapter, prefix, steps, self.lm.embed_tokens(batch["suffix"]), rule, graphs=self.graphs)
         return unit(at(r.suffix, batch["gen"])), none
 
     def encode(self, items, mode="latent", steps=None, batch_size=16, progress=False, limit=512, took=None, workers=4):
