@@ -1220,9 +1220,13 @@ class Tree:
                 if row["score"] > 0:
                     gains[str(row["corpus-id"])] = max(row["score"], gains.get(str(row["corpus-id"]), 0))
             names = [(row.where, str(row["corpus-id"])) for row in self.rows("corpus", ["corpus-id"])]
+            files = {}
+            for where, name in names:
+                if (other := files.setdefault(self.page_file(name), name)) != name:
+                    raise DataError(f"{where}: the pages {other!r} and {name!r} have one file name, {self.page_file(name)!r}; rename one in corpus and qrels")
             # pages of a data set that has versions are those of its rows: an archive does not say which version it has
             trusted = [p for p in self.places if p == self.own or not self.task.versions]
-            missing = {self.page_file(name) for _, name in names} - {n for place in trusted for n in os.listdir(place)}
+            missing = files.keys() - {n for place in trusted for n in os.listdir(place)}
             in_rows = self.take_out(missing) if missing else set()
             for where, name in names:
                 file = self.page_file(name)
@@ -1243,9 +1247,10 @@ class Tree:
                 if not self.extract:
                     return missing  # one is there: the others are not looked at
                 os.makedirs(self.own, exist_ok=True)
-                with open(os.path.join(self.own, file + ".writing"), "wb") as f:
+                part = os.path.join(self.own, f"{file}.writing{os.getpid()}")  # another process may take out the same page
+                with open(part, "wb") as f:
                     f.write(content)
-                os.replace(os.path.join(self.own, file + ".writing"), os.path.join(self.own, file))
+                os.replace(part, os.path.join(self.own, file))
         self.places = [p for p in dict.fromkeys((self.own, *self.places)) if os.path.isdir(p)]
         return set()
 

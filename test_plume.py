@@ -2241,6 +2241,7 @@ first = lambda **kw: lambda rows: [dict(rows[0], **kw), *rows[1:]]
 @pytest.mark.parametrize("name, hub, config, change, said", [
     (*DOCS, "corpus", lambda rows: [dict(r, **{"corpus-id": "doc/0"}) for r in rows], ["'doc/0' stands there twice", "row 2"]),
     (*DOCS, "corpus", lambda rows: [dict(r, image="x.png") for r in rows], ["doc_0.png' is not in", "row 1"]),
+    (*DOCS, "corpus", first(**{"corpus-id": "doc_1"}), ["'doc_1' and 'doc/1' have one file name", "row "]),
     (*DOCS, "queries", lambda rows: [dict(r, **{"query-id": 0}) for r in rows], ["'0' stands there twice", "row 2"]),
     (*DOCS, "queries", lambda rows: [dict(querry="x", **{"query-id": r["query-id"]}) for r in rows], ["no column 'query'. Did you mean 'querry'?", "row 1"]),
     (*DOCS, "queries", first(query=None), ["needs a text, got None", "row 1"]),
