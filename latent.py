@@ -16,7 +16,7 @@ Shapes: B sequences, P prefix tokens, K latent steps, T suffix tokens, L new col
 G key/value heads, d = D/H, E experts.
 """
 
-from functools import partial
+import functools
 from typing import NamedTuple
 
 import torch
@@ -62,7 +62,7 @@ def rollout(lm, adapter, prefix, steps, suffix, rule="mrope", checkpointing=Fals
     cache = Cache(prefix.lengths, prefix.x.shape[1])
     h = decoder(lm, prefix.x, prefix.positions, cache, checkpointing)  # (B, P, D)
     anchor, z, pos = at(h, prefix.disc), h[:, -1], next_positions(prefix, rule)  # (B, D), (B, D), (B,)
-    behind = graphs or partial(steps_and_suffix, checkpointing=checkpointing)
+    behind = graphs or functools.partial(steps_and_suffix, checkpointing=checkpointing)
     return Rollout(anchor, z, *behind(lm, adapter, steps, anchor, z, pos, suffix, cache))
 
 
@@ -138,42 +138,46 @@ class Graphs:
     A latent step of a small batch is hundreds of kernels, each shorter than the time in which Python starts it; a graph
     starts all K steps at once.  It reads fixed places in memory: the rollout's inputs are copied there, the prefix's keys
     and values with hidden columns in front, 7 or 1/16 of its length at most, so that few sizes serve all.  A shape
-    runs as usual when it is first seen and is recorded when it comes again; the `keep` shapes used last stay.  Weights
-    may change in place; when they move, everything is forgotten.
+    runs as usual when it is first seen and is recorded when it comes again; `keep` shapes at most, others always run as
+    usual, and so does everything under autocast.  Weights may change in place; when they move, all is forgotten.  Python
+    values (`adapter.top_k`) stay as they were recorded.
     """
 
-    def __init__(self, keep=8):
+    def __init__(self, keep=16):
         self.keep, self.weights, self.seen, self.recorded = keep, None, set(), {}
 
     @torch.no_grad()
     def __call__(self, lm, adapter, steps, anchor, z, pos, suffix, cache):
+        usual = functools.partial(steps_and_suffix, lm, adapter, steps)
         weights = [p.data_ptr() for module in (lm, adapter) for p in module.parameters()]
         if weights != self.weights:
             self.__init__(self.keep)
             self.weights = weights
         P = cache.hide.shape[-1]
         hidden = -P % max(8, 1 << max(0, P.bit_length() - 5))  # columns in front of the prefix
-        shape = (steps, hidden + P, *suffix.shape, suffix.dtype)
-        if shape not in self.seen:
+        shape = (steps, hidden + P, *suffix.shape)
+        full, casts = len(self.recorded) >= self.keep, torch.is_autocast_enabled(suffix.device.type)
+        if casts or shape not in self.seen or full and shape not in self.recorded:
             self.seen.add(shape)
-            return steps_and_suffix(lm, adapter, steps, anchor, z, pos, suffix, cache)
+            return usual(anchor, z, pos, suffix, cache)
         if shape not in self.recorded:
-            while len(self.recorded) >= self.keep:
-                del self.recorded[next(iter(self.recorded))]
             inputs = [t.clone() for t in (anchor, z, pos, suffix)]
             fixed = Cache(pos.new_zeros(len(pos)), hidden + P)
             fixed.prefix = [tuple(t.new_zeros(*t.shape[:2], hidden + P, t.shape[3]) for t in kv) for kv in cache.prefix]
 
             def function():
                 fixed.slots = [tuple(t[:, :, :0] for t in kv) for kv in fixed.prefix]
-                return steps_and_suffix(lm, adapter, steps, *inputs, fixed)
+                return usual(*inputs, fixed)
 
             self.recorded[shape] = *record(function, suffix.device), inputs, fixed
-        replay, outputs, inputs, fixed = self.recorded[shape] = self.recorded.pop(shape)  # to the end: used last
-        old, new = ([t for kv in c.prefix for t in kv] for c in (fixed, cache))
-        torch._foreach_zero_([t[:, :, :hidden] for t in old])  # hidden is not enough: 0 x NaN of an earlier batch is NaN
-        fixed.hide.fill_(float("-inf"))
-        torch._foreach_copy_([*inputs, fixed.hide[..., hidden:], *(t[:, :, hidden:] for t in old)], [anchor, z, pos, suffix, cache.hide, *new])
+        replay, outputs, inputs, fixed = self.recorded[shape]
+        for old, new in zip(inputs, (anchor, z, pos, suffix)):
+            old.copy_(new)
+        fixed.hide[..., :hidden].fill_(float("-inf"))
+        fixed.hide[..., hidden:].copy_(cache.hide)
+        for old, new in ((old, new) for pair in zip(fixed.prefix, cache.prefix) for old, new in zip(*pair)):
+            old[:, :, :hidden].zero_()  # to hide is not enough: 0 x NaN of an earlier batch is NaN
+            old[:, :, hidden:].copy_(new)
         replay()
         return [t.clone() for t in outputs]
 
@@ -183,15 +187,20 @@ def record(function, device):
     if device.type != "cuda":
         raise ValueError(f"latent.Graphs on {device}: CUDA graphs need a CUDA device; leave `graphs` None on others")
     with torch.cuda.device(device):
-        here, side = torch.cuda.current_stream(), torch.cuda.Stream()
+        here, side = torch.cuda.current_stream(), recording_stream(device)
         side.wait_stream(here)
         with torch.cuda.stream(side):  # once without recording: libraries load their kernels and take their workspaces
             function()
         here.wait_stream(side)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # other threads may use the device meanwhile
+        with torch.cuda.graph(graph, stream=side, capture_error_mode="thread_local"):  # other threads may use the device
             outputs = function()
     return graph.replay, outputs
+
+
+@functools.cache
+def recording_stream(device):
+    return torch.cuda.Stream(device)  # one for all graphs: libraries keep a workspace for every stream
 
 
 # ------------------------------------------------------------------------------------------------------------ decoder
@@ -245,7 +254,7 @@ def block(layer, x, cos, sin, mask, past):
 
 
 def linear(layer, x):
-    """layer(x), x (B, L, D).  For the few rows of a latent step a CPU is faster when it computes W x^T: 1.2 times at 16 rows."""
+    """layer(x), x (B, L, D).  For the few rows of a latent step a CPU is faster when it computes W x^T, if they fill blocks of 16."""
     if x.device.type != "cpu" or type(layer) is not torch.nn.Linear or not 16 <= x.shape[0] * x.shape[1] <= 48:
         return layer(x)
     x_t = x.flatten(0, 1).T  # (D, B*L)

@@ -305,7 +305,7 @@ def test_embeddings_do_not_depend_on_neighbours_order_or_batch_size(model, world
 
 
 def test_windows_of_encode_keep_the_order_and_the_name_of_a_bad_item(model, world):
-    """A window of 12 batches is read while the one before is embedded, by several threads, which may share a picture."""
+    """A window of 8 batches is read while the one before is embedded, by several threads, which may share a picture."""
     shared = Image.open(world / "red bar.png")
     items = [{"image": shared, "text": "word " * (i % 7)} if i % 3 else "word " * (i + 1) for i in range(40)]
     together = model.encode(items, batch_size=2, workers=3)
@@ -405,7 +405,7 @@ def embed_with_and_without(m, graphs, items, K=8):
     plain = m.embed(batch, "latent", K)[0]
     m.graphs = graphs
     try:
-        assert_close(m.embed(batch, "latent", K)[0], plain, f"{len(items)} items, K = {K}", 0.02 if m.lm.norm.weight.dtype == torch.bfloat16 else 1e-6)
+        assert_close(m.embed(batch, "latent", K)[0], plain, f"{len(items)} items, K = {K}", 0.05 if m.lm.norm.weight.dtype == torch.bfloat16 else 1e-6)
     finally:
         m.graphs = None
     return len(graphs.recorded)
@@ -420,24 +420,29 @@ def replays_equal_the_plain_rollout(m, items):
         m.adapter.w2 *= 1.5
         m.lm.norm.weight *= 1.5
     assert embed_with_and_without(m, graphs, short) == 3, "the same weights, changed"
-    m.adapter.w2.data = m.adapter.w2.data * 2
-    assert embed_with_and_without(m, graphs, short) == 0, "other weights, other memory"
-    assert embed_with_and_without(m, graphs, short) == 1
+    for weight in (m.adapter.w2, m.lm.norm.weight):
+        weight.data = weight.data * 2
+        assert embed_with_and_without(m, graphs, short) == 0, "other weights, other memory"
+        assert embed_with_and_without(m, graphs, short) == 1
+    with torch.autocast(m.device.type, torch.bfloat16):
+        for _ in range(2):
+            assert embed_with_and_without(m, graphs, long) == 1, "recorded under autocast"
     cache = next(iter(graphs.recorded.values()))[-1]
     for tensor in (t for kv in cache.prefix for t in kv):
         tensor.fill_(float("nan"))
     embed_with_and_without(m, graphs, short)  # nothing of an earlier batch is left in hidden columns
-    graphs, words = latent.Graphs(), [rendered(m, ["red " * n]) for n in range(1, 18)]  # prefixes of every length, longest first
-    kept = []
-    for samples in [words[-1]] + words[::-1]:
+    graphs, words, kept = latent.Graphs(), [rendered(m, ["red " * n]) for n in range(18, 0, -1)], []  # prefixes of every length
+    for samples in words[:1] + words + [2 * w for w in words]:
         batch = to_device(collate(samples, m.processor), m.device)
         with torch.no_grad():
-            args = m.lm, m.adapter, m.prefix(batch), 2, m.lm.embed_tokens(batch["suffix"])
+            suffix = m.lm.embed_tokens(batch["suffix"])
+            args = m.lm, m.adapter, m.prefix(batch), 2, suffix + torch.randn_like(suffix)
             kept.append((rollout(*args, graphs=graphs), rollout(*args)))
-    assert 1 < len(graphs.recorded) < 4
+    assert 3 < len(graphs.recorded) < 8
     for ours, plain in kept:  # a later replay does not reach an earlier one's results
         for name, a, b in zip(ours._fields, ours, plain):
-            assert_close(a, b, name, 0.25 if a.dtype == torch.bfloat16 else 1e-6)
+            assert not a.requires_grad
+            assert_close(a, b, name, 0.25 if suffix.dtype == torch.bfloat16 else 1e-6)
 
 
 def test_graphs_copy_record_and_forget_in_the_right_places(world, monkeypatch):
