@@ -23,9 +23,6 @@ import re
 from dataclasses import dataclass
 
 
-CLOSING = "</think>\n"  # between <eot> and <gen_emb> at inference
-
-
 @dataclass(frozen=True)
 class Stage:
     index: int  # 0 .. S
@@ -87,13 +84,14 @@ class Curriculum:
         return "\n".join(lines)
 
     def rewrite(self, rationale, answer, stage):
-        """-> (rest of the rationale, closing text): what is still written at this stage.
+        """-> (rest of the rationale, answer): what is still written at this stage.
 
-        Behind the latent steps stands  rest <eot> closing <gen_emb>  ("inside") or  <eot> rest closing <gen_emb>  ("after").
-        A record without a rationale takes the same number of latent steps, so one batch has one K.
+        Behind the latent steps stands  rest <eot></think> answer <gen_emb>  ("inside") or  <eot> rest </think> answer
+        <gen_emb>  ("after"), in the words of the chat template.  A record without a rationale takes the same number of
+        latent steps, so one batch has one K.
         """
         rest = "".join(segment(rationale, self.segments)[stage.index:])
-        return rest, CLOSING + (f"<answer>{answer}</answer>\n" if answer and stage.answer else "")
+        return rest, answer if stage.answer else ""
 
 
 class Progress:

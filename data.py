@@ -14,6 +14,7 @@ Nothing here is skipped, replaced or cut silently: what cannot be used raises Da
 record and the reason.
 """
 
+import contextlib
 import csv
 import difflib
 import fnmatch
@@ -21,11 +22,13 @@ import functools
 import glob
 import hashlib
 import inspect
+import io
 import itertools
 import json
 import math
 import os
 import re
+import secrets
 import shlex
 import struct
 import sys
@@ -41,17 +44,16 @@ import tokenizers
 import torch
 import yaml
 from huggingface_hub import metadata_load
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
-from curriculum import CLOSING, Curriculum, segment
+from curriculum import Curriculum, segment
 
 PATCH, MERGE, TEMPORAL = 14, 2, 2  # Qwen2-VL: pixels a patch, patches a token side, frames a temporal patch
 MEAN = np.array([0.48145466, 0.4578275, 0.40821073], np.float32)  # CLIP's, used by Qwen2-VL
 STD = np.array([0.26862954, 0.26130258, 0.27577711], np.float32)
 MAX_PIXELS = 89_478_485  # of a stored picture or frame; Pillow only warns there, here it is an error
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 
 
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # `to_rgb` makes it an error
@@ -67,10 +69,35 @@ def said(error):
     return str(error).strip().splitlines()[-1].removeprefix("data.DataError: ") if "Original Traceback" in str(error) else str(error)
 
 
+def quote(value):
+    """Somebody's data in a message: its repr, at most 200 characters of it."""
+    text = repr(value[:200]) if isinstance(value, (str, bytes)) else repr(value)
+    return text if len(text) <= 200 else text[:197] + "..."
+
+
 def nearest(name, known):
     """A hint for an unknown name: ' Did you mean ...?' and the known ones."""
-    close = difflib.get_close_matches(str(name), list(known), 1)
-    return f"{' Did you mean ' + repr(close[0]) + '?' if close else ''} Known: {', '.join(map(str, known))}."
+    return f"{closest(name, known)} Known: {', '.join(map(str, known))}."
+
+
+def closest(name, known):
+    found = difflib.get_close_matches(str(name)[:200], [str(k)[:200] for k in known], 1)
+    return f" Did you mean {found[0]!r}?" if found else ""
+
+
+@contextlib.contextmanager
+def writing(path, mode="w"):
+    """A new file that becomes `path` when the block ends well.  Its name is this call's own: nothing else is overwritten."""
+    path = os.path.realpath(path)
+    part = f"{path}.{secrets.token_hex(4)}.writing"
+    try:
+        with open(part, mode.replace("w", "x")) as f:
+            yield f
+        os.replace(part, path)
+    except BaseException:
+        with contextlib.suppress(FileNotFoundError):
+            os.remove(part)
+        raise
 
 
 # ------------------------------------------------------------------------------------------------------------- media
@@ -81,26 +108,54 @@ DECODER_ERRORS = (OSError, SyntaxError, ValueError, TypeError, RuntimeError, Loo
                   Image.DecompressionBombWarning)
 Image.init()
 IMAGE_FORMATS = [f for f in ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF") if f in Image.OPEN]  # others can start programs (EPS)
+IMAGE_SUFFIXES = tuple(suffix for suffix, name in Image.registered_extensions().items() if name in IMAGE_FORMATS)
+VIDEO_SUFFIXES = (".mp4", ".mkv", ".webm", ".mov", ".avi", ".m4v", ".mpg", ".mpeg")  # only for a hint; any file may be a clip
 VIDEO_OPTIONS = {"protocol_whitelist": "file",  # a playlist must not open other files or addresses
                  "format_whitelist": "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,gif,mpeg,mpegts,mpegvideo,flv,asf,ogg,h264,hevc,ivf,y4m"}
 
 
 def load_image(source):
-    """A path or Pillow image -> RGB Pillow image, upright, on white where it was transparent.
+    """A path, Pillow image, array, bytes or open file -> RGB Pillow image, upright, on white where it was transparent.
 
     Animations give their first frame.  Raises DataError for anything unreadable, truncated, too large or not 8/16-bit.
     """
     try:
+        source = as_image(source)
         if isinstance(source, Image.Image):
             with LOADING:
                 return to_rgb(source)
         with Image.open(source, formats=IMAGE_FORMATS) as image:
             return to_rgb(image)
     except DECODER_ERRORS as e:
-        raise DataError(f"{source}: cannot be used as a picture: {e}") from e
+        raise DataError(f"{str(source)[:200]}: cannot be used as a picture: {e}") from e
+
+
+def as_image(source):
+    """An array (height, width, 3 or 4) of uint8, the bytes of a file, or a file open for reading -> Pillow image.
+
+    What is a path or a Pillow image stays as it is.  Raises DataError, or one of DECODER_ERRORS.
+    """
+    if isinstance(source, np.ndarray):
+        if source.dtype != np.uint8 or source.ndim != 3 or source.shape[2] not in (3, 4) or not source.size:
+            raise DataError(f"an array of {source.dtype} with the shape {source.shape}; a picture is uint8, (height, width, 3 or 4)")
+        return Image.fromarray(source)
+    if isinstance(source, io.IOBase):
+        with LOADING:  # the same file may be given twice
+            source.seek(0)
+            source = source.read()
+        if isinstance(source, str):
+            raise DataError("a file that is open for text; open it with mode 'rb'")
+    if isinstance(source, (bytes, bytearray, memoryview)):
+        try:
+            return Image.open(io.BytesIO(source), formats=IMAGE_FORMATS)
+        except UnidentifiedImageError as e:
+            raise DataError(f"{len(source)} bytes that are no picture: they begin with {quote(bytes(source[:16]))}") from e
+    return source
 
 
 def to_rgb(image):
+    if image.width * image.height == 0:
+        raise DataError(f"{image.width}x{image.height} pixels: an empty picture")
     if image.width * image.height > MAX_PIXELS:  # before anything is decoded
         raise DataError(f"{image.width}x{image.height} pixels, the limit is {MAX_PIXELS:,}")
     try:
@@ -110,9 +165,11 @@ def to_rgb(image):
     if image.mode in ("F", "I"):
         raise DataError("32-bit pixels have no fixed range; convert to 8 or 16 bit first")
     if image.mode.startswith("I;16"):  # 65535 -> 255
-        return Image.fromarray((np.asarray(image) // 257).astype(np.uint8)).convert("RGB")
-    if image.mode in ("RGBA", "LA", "PA", "RGBa") or "transparency" in image.info:
-        image = image.convert("RGBA")
+        grey = np.asarray(image)
+        clear = grey == image.info.get("transparency", -1)
+        return Image.fromarray(np.where(clear, 255, grey // 257).astype(np.uint8)).convert("RGB")
+    if image.has_transparency_data:
+        image = (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
     return image.convert("RGB")
 
@@ -127,15 +184,18 @@ def frame_files(folder):
 def load_frames(source, count):
     """A clip -> at most `count` RGB Pillow images, evenly spaced in time from the first frame to the last.
 
-    source: a video file, a folder of frame files (natural order), or a list of paths / Pillow images.
-    A clip with fewer frames gives all it has.  Decoding keeps only the chosen frames in memory.
+    source: a video file, a folder of frame files (natural order), or a list of what `load_image` takes.
+    A clip with fewer frames gives all it has.  Frames of a file are shown as a player does: with the rotation and the
+    aspect ratio that the file asks for.  Decoding keeps only the chosen frames in memory.
     """
+    if count < 1:
+        raise DataError(f"num_frames {count}: a clip needs at least 1")
     if isinstance(source, (list, tuple)) or os.path.isdir(source):
         frames = source
         if not isinstance(source, (list, tuple)):
             frames = frame_files(source)
         if not frames:
-            raise DataError(f"{source!r}: a clip given as frames, but there is no frame in it")
+            raise DataError(f"{quote(source)}: a clip given as frames, but there is no frame in it")
         if len(frames) > count:
             frames = [frames[round(i)] for i in np.linspace(0, len(frames) - 1, count)]
         return [load_image(f) for f in frames]
@@ -153,11 +213,17 @@ def decode_frames(source, count):
         index, width, height = stream.index, stream.codec_context.width, stream.codec_context.height
         if width * height > MAX_PIXELS:
             raise DataError(f"frames of {width}x{height} pixels, the limit is {MAX_PIXELS:,}")
-        # first pass, headers only: when is each frame shown?  (empty packets flush; discarded ones are never shown)
-        packets = [(p.pts, p.duration or 0) for p in container.demux(stream) if p.size and not p.is_discard]
+        shape = display_size(width, height, stream.sample_aspect_ratio)
+        # first pass, headers only: when is each frame shown?  What is in front of the first key frame, in the file or on the
+        # screen, hangs on frames that are not there.  (Empty packets flush; discarded ones are decoded and never shown.)
+        packets = [(p.pts, p.duration or 0, p.is_keyframe, p.is_discard) for p in container.demux(stream) if p.size]
+        first = next((n for n, (_, _, key, _) in enumerate(packets) if key), 0)
+        start = packets[first][0] if packets else None
+        shown = [(pts, duration) for pts, duration, _, discard in packets[first:] if not discard]
+        timed = start is not None and all(pts is not None for pts, _ in shown)
+        packets = [(pts, duration) for pts, duration in shown if not timed or pts >= start]
         if not packets:
             raise DataError("no frames in the video track")
-        timed = all(pts is not None for pts, _ in packets)
         stamps = sorted(pts for pts, _ in packets) if timed else list(range(len(packets)))
         if timed and container.duration and not container.streams.audio:
             end, promised = float(max(map(sum, packets)) * stream.time_base), container.duration / av.time_base
@@ -167,13 +233,20 @@ def decode_frames(source, count):
     frames, before = [], None  # before: (stamp, frame) decoded last
 
     def take(frame):
-        return to_rgb(frame.to_image().rotate(frame.rotation, expand=True))  # phones store frames sideways
+        image = frame.to_image()
+        if shape != (width, height):
+            image = image.resize(shape, Image.BICUBIC)
+        return to_rgb(image.rotate(frame.rotation, expand=True))  # phones store frames sideways
 
     with av.open(source, options=VIDEO_OPTIONS) as container:
-        for i, frame in enumerate(container.decode(container.streams[index])):
+        encoded = (p for p in container.demux(container.streams[index]) if p.size or p.dts is None)  # the last one flushes
+        decoded = (frame for packet in itertools.islice(encoded, first, None) for frame in packet.decode())
+        for i, frame in enumerate(decoded):
+            stamp = frame.pts if timed and frame.pts is not None else i
+            if timed and stamp < start:
+                continue
             if frame.is_corrupt:
                 raise DataError(f"frame {i} is corrupt")
-            stamp = frame.pts if timed and frame.pts is not None else i
             while len(frames) < len(wanted) and stamp >= wanted[len(frames)]:  # the nearer of the two around it
                 target = wanted[len(frames)]
                 frames.append(take(before[1] if before and target - before[0] < stamp - target else frame))
@@ -185,11 +258,21 @@ def decode_frames(source, count):
     return frames + [take(before[1])] * (len(wanted) - len(frames))  # times behind the last decoded frame: that one
 
 
+def display_size(width, height, aspect):
+    """Size at which stored frames are shown.  aspect: of one pixel, width : height, or None; the smaller side grows."""
+    aspect = float(aspect or 1)
+    if not 1 / 200 < aspect < 200 or width * height * max(aspect, 1 / aspect) > MAX_PIXELS:
+        raise DataError(f"frames of {width}x{height} pixels, each {aspect:g} times as wide as it is high: too large when shown")
+    return (round(width * aspect), height) if aspect >= 1 else (width, round(height / aspect))
+
+
 # ------------------------------------------------------------------------------------------------------------ pixels
 
 
 def target_size(width, height, min_pixels, max_pixels):
     """Qwen2-VL's resize rule: sides to multiples of 28, area between the limits, shape kept.  -> (width, height)"""
+    if min(width, height) < 1:
+        raise DataError(f"a picture of {width}x{height} pixels: needs at least 1x1")
     if max(width, height) > 200 * min(width, height):
         raise DataError(f"a picture of {width}x{height} pixels: sides differ by more than 200 to 1, crop or pad it")
     unit = PATCH * MERGE
@@ -237,7 +320,16 @@ class Side:
 
 
 ALIASES = {"images": "image", "videos": "video"}
-SIDE_KEYS, ITEM_KEYS = ("conversations", "image", "images", "video", "videos"), ("text", "image", "video")
+RECORD_KEYS, SIDE_KEYS = ("dataset_name", "qry", "pos"), ("conversations", "image", "images", "video", "videos")
+SPEAKER, SPOKEN = ("from", "role"), ("value", "content")  # the two spellings of a turn's keys
+ITEM_KEYS = ("text", "image", "video")
+PICTURE = (Image.Image, np.ndarray, bytes, bytearray, memoryview, io.IOBase)  # besides a path
+
+
+def only_keys(raw, known, where):
+    for key in raw:
+        if key not in known:
+            raise DataError(f"{where}: unknown key {quote(key)}.{nearest(key, known)}")
 
 
 def parse_side(raw, root, where):
@@ -246,9 +338,7 @@ def parse_side(raw, root, where):
         raw = raw[0]
     if not isinstance(raw, dict):
         raise DataError(f"{where}: needs an object with 'conversations', got {type(raw).__name__}")
-    for key in raw:
-        if key not in SIDE_KEYS:
-            raise DataError(f"{where}: unknown key {key!r}.{nearest(key, SIDE_KEYS)}")
+    only_keys(raw, SIDE_KEYS, where)
     turns = raw.get("conversations")
     if not isinstance(turns, list) or not turns:
         raise DataError(f"{where}: 'conversations' must be a list of turns")
@@ -256,10 +346,11 @@ def parse_side(raw, root, where):
     for turn in turns:
         who = text = None
         if isinstance(turn, dict):
+            only_keys(turn, SPEAKER + SPOKEN, f"{where}: a turn")
             who, text = turn.get("from", turn.get("role")), turn.get("value", turn.get("content"))
             who = {"user": "human", "assistant": "gpt"}.get(str(who), who)
-        if who not in ("human", "gpt") or not isinstance(text, str):
-            raise DataError(f"{where}: a turn needs 'from' ('human' or 'gpt') and a text 'value', got {str(turn)[:80]}")
+        if who not in ("human", "gpt") or not isinstance(text, str) or len(turn) != 2:
+            raise DataError(f"{where}: a turn needs 'from' ('human' or 'gpt') and a text 'value', got {quote(turn)}")
         if who in said:
             raise DataError(f"{where}: more than one {who!r} turn; one question and one answer make a side")
         said[who] = printable(text, where)
@@ -268,29 +359,36 @@ def parse_side(raw, root, where):
     media = {"image": [], "video": []}
     for key, value in raw.items():
         kind = ALIASES.get(key, key)
-        if kind in media and value:
+        if kind in media and value not in (None, []):
             if media[kind]:
                 raise DataError(f"{where}: both {kind!r} and {kind + 's'!r} are given")
             media[kind] = value if isinstance(value, list) and key != "video" else [value]
-    parts = place(said["human"], media, root, where)
     for kind, given in media.items():
         if said["human"].count(f"<{kind}>") != len(given):
             raise DataError(f"{where}: {said['human'].count(f'<{kind}>')} <{kind}> in the text, {len(given)} {kind} given")
+    parts = place(said["human"], media, root, where, disc=True)
+    if sum(kind == "disc" for kind, _ in parts) > 1:
+        raise DataError(f"{where}: more than one <disc_emb> in the text")
     return Side(parts, *parse_target(said.get("gpt", ""), where), where)
 
 
-def place(text, media, root, where):
-    """Text with markers -> parts: each <image>, <video> takes the next medium of its kind; <disc_emb> stays a marker."""
-    queue, parts = {k: iter(v) for k, v in media.items()}, []
-    for piece in re.split(r"(<image>|<video>|<disc_emb>)", text):
-        kind = {"<image>": "image", "<video>": "video", "<disc_emb>": "disc"}.get(piece, "text")
-        if kind in media:
-            source = next(queue[kind], None)
-            parts += [] if source is None else [(kind, resolve(source, kind, root, where))]
+def place(text, media, root, where, disc=False):
+    """Text with markers -> parts: each <image>, <video> takes the next of its kind in media; disc: <disc_emb> is one too.
+
+    A line break directly behind a medium's marker belongs to the marker: published records have one there, an item that
+    is {"image", "text"} has none, and both give the same parts.  In front of <disc_emb> it is the prompt's.
+    """
+    kinds = "|".join(media)
+    text = re.sub(rf"(<(?:{kinds})>)\r?\n(?!<disc_emb>)", r"\1", text)
+    queue, parts = {kind: iter(given) for kind, given in media.items()}, []
+    for piece in re.split(rf"(<(?:{kinds})>{'|<disc_emb>' if disc else ''})", text):
+        kind = piece[1:-1]
+        if kind in media and piece == f"<{kind}>":
+            parts.append((kind, resolve(next(queue[kind]), kind, root, where)))
+        elif disc and piece == "<disc_emb>":
+            parts.append(("disc", None))
         elif piece:
-            parts.append((kind, piece))
-    if sum(kind == "disc" for kind, _ in parts) > 1:
-        raise DataError(f"{where}: more than one <disc_emb> in the text")
+            parts.append(("text", piece))
     return parts
 
 
@@ -308,30 +406,33 @@ def parse_target(text, where):
     for tag in ("think", "answer"):
         match = re.search(rf"<{tag}>(.*?)</{tag}>", text, re.S)
         if not match and (f"<{tag}>" in text or f"</{tag}>" in text):
-            raise DataError(f"{where}: <{tag}> is opened or closed only once in {text[:80]!r}")
+            raise DataError(f"{where}: <{tag}> is opened or closed only once in {quote(text)}")
         found[tag] = match.group(1).strip() if match else None
         text = text.replace(match.group(0), "", 1) if match else text
     rest = text.replace("<gen_emb>", "").strip()
     if found["answer"] is not None and rest:
-        raise DataError(f"{where}: text outside <think> and <answer>: {rest[:80]!r}")
+        raise DataError(f"{where}: text outside <think> and <answer>: {quote(rest)}")
     return found["think"] or "", rest if found["answer"] is None else found["answer"]
 
 
 def parse_item(item, root="", where="item"):
-    """An item to embed -> Side.  item: a string or {"text"?, "image"?, "video"?}: image = path, Pillow image or a list of
-    them; video = path, folder, or a list of frame paths / Pillow images.  Media stand in front of the text, unless the
-    text says where with one <image> (<video>) for each."""
+    """An item to embed -> Side.  item: a string, a picture, or {"text"?, "image"?, "video"?}.
+
+    image: a path, Pillow image, array (height, width, 3 or 4) of uint8, the bytes of a file or an open file, or a list of
+    these; video: a path, a folder of frames, or a list of frames, each as an image.  A bare Pillow image, Path or array is
+    a picture.  Media stand in front of the text, unless the text says where with one <image> (<video>) for each.
+    """
+    if isinstance(item, (Image.Image, np.ndarray, os.PathLike)):
+        item = {"image": item}
     if isinstance(item, str):
         return Side([("text", printable(item, where))], where=where)
     if not isinstance(item, dict) or all(v is None for v in item.values()):
-        raise DataError(f"{where}: needs a string or an object with some of {ITEM_KEYS}, got {item!r}")
-    for key in item:
-        if key not in ITEM_KEYS:
-            raise DataError(f"{where}: unknown key {key!r}.{nearest(key, ITEM_KEYS)}")
+        raise DataError(f"{where}: needs a string, a picture or an object with some of {ITEM_KEYS}, got {quote(item)}")
+    only_keys(item, ITEM_KEYS, where)
     text, image, video = (item.get(k) for k in ITEM_KEYS)
     if not isinstance(text, (str, type(None))):
         raise DataError(f"{where}: 'text' must be a string, got {type(text).__name__}")
-    if image in ([], ()):
+    if isinstance(image, (list, tuple)) and not image:
         raise DataError(f"{where}: 'image' is an empty list")
     media = {"image": list(image) if isinstance(image, (list, tuple)) else [] if image is None else [image],
              "video": [] if video is None else [video]}
@@ -341,23 +442,30 @@ def parse_item(item, root="", where="item"):
         if given and n not in (0, len(given)):
             raise DataError(f"{where}: {n} <{kind}> in the text, {len(given)} {kind} given")
         if given and n:
-            marked[kind] = iter(given)
-        front += [p for m in given if not n for p in ((kind, resolve(m, kind, root, where)), ("text", "\n"))]
-    pieces = re.split(f"<({'|'.join(marked)})>", text) if marked else [text]  # text, kind, text, kind, ...
-    return Side(front + [(p, resolve(next(marked[p]), p, root, where)) if i % 2 else ("text", p) for i, p in enumerate(pieces)], where=where)
+            marked[kind] = given
+        else:
+            front += [(kind, resolve(m, kind, root, where)) for m in given]
+    return Side(front + (place(text, marked, root, where) if marked else [("text", text)]), where=where)
 
 
 def resolve(source, kind, root, where):
-    """A medium as given -> with its path under the root; files must exist."""
-    if isinstance(source, Image.Image) and kind == "image":
-        return source
+    """A medium as given -> a path under the root, a Pillow image, or a list of these; files must exist."""
+    if isinstance(source, PICTURE) and kind == "image":
+        try:
+            return as_image(source)
+        except DECODER_ERRORS as e:
+            raise DataError(f"{where}: image: {e}") from e
     if isinstance(source, (list, tuple)) and kind == "video" and source:
         return [resolve(frame, "image", root, where) for frame in source]
     if not isinstance(source, (str, os.PathLike)):
-        raise DataError(f"{where}: {kind} needs a path or a {'Pillow image' if kind == 'image' else 'list of frames'}, got {type(source).__name__}")
-    path = os.path.join(root, os.fspath(source))
+        what = "path, Pillow image, array, bytes or open file" if kind == "image" else "path or a list of frames"
+        raise DataError(f"{where}: {kind} needs a {what}, got {type(source).__name__}")
+    name = os.fspath(source)
+    if not name:
+        raise DataError(f"{where}: {kind} is an empty path")
+    path = os.path.join(root, name)
     if not os.path.isfile(path) and not (kind == "video" and os.path.isdir(path)):
-        raise DataError(f"{where}: {kind} {os.fspath(source)!r} does not exist under {os.fspath(root) or '.'!r}")
+        raise DataError(f"{where}: {kind} {quote(name)} does not exist under {os.fspath(root) or '.'!r}")
     return path
 
 
@@ -404,9 +512,10 @@ class Pairs:
         where = f"{self.path}: record {n}"
         if not isinstance(raw, dict):
             raise DataError(f"{where}: needs an object, got {type(raw).__name__}")
-        for key in ("dataset_name", "qry", "pos"):
+        only_keys(raw, RECORD_KEYS, where)
+        for key in RECORD_KEYS:
             if key not in raw:
-                raise DataError(f"{where}: no {key!r}.{nearest(key, raw)}")
+                raise DataError(f"{where}: no {key!r}; a record has {', '.join(RECORD_KEYS)}")
         if not isinstance(raw["dataset_name"], str):
             raise DataError(f"{where}: 'dataset_name' must be a string")
         return tuple(parse_side(raw[k], self.media, f"{where}: {k}") for k in ("qry", "pos"))
@@ -424,14 +533,27 @@ class Pairs:
 
 
 def parse_json(text, where):
+    def no_key_twice(pairs):
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            keys = [key for key, _ in pairs]
+            twice = next(key for key in keys if keys.count(key) > 1)
+            raise DataError(f"{where}: the key {quote(twice)} stands twice in one object")
+        return found
+
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=no_key_twice)
+    except DataError:
+        raise
     except (ValueError, RecursionError) as e:
         raise DataError(f"{where}: not JSON: {e}") from e
 
 
 def spans_of(f, path):
-    """(start, end, bytes) of every record in an open binary file: JSON lines, or the objects of one JSON array."""
+    """(start, end, bytes) of every record in an open binary file: JSON lines, or the objects of one JSON array.
+
+    A file that starts with [ is read whole.
+    """
     blank = b"\xef\xbb\xbf \t\r\n"
     while (head := f.read(4096)) and not head.strip(blank):
         pass
@@ -444,40 +566,43 @@ def spans_of(f, path):
                 yield start, start + len(line), text
             start += len(line)
         return
-    # Between objects only a comma may stand, before the first [ and behind the last ].  The buffer starts at file offset
-    # `base`, behind the last object; `begin` and `end` are the offsets of the object read now and of the end of the last.
-    token, depth, quoted, buffer, base, begin, end = re.compile(rb'\\.|["{}]', re.S), 0, False, b"", 0, 0, 0
+    raw = f.read()
+    text = raw.decode("latin-1")  # a character is a byte, and what JSON is made of is ASCII
     broken = f"{path}: a file that starts with [ must be one JSON array of objects; it is not, at byte "
-    while chunk := f.read(1 << 20):
-        scan, buffer = len(buffer), buffer + chunk
-        while (len(buffer) - len(buffer.rstrip(b"\\"))) % 2 and (more := f.read(1)):  # do not cut an escape in two
-            buffer += more
-        for m in token.finditer(buffer, scan):
-            if m.group() == b'"':
-                quoted = not quoted
-            elif not quoted and m.group() == b"{":
-                depth += 1
-                if depth == 1:
-                    begin = base + m.start()
-                    if buffer[end - base : begin - base].strip(blank) != (b"," if end else b"["):
-                        raise DataError(f"{broken}{end}")
-            elif not quoted and m.group() == b"}":
-                depth -= 1
-                if depth < 0:
-                    raise DataError(f"{broken}{base + m.start()}")
-                if depth == 0:
-                    end = base + m.end()
-                    yield begin, end, buffer[begin - base : end - base]
-        buffer, base = buffer[end - base :], end
-    if buffer.strip(blank) != b"]" and buffer.translate(None, blank) != b"[]":
-        raise DataError(f"{broken}{end}")
+    at, gap, decoder = text.index("[") + 1, re.compile(r"[ \t\r\n]*"), json.JSONDecoder()
+    first = True
+    while True:
+        at = gap.match(text, at).end()
+        if text[at : at + 1] == "]" and text[at + 1 :].strip(blank.decode("latin-1")) == "":
+            return
+        if not first:
+            if text[at : at + 1] != ",":
+                raise DataError(f"{broken}{at}")
+            at = gap.match(text, at + 1).end()
+        if text[at : at + 1] != "{":
+            raise DataError(f"{broken}{at}")
+        try:
+            _, end = decoder.raw_decode(text, at)
+        except (ValueError, RecursionError) as e:
+            raise DataError(f"{broken}{at}: {e}") from e
+        yield at, end, raw[at:end]
+        at, first = end, False
 
 
 # ------------------------------------------------------------------------------------------------------------ prompt
 
 QWEN_TOKENS = ("<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>", "<|endoftext|>")
 PLUME_TOKENS = ("<gen_emb>", "<disc_emb>", "<bot>", "<eot>", "<ct>")  # <ct> is the released code's placeholder; unused here
-SYSTEM = "You are a helpful assistant."
+
+# The chat template: everything that stands around an item.  A checkpoint carries its own in the `plume` block.
+TEMPLATE = dict(
+    system="You are a helpful assistant.",
+    turns="<|im_start|>system\n{system}<|im_end|>\n<|im_start|>user\n{item}<|im_end|>\n<|im_start|>assistant\n<think><bot>",
+    anchor="\n<disc_emb>\n{prompt}",  # ends the item, unless a record writes <disc_emb> itself; the prompt follows it
+    closing="</think>\n",  # between <eot> and <gen_emb>, which end the thought and the whole
+    answer="<answer>{answer}</answer>\n",  # behind the closing, as long as the curriculum writes it
+)
+NEEDED = dict(turns=("{item}", "<bot>"), anchor=("<disc_emb>",), answer=("{answer}",))  # once each
 
 
 def train_tokenizer(texts, whole=(), size=8192):
@@ -507,22 +632,44 @@ class Limits:
     num_frames: int = 8  # frames sampled from a clip
     max_len: int = 8192  # tokens in one sequence: prefix and suffix, in training also the latent steps
 
+    def __post_init__(self):
+        token = (PATCH * MERGE) ** 2
+        for name, least in dict(min_pixels=1, max_pixels=token, video_min_pixels=1, video_max_pixels=token, num_frames=1, max_len=1).items():
+            value = vars(self)[name]
+            if type(value) is not int or value < least:
+                raise DataError(f"{name} {quote(value)}: needs a whole number of at least {least}")
+        for low, high in (("min_pixels", "max_pixels"), ("video_min_pixels", "video_max_pixels")):
+            if vars(self)[low] > vars(self)[high]:
+                raise DataError(f"{low} {vars(self)[low]} is above {high} {vars(self)[high]}")
+
 
 class Processor:
-    """Tokenizer, prompt and limits: everything between an item and the model's ids."""
+    """Tokenizer, prompt, limits and chat template: everything between an item and the model's ids."""
 
-    def __init__(self, tokenizer, prompt, limits, white_image=False):
+    def __init__(self, tokenizer, prompt, limits, white_image=False, template=TEMPLATE):
         self.tokenizer, self.prompt, self.limits, self.white_image = tokenizer, prompt, limits, white_image
+        self.template = template
+        for name, needed in NEEDED.items():
+            if wrong := [piece for piece in needed if template[name].count(piece) != 1]:
+                raise DataError(f"the template's {name!r} must have {wrong[0]!r} once, it is {quote(template[name])}")
+        if not template["turns"].endswith("<bot>"):
+            raise DataError(f"the template's 'turns' must end in '<bot>', where the thought begins: {quote(template['turns'])}")
+        self.before, self.behind = template["turns"].replace("{system}", template["system"]).split("{item}")
         # a copy that reads special tokens in a user's text as plain characters; ours are added by id
         self.backend = tokenizers.Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
         self.backend.encode_special_tokens = True
         self.known = {}
         self.id = {t: self.backend.token_to_id(t) for t in QWEN_TOKENS + PLUME_TOKENS}
         if missing := [t for t, i in self.id.items() if i is None]:
-            raise ValueError(f"the tokenizer has no {' '.join(missing)}; PLUME needs all of {' '.join(QWEN_TOKENS + PLUME_TOKENS)}")
+            raise DataError(f"the tokenizer has no {' '.join(missing)}; PLUME needs all of {' '.join(QWEN_TOKENS + PLUME_TOKENS)}")
 
     def __reduce__(self):  # the copy's setting does not survive pickling to a worker: make it anew there
-        return Processor, (self.tokenizer, self.prompt, self.limits, self.white_image)
+        return Processor, (self.tokenizer, self.prompt, self.limits, self.white_image, self.template)
+
+    def pieces(self, text, tokens=QWEN_TOKENS + PLUME_TOKENS):
+        """A text of ours -> its special tokens as ids, and what is between them as strings."""
+        found = re.split(f"({'|'.join(map(re.escape, tokens))})", text)
+        return [self.id[piece] if piece in tokens else piece for piece in found]
 
     def encode(self, text):
         """Text -> token ids.  What was encoded lately is remembered: the prompt around every item is the same."""
@@ -541,31 +688,33 @@ class Processor:
                 return patchify([load_image(source)], limits.min_pixels, limits.max_pixels)
             return patchify(load_frames(source, limits.num_frames), limits.video_min_pixels, limits.video_max_pixels)
         except DataError as e:
-            raise DataError(str(e) if str(source) in str(e) else f"{source}: {e}") from e
+            name = str(source)[:200]
+            raise DataError(str(e) if name in str(e) else f"{name}: {e}") from e
 
     def render(self, side, stage=None, curriculum=None):
         """The one prompt of training, evaluation and `encode`: a Side -> ids, positions, pixels, suffix.
 
-        Without a stage the suffix is inference's, <eot></think>\\n<gen_emb>.  With one, it is the curriculum's text for
+        Without a stage the suffix is inference's, <eot>, the template's closing, <gen_emb>.  With one, it is the curriculum's text for
         that stage; a rationale too long for `max_len` loses its end (counted in "cut"), and nothing else ever does.
         Raises DataError when question and media alone are too long, or a medium cannot be read.
         """
         t, parts = self.id, list(side.parts)
         if self.white_image and not any(kind in ("image", "video") for kind, _ in parts):
-            parts = [("image", Image.new("RGB", (28, 28), "white")), ("text", "\n"), *parts]  # the released text-only form
+            parts = [("image", Image.new("RGB", (28, 28), "white")), *parts]  # the released text-only form
         if not any(kind == "disc" for kind, _ in parts):
-            parts += [("text", "\n"), ("disc", None), ("text", "\n" + self.prompt)]
-        seq = [t["<|im_start|>"], f"system\n{SYSTEM}", t["<|im_end|>"], "\n", t["<|im_start|>"], "user\n"]
+            end, prompt = self.template["anchor"].split("<disc_emb>")
+            parts += [("text", end), ("disc", None), ("text", prompt.replace("{prompt}", self.prompt))]
+        seq = self.pieces(self.before)
         for i, (kind, value) in enumerate(parts):
             if kind == "text" and i and parts[i - 1][0] == "disc":  # the prompt: the released one names <gen_emb>, as a token
-                seq += [t.get(piece, piece) for piece in re.split("(<gen_emb>)", value)]
+                seq += self.pieces(value, ("<gen_emb>",))
             elif kind == "text":
                 seq.append(value)
             elif kind == "disc":
                 seq.append(t["<disc_emb>"])
             else:
                 seq += [t["<|vision_start|>"], (kind, value), t["<|vision_end|>"]]
-        seq += [t["<|im_end|>"], "\n", t["<|im_start|>"], "assistant\n<think>", t["<bot>"]]
+        seq += self.pieces(self.behind)
 
         ids, positions, pixels, grids, nxt, text = [], [], [], [], 0, ""
         for token in seq + [None]:
@@ -586,14 +735,16 @@ class Processor:
                 h, w = gh // MERGE, gw // MERGE
                 ids += [t[f"<|{kind}_pad|>"]] * (gt * h * w)
                 positions.append(np.indices((gt, h, w)).reshape(3, -1) + nxt)  # M-RoPE: time, row, column
-                nxt += max(h, w)  # as transformers counts: a picture takes as many positions as its longer side
+                nxt += max(gt, h, w)  # text goes on behind the largest position of any axis: Qwen2-VL's own rule
                 pixels.append(patches)
                 grids.append((gt, gh, gw))
 
         K = stage.latent_steps if stage else 0
         replaced = [self.encode(text)[:1] for text in segment(side.rationale, curriculum.segments)[: stage.index]] if K else []
-        rest, closing = curriculum.rewrite(side.rationale, side.answer, stage) if stage else ("", CLOSING)
-        before_answer = sum(a == b for a, b in zip(self.encode(CLOSING + "<answer>"), self.encode(closing)))
+        rest, answer = curriculum.rewrite(side.rationale, side.answer, stage) if stage else ("", "")
+        lead = self.template["closing"] + self.template["answer"].split("{answer}")[0]
+        closing = self.template["closing"] + (self.template["answer"].replace("{answer}", answer) if answer else "")
+        before_answer = sum(a == b for a, b in zip(self.encode(lead), self.encode(closing)))
         rest, closing = self.encode(rest), self.encode(closing)
         room = self.limits.max_len - len(ids) - K - 2 - len(closing)
         if room < 0:
@@ -746,19 +897,29 @@ class Task:
     bad: list = field(default_factory=list)  # what was left out, and why
 
 
+def qrels_file(folder):
+    """The judgements of a task: ours, or where BEIR's own archives have them; None when there is neither."""
+    places = (os.path.join(folder, "qrels.tsv"), os.path.join(folder, "qrels", "test.tsv"))
+    return next((path for path in places if os.path.isfile(path)), None)
+
+
 def list_tasks(root):
     """All "<meta-task>/<dataset>" below root that hold a qrels.tsv, sorted."""
     if not os.path.isdir(root):
         raise DataError(f"--data {root!r}: no such folder; it must hold <meta-task>/<dataset>/corpus.jsonl, queries.jsonl, qrels.tsv")
     found = [f"{m}/{d}" for m in sorted(os.listdir(root)) if os.path.isdir(os.path.join(root, m))
-             for d in sorted(os.listdir(os.path.join(root, m))) if os.path.exists(os.path.join(root, m, d, "qrels.tsv"))]
+             for d in sorted(os.listdir(os.path.join(root, m))) if qrels_file(os.path.join(root, m, d))]
     if not found:
         raise DataError(f"--data {root!r}: no <meta-task>/<dataset>/qrels.tsv below it")
     return found
 
 
 def read_task(root, name):
-    """Read one task in the BEIR layout with media.  Raises DataError naming file and line for anything that is off."""
+    """Read one task in the BEIR layout with media.  Raises DataError naming file and line for anything that is off.
+
+    BEIR's own files are read as its loader does: a title stands in front of the text, `metadata` is not used, and of
+    queries.jsonl only those count that qrels/test.tsv judges.
+    """
     folder = os.path.join(root, name)
 
     def items(file, *extra):  # -> {id: row}, [Side], [raw object]
@@ -771,8 +932,14 @@ def read_task(root, name):
                 if not isinstance(raw, dict) or "_id" not in raw:
                     raise DataError(f"{where}: needs an object with '_id'")
                 if rows.setdefault(str(raw["_id"]), len(rows)) != len(sides):
-                    raise DataError(f"{where}: the id {raw['_id']!r} stands there twice")
-                sides.append(parse_item({k: v for k, v in raw.items() if k not in ("_id", *extra)}, root, where))
+                    raise DataError(f"{where}: the id {quote(raw['_id'])} stands there twice")
+                item = {k: v for k, v in raw.items() if k not in ("_id", "title", "metadata", *extra)}
+                if "title" in raw:
+                    words = raw["title"] or "", item.get("text") or ""
+                    if not all(isinstance(word, str) for word in words):
+                        raise DataError(f"{where}: 'title' and 'text' must be strings")
+                    item["text"] = " ".join(words).strip()
+                sides.append(parse_item(item, root, where))
                 raws.append(raw)
         if not sides:
             raise DataError(f"{path}: no record in this file")
@@ -780,39 +947,50 @@ def read_task(root, name):
 
     corpus_row, corpus, _ = items("corpus.jsonl")
     query_row, queries, raws = items("queries.jsonl", "candidates")
-    relevant = [{} for _ in queries]
-    path = os.path.join(folder, "qrels.tsv")
-    judged = {}
-    with open(path, encoding="utf-8-sig", errors="replace") as f:
-        for n, line in enumerate(f, 1):
-            cells = line.rstrip("\r\n").split("\t")
-            number = re.fullmatch(r"-?\d+", cells[-1])
-            if n == 1:
-                if number:
-                    raise DataError(f"{path}: line 1 must be a header (query-id, corpus-id, score), got {cells}")
-                continue
-            if not line.strip():
-                continue
-            if len(cells) != 3 or cells[0] not in query_row or cells[1] not in corpus_row or not number:
-                raise DataError(f"{path}: line {n}: needs a known query id, a known corpus id and a whole-number score, got {cells}")
-            query, row, gain = query_row[cells[0]], corpus_row[cells[1]], int(cells[2])
-            if judged.setdefault((query, row), gain) != gain:
-                raise DataError(f"{path}: line {n}: {cells[:2]} was judged {judged[query, row]} before")
-            if gain > 0:
-                relevant[query][row] = gain
-    candidates = []
-    for side, raw, gold in zip(queries, raws, relevant):
-        rows = raw.get("candidates")
+    path = qrels_file(folder) or os.path.join(folder, "qrels.tsv")
+    judged = read_qrels(path, query_row, corpus_row)
+    relevant, candidates, kept = [], [], []
+    for row, (side, raw) in enumerate(zip(queries, raws)):
+        if row not in judged and not path.endswith("qrels.tsv"):
+            continue
+        gold, rows = {doc: gain for doc, gain in judged.get(row, {}).items() if gain > 0}, raw.get("candidates")
         if rows is not None:
             if not isinstance(rows, list):
-                raise DataError(f"{side.where}: 'candidates' must be a list of ids, got {rows!r}")
+                raise DataError(f"{side.where}: 'candidates' must be a list of ids, got {quote(rows)}")
             if unknown := [c for c in rows if str(c) not in corpus_row]:
-                raise DataError(f"{side.where}: candidate {unknown[0]!r} is not in corpus.jsonl")
+                raise DataError(f"{side.where}: candidate {quote(unknown[0])} is not in corpus.jsonl")
             rows = list(dict.fromkeys(corpus_row[str(c)] for c in rows))
         if not gold or (rows is not None and not set(gold) & set(rows)):
-            raise DataError(f"{side.where}: query {raw['_id']!r} has no relevant document" + (" among its candidates" if gold else " in qrels.tsv"))
+            where = "among its candidates" if gold else f"in {os.path.basename(path)}"
+            raise DataError(f"{side.where}: query {quote(raw['_id'])} has no relevant document {where}")
+        relevant.append(gold)
         candidates.append(rows)
-    return Task(name, queries, corpus, relevant, candidates, list(query_row))
+        kept.append(row)
+    if not kept:
+        raise DataError(f"{path}: it judges none of the queries")
+    ids = list(query_row)
+    about = dict(not_judged=len(queries) - len(kept))
+    return Task(name, [queries[row] for row in kept], corpus, relevant, candidates, [ids[row] for row in kept], about=about)
+
+
+def read_qrels(path, query_row, corpus_row):
+    """-> {query row: {corpus row: gain}} of a tab-separated file; its header names the columns, in any order."""
+    needed, judged = ("query-id", "corpus-id", "score"), {}
+    with open(path, encoding="utf-8-sig", errors="replace") as f:
+        columns = [cell.strip().lower().replace("_", "-") for cell in f.readline().split("\t")]
+        if sorted(columns) != sorted(needed):
+            raise DataError(f"{path}: line 1 must be a header with the columns {', '.join(needed)}, got {quote(columns)}")
+        for n, line in enumerate(f, 2):
+            if not line.strip():
+                continue
+            cells = dict(zip(columns, line.rstrip("\r\n").split("\t")))
+            query, doc, gain = (cells.get(name, "") for name in needed)
+            if line.count("\t") != 2 or query not in query_row or doc not in corpus_row or not re.fullmatch(r"-?\d+", gain):
+                raise DataError(f"{path}: line {n}: needs a known query id, a known corpus id and a whole-number score, got {quote(cells)}")
+            gains = judged.setdefault(query_row[query], {})
+            if gains.setdefault(corpus_row[doc], int(gain)) != int(gain):
+                raise DataError(f"{path}: line {n}: {quote(query)}, {quote(doc)} was judged {gains[corpus_row[doc]]} before")
+    return judged
 
 
 # ----------------------------------------------------------------------------------------------------------- MMEB-V2
@@ -840,15 +1018,22 @@ def modality(meta):
 def say(instruction, text=""):
     """Instruction and text as one; a row's own image tokens are dropped, pictures have their place in the prompt."""
     if not isinstance(text, str):
-        raise DataError(f"needs a text, got {text!r}")
-    return re.sub(r"<\|image_\d+\|>\n?", "", f"{instruction} {text}").replace(" \n", "\n").strip()
+        raise DataError(f"needs a text, got {quote(text)}")
+    return re.sub(r"<\|image_\d+\|>\n?", "", f"{instruction} {text}").strip()
+
+
+def say_of_picture(instruction, text=""):
+    """As `say`, for what stands beside a picture: there VLM2Vec takes blanks in front of a line break away."""
+    return say(instruction, text).replace(" \n", "\n")
 
 
 # Readers: a row -> the query, its candidates {name: item}, the names of the right ones.  An item is (text, "" | "image" | "video", where that is).
 
 
 def image_query(row):
-    return say(row["qry_inst"] or "", row["qry_text"] or "")
+    """The instruction, without the blanks around it, and the text."""
+    instruction = re.sub(r"<\|image_\d+\|>", "", row["qry_inst"] or "").strip()
+    return (say_of_picture if row["qry_img_path"] else say)(instruction, row["qry_text"] or "")
 
 
 def image_texts(tree, row):
@@ -857,20 +1042,21 @@ def image_texts(tree, row):
 
 
 def pictures(row, name):
-    """The candidates of a row: pictures, with captions where there are any.  name: makes one of path and caption; the first to bear it counts."""
+    """The candidates of a row: pictures, with captions when the first has one.  name: makes one of path and caption; the first to bear it counts."""
     named, paths, instruction = {}, row.texts("tgt_img_path"), row["tgt_inst"] or ""
-    texts = row.texts("tgt_text") if row["tgt_text"] and (row["tgt_text"][0] or "").strip() else [""] * len(paths)
-    for path, text in zip(paths, texts, strict=True):
-        named.setdefault(name(path, text), (say(instruction, text), "image", path))
+    captions = [caption or "" for caption in row["tgt_text"] or [""] * len(paths)]
+    captioned = bool(captions and captions[0].strip())
+    for path, caption in zip(paths, captions, strict=True):
+        named.setdefault(name(path, caption), (say_of_picture(instruction, caption if captioned else ""), "image", path))
     return named, [*named][:1]
 
 
 def image_pictures(tree, row):
-    return (image_query(row), "", ""), *pictures(row, lambda path, text: path)
+    return (image_query(row), "", ""), *pictures(row, lambda path, caption: path)
 
 
 def image_pairs(tree, row):  # several captions may share a picture
-    return (image_query(row), "image", row["qry_img_path"]), *pictures(row, lambda path, text: f"{path}:{text.strip(QUOTE)}")
+    return (image_query(row), "image", row["qry_img_path"]), *pictures(row, lambda path, caption: f"{path}:{caption.strip(QUOTE)}")
 
 
 def video_classes(tree, row):  # the corpus is the list of classes
@@ -894,15 +1080,15 @@ def found_by(text_key, id_key="video_id"):
 
 def answers(clip, question, texts, right, shown=None):
     """A question about a clip.  texts: the candidates; shown: what of each is embedded, when that is not all."""
-    return (f"{CHOOSE} {say('', question)}", "video", clip), {t: (s, "", "") for t, s in zip(texts, shown or texts)}, [texts[right]]
+    return (say(CHOOSE, question), "video", clip), {t: (s, "", "") for t, s in zip(texts, shown or texts)}, [texts[right]]
 
 
 def lettered(texts):
     return [f"({chr(65 + i)}) {text}" for i, text in enumerate(texts)]
 
 
-def unlettered(texts):  # "A. a text." -> "a text"
-    return [(t.partition(". ")[2] or t).strip(". ") for t in texts]
+def unlettered(texts):  # "A. a text." -> "a text"; as in VLM2Vec, of a text without ". " only the last character stays
+    return [t[t.find(". ") :].strip(". ") for t in texts]
 
 
 def video_mme(tree, row):
@@ -921,9 +1107,13 @@ def nextqa(tree, row):
 
 
 def mvbench(tree, row):
-    texts = lettered(row.texts("candidates"))
+    options = row.texts("candidates")
+    texts = lettered(options)
     question = "\n".join([row["question"], "Options:", *texts])
-    return answers(os.path.join(row["subset"], row["video"]), question, texts, row["candidates"].index(row["answer"]))
+    right = [n for n, option in enumerate(options) if option == row["answer"]]
+    if not right:
+        raise DataError(f"the answer {quote(row['answer'])} is none of the candidates")
+    return answers(os.path.join(row["subset"], row["video"]), question, texts, right[-1])  # of equal options the last
 
 
 def activitynetqa(tree, row):
@@ -946,7 +1136,7 @@ def momentseeker(tree, row):
     elif given.endswith(".jpg"):
         kind, where, text = "image", f"query_{given}", "Select the video clip that aligns with the given text and image:"
     elif given:
-        raise DataError(f"'input_frames' is {given!r}; needs .mp4, .jpg or nothing")
+        raise DataError(f"'input_frames' is {quote(given)}; needs .mp4, .jpg or nothing")
     right, wrong = ([e.get("frame_path") or stored(e["output_path"]) for e in row[key]] for key in ("positive_frames", "negative_frames"))
     return (say(text, row["query"]), kind, where), {p: (tree.task.target, "video", p) for p in right + wrong}, right
 
@@ -1053,12 +1243,12 @@ class Row(dict):
         self.where = where
 
     def __missing__(self, key):
-        raise DataError(f"{self.where}: no column {key!r}.{nearest(key, self)}")
+        raise DataError(f"{self.where}: no column {key!r}.{closest(key, self)} There are {quote(list(self))}.")
 
     def texts(self, key):
         """A column that must be a list of texts."""
         if not isinstance(self[key], list) or not all(isinstance(text, str) for text in self[key]):
-            raise DataError(f"{self.where}: {key!r} must be a list of texts, got {str(self[key])[:80]}")
+            raise DataError(f"{self.where}: {key!r} must be a list of texts, got {quote(self[key])}")
         return self[key]
 
 
@@ -1113,7 +1303,8 @@ def rows_of(folder, subset, split, columns=None):
         elif path.endswith(".tsv"):
             with open(path, encoding="utf-8-sig", newline="") as file:
                 for n, raw in enumerate(csv.DictReader(file, delimiter="\t"), 1):
-                    yield Row({k: int(v) if re.fullmatch(r"-?\d+", v or "") else v for k, v in raw.items()}, f"{path}: row {n}")
+                    number = re.compile(r"0|-?[1-9]\d*")  # 007 is a name
+                    yield Row({k: int(v) if number.fullmatch(v or "") else v for k, v in raw.items()}, f"{path}: row {n}")
         else:
             with open(path, "rb") as file:
                 for n, (_, _, text) in enumerate(spans_of(file, path), 1):
@@ -1145,6 +1336,7 @@ class Tree:
         self.root, self.extract, self.judged, self.frames, self.media = root, extract, {}, {}, {}  # media: is each one there?
         if released and task.read is pages and task.meta != "visrag":
             task = replace(task, query="", target="")
+        self.released = released
         self.task, self.max_frames = task, 10**6 if released and task.read is momentseeker else CLIP_FRAMES
         there = [(hub, c) for hub in task.versions or [task.hub] for c in copies(root, hub) if os.path.isdir(c)]
         self.hub, self.copy = there[0] if there else (task.hub, "")
@@ -1180,7 +1372,7 @@ class Tree:
         for place in self.places if name not in ("", None) else ():
             if usable(path := os.path.join(place, str(name))):
                 return path
-        raise DataError(f"{name!r} is not in {' or '.join(self.places) if self.places else 'the folder of this task, which does not exist'}")
+        raise DataError(f"{quote(name)} is not in {' or '.join(self.places) if self.places else 'the folder of this task, which does not exist'}")
 
     def has_frames(self, path):
         if path not in self.frames:
@@ -1192,12 +1384,13 @@ class Tree:
     def side(self, item, where):
         """An item -> Side.  Of a clip at most 8 frames: in natural order, evenly spaced."""
         text, kind, name = item
+        text = text.strip() if self.released else text  # as its collator does
         if not kind:
             return Side([("text", printable(text, where))], where=where)
         self.media.setdefault((kind, name), False)
         media = self.find(name) if kind == "image" else self.frames[self.find(name, self.has_frames)]
         self.media[kind, name] = True
-        return Side([(kind, media), ("text", "\n"), ("text", printable(text, where))], where=where)
+        return Side([(kind, media), ("text", printable(text, where))], where=where)
 
     def corpus(self):
         """What there is to find besides the candidates of the rows: yields (where, name, item)."""
@@ -1216,14 +1409,14 @@ class Tree:
             for row in self.rows("qrels"):
                 gains = self.judged.setdefault(str(row["query-id"]), {})
                 if not isinstance(row["score"], (int, float)):
-                    raise DataError(f"{row.where}: 'score' must be a number, got {row['score']!r}")
+                    raise DataError(f"{row.where}: 'score' must be a number, got {quote(row['score'])}")
                 if row["score"] > 0:
                     gains[str(row["corpus-id"])] = max(row["score"], gains.get(str(row["corpus-id"]), 0))
             names = [(row.where, str(row["corpus-id"])) for row in self.rows("corpus", ["corpus-id"])]
             files = {}
             for where, name in names:
                 if (other := files.setdefault(self.page_file(name), name)) != name:
-                    raise DataError(f"{where}: the pages {other!r} and {name!r} have one file name, {self.page_file(name)!r}; rename one in corpus and qrels")
+                    raise DataError(f"{where}: the pages {quote(other)} and {quote(name)} have one file name, {quote(self.page_file(name))}; rename one in corpus and qrels")
             # pages of a data set that has versions are those of its rows: an archive does not say which version it has
             trusted = [p for p in self.places if p == self.own or not self.task.versions]
             missing = files.keys() - {n for place in trusted for n in os.listdir(place)}
@@ -1247,10 +1440,8 @@ class Tree:
                 if not self.extract:
                     return missing  # one is there: the others are not looked at
                 os.makedirs(self.own, exist_ok=True)
-                part = os.path.join(self.own, f"{file}.writing{os.getpid()}")  # another process may take out the same page
-                with open(part, "wb") as f:
+                with writing(os.path.join(self.own, file), "wb") as f:  # another process may take out the same page
                     f.write(content)
-                os.replace(part, os.path.join(self.own, file))
         self.places = [p for p in dict.fromkeys((self.own, *self.places)) if os.path.isdir(p)]
         return set()
 
@@ -1296,7 +1487,7 @@ def read_published(root, name, released=False, skip_bad=False, extract=True):
 
     for where, key, item in tree.corpus():
         if key in known:
-            complain(where, DataError(f"the id {key!r} stands there twice"))
+            complain(where, DataError(f"the id {quote(key)} stands there twice"))
         add(where, key, item)
     queries, relevant, candidates, ids, seen, count = [], [], [], [], set(), 0
     for row in tree.rows("queries" if task.is_document else None):
@@ -1305,12 +1496,12 @@ def read_published(root, name, released=False, skip_bad=False, extract=True):
             item, named, right = task.read(tree, row)
             key = str(row["query-id"]) if task.is_document else str(count)
             if key in seen:
-                raise DataError(f"the id {key!r} stands there twice")
+                raise DataError(f"the id {quote(key)} stands there twice")
             seen.add(key)
             query = tree.side(item, f"{name}: {where}")
             rows = [r for r in [add(where, n, candidate) for n, candidate in named.items()] if r is not None]
             if strange := [n for n in right if n not in (known if task.is_global else named)]:
-                raise DataError(f"the right candidate {strange[0]!r} is none of the candidates")
+                raise DataError(f"the right candidate {quote(strange[0])} is none of the candidates")
             gains = {known[n][1]: right[n] if isinstance(right, dict) else 1 for n in right if known[n][1] is not None}
             if not gains or not task.is_global and len(rows) < 2:
                 raise DataError("no right candidate for this query" if not gains else "a query with one candidate: it cannot be wrong")
@@ -1621,8 +1812,9 @@ def main(argv):
         given = dict(max_pixels=cfg.max_pixels, video_max_pixels=cfg.video_max_pixels, num_frames=cfg.num_frames)
         limits = Limits(**{k: v for k, v in given.items() if v})
         return bench(pairs, Processor(train_tokenizer(pairs.texts()), "", limits), cfg.workers, cfg.count)
-    contact_sheet(pairs).save(cfg.show + ".writing", "PNG")
-    os.replace(cfg.show + ".writing", cfg.show)
+    sheet = contact_sheet(pairs)
+    with writing(cfg.show, "wb") as f:
+        sheet.save(f, "PNG")
     print(f"one example of each data set: {cfg.show}")
 
 

@@ -28,8 +28,8 @@ import inspect
 import json
 import math
 import os
+import secrets
 import sys
-import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -46,7 +46,7 @@ from tqdm import tqdm
 from transformers import DynamicCache
 
 from data import (META, MMEB, DataError, Side, World, collate, copies, download, frame_files, list_tasks, modality, nearest, parse_flags,
-                  read_published, read_task, target_size, to_device, video_classes, world_tasks)
+                  read_published, read_task, target_size, to_device, video_classes, world_tasks, writing)
 from latent import Graphs, greedy
 from model import MODES, RELEASED, SHAPES, LiveBytes, Plume, pick_device
 
@@ -161,8 +161,6 @@ def evaluate(task, vectors):
                 ranks={q: min(r for _, r in ranks_) for q, ranks_ in zip(task.query_ids, ranks)})
 
 
-# Of the released evaluation; a frame of a clip keeps Qwen2-VL's usual 4 to 32 tokens.
-RELEASED_LIMITS = dict(min_pixels=784, max_pixels=2359296, max_len=11288, num_frames=64)
 METRICS = ("hit@1", "hit@5", "hit@10", "ndcg@5")
 
 
@@ -171,6 +169,7 @@ def table(results):
     lines = [f"{'task':{wide}}" + "".join(f"{m:>8}" for m in METRICS) + f"{'chance':>8}{'queries':>9}{'candidates':>12}   95%"]
     for name, r in results.items():
         notes = [f"{r['metric']} {r['interval'][0]:.1%} - {r['interval'][1]:.1%}", r.get("version"),
+                 f"{r['not_judged']} queries are not judged" if r.get("not_judged") else "",
                  f"partial: {len(r['bad'])} problems" if r.get("bad") else "", "hit@1 is at chance" if r["at_chance"] else ""]
         lines.append(f"{name:{wide}}" + "".join(f"{r[m]:8.1%}" for m in METRICS) + f"{r['chance']:8.1%}{r['queries']:9d}{r['candidates']:12.0f}   "
                      + "   ".join(filter(None, notes)))
@@ -295,13 +294,16 @@ class Embedder:
         bad, out = {} if self.cfg.skip_bad else None, np.full((len(items), self.record["vector"].shape[0]), np.nan, np.float32)
         keys = [key for key, _ in items]
         sides, size = [side for _, side in items], self.cfg.batch_size
-        for rows, vectors in self.model.encoding(sides, *self.how, size, label, self.cfg.limit, took, sort=False, bad=bad):
-            out[rows] = vectors
-            if self.folder:
-                if self.file is None:
-                    self.file = os.fdopen(tempfile.mkstemp(dir=self.folder, prefix=f"{self.rank}-", suffix=".bin")[0], "wb")
+        begin = 0
+        for vectors in self.model.encoding(sides, *self.how, size, label, self.cfg.limit, took, sort=False, bad=bad):
+            out[begin : begin + len(vectors)] = vectors
+            rows = [i for i in range(begin, begin + len(vectors)) if not bad or i not in bad]
+            begin += len(vectors)
+            if self.folder and rows:
+                if self.file is None:  # a name of this process alone: no other run's file is written over
+                    self.file = open(os.path.join(self.folder, f"{self.rank}-{secrets.token_hex(4)}.bin"), "xb")
                 records = np.empty(len(rows), self.record)
-                records["key"], records["vector"] = np.frombuffer(b"".join(keys[i] for i in rows), "V16"), vectors
+                records["key"], records["vector"] = np.frombuffer(b"".join(keys[i] for i in rows), "V16"), out[rows]
                 self.file.write(records.tobytes())
                 self.file.flush()
         return out, bad or {}
@@ -568,8 +570,8 @@ def draw_comparison(rows, path, title):
         label = str(r["steps"]) if r["mode"] == "latent" else f"cot, {r['tokens']:.0f} tokens" if r["mode"] == "cot" else "single pass"
         above = r["mode"] == "latent"
         draw.text((x, y - 10 if above else y + 10), label, fill=colour, font=small, anchor="mb" if above else "mt")
-    image.save(path + ".writing", "PNG")
-    os.replace(path + ".writing", path)
+    with writing(path, "wb") as f:
+        image.save(f, "PNG")
 
 
 # --------------------------------------------------------------------------------------------------------------- speed
@@ -608,7 +610,7 @@ def one_by_one(model, batch, steps):
     pos = int(batch["positions"].max()) + 1 if model.settings["latent_positions"] == "mrope" else batch["ids"].shape[1]
     inner.rope_deltas = None
     cache = DynamicCache(config=lm.config)
-    h = inner(**as_transformers(model, batch), past_key_values=cache, use_cache=True).last_hidden_state[0]
+    h = inner(**as_transformers(model, batch), position_ids=batch["positions"], past_key_values=cache, use_cache=True).last_hidden_state[0]
     run = lambda x, start: lm(inputs_embeds=x, past_key_values=cache, use_cache=True, position_ids=torch.arange(
         start, start + x.shape[1], device=x.device).expand(3, 1, -1)).last_hidden_state[0]
     anchor, z = h[batch["disc"]], h[-1:]
@@ -840,8 +842,8 @@ def growth(model, cfg):
             for x, y in points:
                 draw.ellipse((x - 3, y - 3, x + 3, y + 3), fill=colour)
             draw.text((left, H - 48 + 20 * at), f"0 to {most:,.0f} {unit}", fill=colour, font=font)
-    image.save(cfg.growth + ".writing", "PNG")
-    os.replace(cfg.growth + ".writing", cfg.growth)
+    with writing(cfg.growth, "wb") as f:
+        image.save(f, "PNG")
     return rows
 
 
@@ -850,9 +852,8 @@ def write_json(path, value):
 
 
 def write_text(path, text):
-    with open(path + ".writing", "w") as f:
+    with writing(path) as f:
         f.write(text)
-    os.replace(path + ".writing", path)
 
 
 def main(argv):
@@ -910,7 +911,8 @@ def main(argv):
     if not os.path.exists(cfg.ckpt) and cfg.ckpt == Config.ckpt:
         raise DataError(f"{cfg.ckpt}: no checkpoint there yet; train one with: python train.py, or name one with --ckpt")
     device = f"cuda:{local}" if world > 1 and cfg.device in ("", "cuda") and torch.cuda.is_available() else cfg.device
-    as_released = {**{k: RELEASED[k] for k in ("latent_positions", "white_image", "prompt")}, "limits": RELEASED_LIMITS} if released else {}
+    as_released = {k: RELEASED[k] for k in ("latent_positions", "white_image", "prompt", "template")} if released else {}
+    as_released |= {"limits": RELEASED["limits"] | {"num_frames": 64}} if released else {}  # all frames that the readers give
     model, begun = Plume.from_pretrained(cfg.ckpt, device or None, cfg.dtype or None, **as_released), time.time()
     if published:
         make = lambda name: read_published(cfg.data, name.split("/")[1], released, cfg.skip_bad)

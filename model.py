@@ -9,13 +9,15 @@ How a checkpoint was trained is the `plume` block of its config.json, and nothin
 
 import contextlib
 import copy
+import itertools
 import json
 import os
-import re
+import secrets
 import shutil
 import time
 import warnings
 import weakref
+from collections.abc import Mapping, Sized
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import asdict
 
@@ -24,7 +26,9 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from safetensors import safe_open
+from huggingface_hub.errors import StrictDataclassError
+from PIL import Image
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -35,8 +39,8 @@ from transformers.utils import logging as transformers_logging
 from transformers.vision_utils import get_vision_position_ids
 
 from adapter import MAX_STEPS, TransitionAdapter, from_released, to_released
-from data import (CLOSING, MERGE, PATCH, PLUME_TOKENS, SYSTEM, TEMPORAL, DataError, Limits, Processor, Side, collate, nearest, parse_item,
-                  to_device, train_tokenizer)
+from data import (IMAGE_SUFFIXES, MERGE, PATCH, PLUME_TOKENS, TEMPLATE, TEMPORAL, VIDEO_SUFFIXES, DataError, Limits, Processor, Side,
+                  collate, nearest, only_keys, parse_item, parse_json, quote, to_device, train_tokenizer)
 from latent import Prefix, at, at_least_float32, greedy, rollout, single_pass
 
 RELEASED_PROMPT = (
@@ -44,14 +48,17 @@ RELEASED_PROMPT = (
     "thinking process in <think> </think> tags and then summarize the entire input in a word or sentence. Finally, use "
     "the <gen_emb> tag to represent the entire input.")
 RELEASED_ADAPTER, OUR_ADAPTER = "latent_moe_transition.", "adapter."  # their names in the safetensors
+FORMAT = 2  # of a checkpoint: what the same weights, settings and template embed alike.  1: a line break behind pictures and clips
 MODES = ("latent", "single", "cot")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 SPECIAL_IDS = dict(image_token_id="image_pad", video_token_id="video_pad", vision_start_token_id="vision_start", vision_end_token_id="vision_end")
 
-# What a checkpoint says about itself; `limits` is data.Limits, `adapter` TransitionAdapter's keywords.
+# What a checkpoint says about itself; `limits` is data.Limits, `adapter` TransitionAdapter's keywords, `template` data.TEMPLATE.
 ADAPTER = dict(kind="moe", experts=4, top_k=2, shared_expert=True, anchor=True, step_embedding=True, router_bias=False)
-DEFAULTS = dict(latent_steps=8, latent_positions="mrope", prompt=RELEASED_PROMPT, white_image=False, adapter=ADAPTER, limits=asdict(Limits()))
-RELEASED = dict(DEFAULTS, latent_positions="cache", white_image=True)  # what the released layout implies and does not say
+DEFAULTS = dict(latent_steps=8, latent_positions="mrope", prompt=RELEASED_PROMPT, white_image=False, template=TEMPLATE, adapter=ADAPTER,
+                limits=asdict(Limits()))
+# What the released layout implies and does not say; the pixels and tokens of its evaluation.
+RELEASED = dict(DEFAULTS, latent_positions="cache", white_image=True, limits=asdict(Limits(min_pixels=784, max_pixels=2359296, max_len=11288)))
 
 # Shapes of models with new random weights.  tiny: 1.5 million parameters, plus 128 for each token; a laptop trains it.
 # Qwen2-VL's own 0.02 as the standard deviation of new weights is made for a width of 1536: here pictures would not be read
@@ -76,7 +83,8 @@ SHAPES = {
         prompt="Think, then embed.", limits={}),
 }
 # The fixed strings around every item, one token each: in a tiny model they would be most of the work.
-FRAME = (f"system\n{SYSTEM}", "user\n", SHAPES["tiny"]["prompt"], "assistant\n<think>", CLOSING, "<answer>", "</answer>\n")
+FRAME = (f"system\n{TEMPLATE['system']}", "user\n", SHAPES["tiny"]["prompt"], "assistant\n<think>", TEMPLATE["closing"],
+         *TEMPLATE["answer"].split("{answer}"))
 
 
 class Plume(nn.Module):
@@ -84,23 +92,22 @@ class Plume(nn.Module):
 
     def __init__(self, backbone, tokenizer, settings):
         super().__init__()
-        for given, known in ((settings, DEFAULTS), (settings.get("adapter", {}), ADAPTER), (settings.get("limits", {}), DEFAULTS["limits"])):
-            for key in given:
-                if key not in known:
-                    raise DataError(f"settings (the plume block of config.json): unknown key {key!r}.{nearest(key, known)}")
+        self.settings = checked(settings, DEFAULTS, "settings (the plume block of config.json)")
         text, vision = backbone.config.text_config, backbone.config.vision_config
         sizes = vision.patch_size, vision.spatial_merge_size, vision.temporal_patch_size
         if sizes != (PATCH, MERGE, TEMPORAL) or text.rope_parameters["rope_type"] != "default" or text.use_sliding_window:
             raise DataError("this backbone is not a plain Qwen2-VL: needs patch size 14, merge 2, temporal patch 2, "
                              f"default rotary embedding, no sliding window; has {sizes}, {text.rope_parameters}")
         self.backbone = backbone
-        self.settings = {k: {**v, **settings.get(k, {})} if isinstance(v, dict) else settings.get(k, v) for k, v in DEFAULTS.items()}
         if not 0 <= self.settings["latent_steps"] <= MAX_STEPS or self.settings["latent_positions"] not in ("mrope", "cache"):
             raise DataError(f"latent_steps {self.settings['latent_steps']}, latent_positions {self.settings['latent_positions']!r}: "
                             f"needs 0..{MAX_STEPS}, 'mrope' or 'cache'")
         limits = Limits(**self.settings["limits"])
-        self.adapter = TransitionAdapter(text.hidden_size, **self.settings["adapter"])
-        self.processor = Processor(tokenizer, self.settings["prompt"], limits, self.settings["white_image"])
+        try:
+            self.adapter = TransitionAdapter(text.hidden_size, **self.settings["adapter"])
+        except ValueError as e:
+            raise DataError(str(e)) from e
+        self.processor = Processor(tokenizer, self.settings["prompt"], limits, self.settings["white_image"], self.settings["template"])
         self.checkpointing = False  # activation checkpointing around every decoder layer
         self.graphs = None  # latent.Graphs(): what comes behind the prefix is replayed as CUDA graphs in `encode`
 
@@ -160,29 +167,32 @@ class Plume(nn.Module):
         r = rollout(self.lm, self.adapter, prefix, steps, self.lm.embed_tokens(batch["suffix"]), rule, graphs=self.graphs)
         return unit(at(r.suffix, batch["gen"])), none
 
-    def encode(self, items, mode="latent", steps=None, batch_size=16, progress=False, limit=512, took=None, workers=4):
-        """Embed items -> float32 array (N, D), unit rows, in the given order.
+    def encode(self, items, mode="latent", steps=None, batch_size=16, progress=False, limit=512, took=None, workers=4, bad=None):
+        """Embed items -> float32 array (N, D), unit rows, in the order in which `items` gives them.
 
-        items: strings or {"text"?, "image"?, "video"?}; image = path, Pillow image or a list of them; video = path,
-        folder of frames, or list of frame paths / Pillow images.  Kinds may be mixed: rows are batched by length.
+        items: a list, or anything else that can be iterated, of strings, pictures or {"text"?, "image"?, "video"?}; see
+        data.parse_item.  Kinds may be mixed: rows are batched by length.
         mode: "latent" (steps = 0..32, default the checkpoint's K), "single" (one pass), "cot" (greedy rationale, until
         <gen_emb> or `limit` tokens).  progress: a bar, or its label.  took: a dict whose "seconds" (of the model alone) and
-        "tokens" (decoded) are added to.  workers: threads that decode and tokenize beside the model.  Raises DataError naming
-        the item for anything that cannot be read.
+        "tokens" (decoded) are added to.  workers: threads that decode and tokenize beside the model.
+        bad: a dict.  What cannot be read gets its reason there, by its number, and NaN in its row; without it the first
+        such item raises DataError, which names it.  An embedding that is not finite is always a DataError.
         """
-        if isinstance(items, (str, dict)):
-            raise TypeError("items must be a list; put a single item into [ ]")
-        out = np.empty((len(items), self.lm.config.hidden_size), np.float32)
-        for rows, vectors in self.encoding(items, mode, steps, batch_size, progress, limit, took, workers):
-            out[rows] = vectors
-        return out
+        none = np.empty((0, self.lm.config.hidden_size), np.float32)
+        return np.concatenate([none, *self.encoding(items, mode, steps, batch_size, progress, limit, took, workers, bad=bad)])
 
     def encoding(self, items, mode="latent", steps=None, batch_size=16, progress=False, limit=512, took=None, workers=4, sort=True, bad=None):
-        """`encode` in windows of 8 batches: yields (numbers of the items, their embeddings as an array).
+        """`encode` in windows of 8 batches: yields the embeddings of the next items as an array.
 
-        sort: the rows of a window are batched by length; False: batches are neighbours as given.  bad: a dict; what cannot be read is
-        left out and gets its error there.
+        sort: the rows of a window are batched by length; False: batches are neighbours as given.
         """
+        try:
+            if isinstance(items, (str, bytes, Mapping)):
+                raise TypeError
+            total = len(items) if isinstance(items, Sized) else None
+            numbered = enumerate(itertools.islice(items, total))
+        except TypeError:
+            raise TypeError(f"items must be a list or another iterable of items, got {type(items).__name__}; put a single item into [ ]") from None
         if mode not in MODES:
             raise ValueError(f"mode {mode!r}.{nearest(mode, MODES)}")
         if steps is not None and (mode != "latent" or not 0 <= steps <= MAX_STEPS):
@@ -190,23 +200,35 @@ class Plume(nn.Module):
         if min(batch_size, limit, workers) < 1:
             raise ValueError(f"batch_size {batch_size}, limit {limit}, workers {workers}: need at least 1")
 
-        def read(i):
+        def read(i, item):
             try:
-                return self.processor.render(items[i] if isinstance(items[i], Side) else parse_item(items[i], where=f"item {i}"))
+                side = item if isinstance(item, Side) else parse_item(item, where=f"item {i}")
+                return dict(self.processor.render(side), where=side.where)
             except DataError as e:
                 if bad is None:
                     raise
                 bad[i] = str(e)
 
-        was_training, pool = self.training, ThreadPoolExecutor(workers)
-        bar = tqdm(total=len(items), desc=progress if isinstance(progress, str) else f"encode ({mode})", unit="item", disable=not progress)
         size = 8 * batch_size  # items of a window: sorted by length, a batch has little padding; the media of two windows are in memory
-        window = lambda start: [pool.submit(read, i) for i in range(start, min(start + size, len(items)))]
+        file_names = []
+
+        def window():
+            taken = list(itertools.islice(numbered, size))
+            found = [item for _, item in taken if is_file_name(item)]
+            if found and not file_names:
+                warnings.warn("a string that is the name of a file is embedded as text; for the picture or clip itself give "
+                              f"{{'image': ...}} or {{'video': ...}}.  The first is {quote(found[0])}")
+            file_names.extend(found)
+            return [pool.submit(read, i, item) for i, item in taken]
+
+        was_training, pool = self.training, ThreadPoolExecutor(workers)
+        bar = tqdm(total=total, desc=progress if isinstance(progress, str) else f"encode ({mode})",
+                   unit="item", disable=not progress)
         self.eval()
         try:
-            ahead = window(0)
-            for start in range(0, len(items), size):  # the next window is read while the model is at work on this one
-                samples, ahead = [sample.result() for sample in ahead], window(start + size)
+            ahead = window()
+            while ahead:  # the next window is read while the model is at work on this one
+                samples, ahead = [sample.result() for sample in ahead], window()
                 if took is not None:
                     wait(ahead)  # the model alone is timed
                 order, numbers, done = list(range(len(samples))), [], []
@@ -220,17 +242,29 @@ class Plume(nn.Module):
                     batch = to_device(collate([samples[i] for i in rows], self.processor), self.device)
                     begun = time.perf_counter()
                     vectors, tokens = self.embed(batch, mode, steps, limit)
-                    numbers += [start + i for i in rows]
+                    numbers += rows
                     done.append(vectors)
                     if took is not None:
                         took["tokens"] += int(tokens.sum())  # waits for the device
                         took["seconds"] += time.perf_counter() - begun
+                out = np.full((len(samples), self.lm.config.hidden_size), np.nan, np.float32)
                 if numbers:
-                    yield numbers, torch.cat(done).cpu().numpy()
+                    out[numbers] = torch.cat(done).cpu().numpy()
+                if wrong := [samples[i]["where"] for i in sorted(numbers) if not np.isfinite(out[i]).all()]:
+                    self.not_finite(wrong)
+                yield out
         finally:
             self.train(was_training)
             bar.close()
             pool.shutdown(wait=False, cancel_futures=True)
+
+    def not_finite(self, wrong):
+        """Raises the error for items whose embeddings are not finite."""
+        names = ", ".join(wrong[:10]) + (f" and {len(wrong) - 10} more" if len(wrong) > 10 else "")
+        broken = [name for name, p in self.named_parameters() if not p.isfinite().all()]
+        why = f"the weights are not finite either ({len(broken)} tensors, the first {broken[0]}): the checkpoint is broken" if broken else \
+            f"the weights are finite; computed in {self.lm.norm.weight.dtype}, try float32"
+        raise DataError(f"{names}: the embedding is not finite; {why}")
 
     # ------------------------------------------------------------------------------------------------- making, loading
 
@@ -268,33 +302,52 @@ class Plume(nn.Module):
         if not os.path.exists(os.path.join(path, "config.json")):
             raise FileNotFoundError(f"{path!r}: no config.json in this folder; a checkpoint has config.json, *.safetensors and a tokenizer")
         device, dtype = pick_device(device, dtype)
-        config = Qwen2VLConfig.from_pretrained(path)
-        if config.model_type != "qwen2_vl":
-            raise DataError(f"{path}: model_type {config.model_type!r}; PLUME builds on 'qwen2_vl'")
-        tensors = adapter_tensors(path)
-        backbone, info = quietly(Qwen2VLForConditionalGeneration.from_pretrained, path, dtype=dtype, output_loading_info=True)
-        wrong = [*info["missing_keys"], *map(str, info["mismatched_keys"]), *(k for k in info["unexpected_keys"] if k not in tensors)]
+        raw = read_json(os.path.join(path, "config.json"))
+        if raw.get("model_type") != "qwen2_vl":
+            raise DataError(f"{path}: config.json: model_type {quote(raw.get('model_type'))}; PLUME builds on 'qwen2_vl'")
+        tensors, block = read_weights(path), raw.get("plume")
+        prefix = RELEASED_ADAPTER if block is None else OUR_ADAPTER
+        adapter = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+        rest = {k: v for k, v in tensors.items() if not k.startswith(prefix)}
+        try:
+            config = Qwen2VLConfig.from_pretrained(path)
+            backbone, info = quietly(Qwen2VLForConditionalGeneration.from_pretrained, None, config=config, state_dict=rest, dtype=dtype,
+                                     output_loading_info=True, ignore_mismatched_sizes=True)
+        except (OSError, ValueError, TypeError, LookupError, RuntimeError, AttributeError, StrictDataclassError) as e:
+            raise DataError(f"{path}: config.json describes no Qwen2-VL that can be built: {type(e).__name__}: {e}") from e
+        wrong = [*info["missing_keys"], *info["unexpected_keys"], *(f"{name}: {tuple(there)} in the file, {tuple(needed)} by config.json"
+                                                                    for name, there, needed in info["mismatched_keys"])]
         if wrong:
             raise DataError(f"{path}: weights do not fit the configuration, {len(wrong)} names are missing, unknown or of another shape: {sorted(wrong)[:5]}")
-        tokenizer, block, state = AutoTokenizer.from_pretrained(path), config.to_dict().get("plume"), None
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(path)
+        except Exception as e:  # the tokenizers library raises nothing narrower
+            raise DataError(f"{path}: the tokenizer cannot be read: {type(e).__name__}: {e}{pointer(os.path.join(path, 'tokenizer.json'))}") from e
+        state = None
         if block is not None:  # (a)
-            state = {k.removeprefix(OUR_ADAPTER): v for k, v in tensors.items()}
-        elif tensors:  # (b)
-            state, keywords = from_released({k.removeprefix(RELEASED_ADAPTER): v for k, v in tensors.items()})
-            block = dict(RELEASED, adapter=keywords, limits=stored_limits(path))
+            state, block = adapter, current_format(block, path)
+        elif adapter:  # (b)
+            try:
+                state, keywords = from_released(adapter)
+            except (LookupError, RuntimeError) as e:
+                raise DataError(f"{path}: its adapter's tensors are incomplete or do not fit each other: {type(e).__name__}: {e}") from e
+            block = dict(RELEASED, adapter=keywords, limits={**RELEASED["limits"], **stored_limits(path)})
         else:  # (c)
             block = dict(limits=stored_limits(path))
             add_tokens(backbone, tokenizer)
         for key, value in settings.items():
             block[key] = {**block.get(key, {}), **value} if isinstance(value, dict) else value
-        model = cls(backbone, tokenizer, block)
+        try:
+            model = cls(backbone, tokenizer, block)
+        except DataError as e:
+            raise DataError(f"{path}: {e}") from e
         if state is not None:
             try:
                 model.adapter.load_state_dict(state)
             except RuntimeError as e:
                 raise DataError(f"{path}: its adapter does not fit {model.settings['adapter']}: {e}") from e
         model.adapter.to(dtype)
-        return model.to(device)
+        return aligned(model.to(device))
 
     def save_pretrained(self, path, released=False):
         """Write a checkpoint folder: config.json, model.safetensors, tokenizer, preprocessor_config.json.
@@ -310,7 +363,7 @@ class Plume(nn.Module):
         config, state, a = copy.deepcopy(self.backbone.config), state or self.state_dict(), self.adapter
         config.__dict__.pop("plume", None)  # a loaded model's
         if not released:
-            config.plume = self.settings
+            config.plume = dict(format=FORMAT, **self.settings)
         elif a.kind == "none":
             raise DataError("the released layout has no way to say that there is no adapter")
         else:
@@ -330,7 +383,12 @@ class Plume(nn.Module):
         own = {k[len("adapter.") :]: v for k, v in state.items() if k.startswith("adapter.")}
         own, name = (to_released(own, a.shared_expert), RELEASED_ADAPTER) if released else (own, OUR_ADAPTER)
         tensors |= {name + k: v for k, v in own.items()}
-        save_file({k: v.cpu().contiguous() for k, v in tensors.items()}, os.path.join(folder, "model.safetensors"), {"format": "pt"})
+        file = os.path.join(folder, WEIGHTS)
+        with open(file, "x"):
+            mode = os.stat(file).st_mode  # as the umask wants it; the library would let nobody else read the file
+        with write_errors(file):
+            save_file({k: v.cpu().contiguous() for k, v in tensors.items()}, file, {"format": "pt"})
+        os.chmod(file, mode)
         self.processor.tokenizer.save_pretrained(folder)
         limits = self.processor.limits
         with open(os.path.join(folder, "preprocessor_config.json"), "w") as f:  # what other Qwen2-VL software reads
@@ -361,8 +419,8 @@ def cross_entropy(h, weight, labels, elements=None):
 def pick_device(device=None, dtype=None, say=print):
     """The best device there is (cuda > mps > cpu), bfloat16 where it is fast; said with the reason unless both are given."""
     asked, dtype = (device is not None, dtype is not None), DTYPES.get(dtype, dtype)
-    if not isinstance(dtype, (torch.dtype, type(None))):
-        raise DataError(f"dtype {dtype!r}: needs 'float32' or 'bfloat16'")
+    if dtype not in (None, *DTYPES.values()):
+        raise DataError(f"dtype {quote(dtype)}: needs 'float32' or 'bfloat16'")
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
@@ -403,15 +461,100 @@ def add_tokens(backbone, tokenizer):
             table[old : len(tokenizer)] = table[:old].float().mean(0).to(table.dtype)
 
 
-def adapter_tensors(path):
-    """The adapter's tensors in a checkpoint folder's safetensors files, under our names or the released ones."""
-    out, files = {}, sorted(f for f in os.listdir(path) if f.endswith(".safetensors"))
-    if not files:
-        raise FileNotFoundError(f"{path}: no *.safetensors in this folder; other weight formats are not read")
-    for file in files:
-        with safe_open(os.path.join(path, file), "pt") as f:
-            out.update({k: f.get_tensor(k) for k in f.keys() if k.startswith((OUR_ADAPTER, RELEASED_ADAPTER))})
+def is_file_name(item):
+    return isinstance(item, str) and item.lower().endswith(IMAGE_SUFFIXES + VIDEO_SUFFIXES) and os.path.isfile(item)
+
+
+def checked(given, defaults, where, complete=False):
+    """given, filled up from `defaults` (a dict, perhaps of dicts); unknown keys and values of another type are errors.
+
+    complete: what is missing is an error, too.
+    """
+    if not isinstance(given, dict):
+        raise DataError(f"{where}: needs an object, got {quote(given)}")
+    only_keys(given, defaults, where)
+    out = {}
+    for key, default in defaults.items():
+        if complete and key not in given:
+            raise DataError(f"{where}: lacks {key!r}; a checkpoint says how it was trained, nothing is assumed")
+        value = given.get(key, default)
+        if type(value) is not type(default):
+            raise DataError(f"{where}: {key!r} must be of type {type(default).__name__}, got {quote(value)}")
+        out[key] = checked(value, default, f"{where}: {key}", complete) if isinstance(default, dict) else value
     return out
+
+
+def current_format(block, path):
+    """The settings in a checkpoint's `plume` block, which must be complete and of this format."""
+    there = block.get("format", 1) if isinstance(block, dict) else block
+    if there != FORMAT:
+        raise DataError(f"{path}: a checkpoint of format {quote(there)}, this version reads format {FORMAT}. The formats embed the same item "
+                        "differently (1 has a line break behind pictures and clips, and other positions behind clips), so its vectors would "
+                        "be wrong: train it again with this version, or use the version of PLUME that wrote it")
+    settings = {key: value for key, value in block.items() if key != "format"}
+    return checked(settings, DEFAULTS, f"{path}: config.json: plume", complete=True)
+
+
+def read_json(file):
+    """The object in a JSON file of a checkpoint."""
+    with open(file, "rb") as f:
+        raw = f.read()
+    try:
+        value = parse_json(raw, file)
+    except DataError as e:
+        raise DataError(f"{e}{pointer(file)}") from e
+    if not isinstance(value, dict):
+        raise DataError(f"{file}: needs an object, got {quote(value)}")
+    return value
+
+
+def pointer(file):
+    """A hint when a file is not what it stands for but Git's pointer to it, otherwise ""."""
+    with contextlib.suppress(OSError), open(file, "rb") as f:
+        if f.read(24) == b"version https://git-lfs.":
+            return "; this file is a Git LFS pointer, the contents were not downloaded: git lfs pull"
+    return ""
+
+
+def weight_files(path):
+    """The files that hold the weights of a checkpoint folder, the same that transformers reads."""
+    index = os.path.join(path, INDEX)
+    if os.path.isfile(os.path.join(path, WEIGHTS)):
+        return [os.path.join(path, WEIGHTS)]
+    if not os.path.isfile(index):
+        raise FileNotFoundError(f"{path}: neither {WEIGHTS} nor {INDEX} in this folder; other weight formats are not read")
+    places = read_json(index).get("weight_map")
+    if not isinstance(places, dict) or not places or not all(isinstance(name, str) and name == os.path.basename(name) for name in places.values()):
+        raise DataError(f"{index}: its 'weight_map' must name a file of this folder for each weight")
+    files = [os.path.join(path, name) for name in sorted(set(places.values()))]
+    for file in files:
+        if not os.path.isfile(file):
+            raise FileNotFoundError(f"{file}: {INDEX} names this file, and it is not there")
+    return files
+
+
+def read_weights(path):
+    """-> {name: tensor} of all weights of a checkpoint folder."""
+    tensors = {}
+    for file in weight_files(path):
+        try:
+            with safe_open(file, "pt") as f:
+                tensors.update((name, f.get_tensor(name)) for name in f.keys())
+        except (SafetensorError, OSError) as e:
+            raise DataError(f"{file}: not a whole safetensors file: {e}{pointer(file)}") from e
+    return tensors
+
+
+def aligned(model):
+    """Copies every weight on a CPU that does not begin at a multiple of 64 bytes, as torch's own memory does.
+
+    Tensors that are read from a file lie anywhere.  A product then takes another path: slower, and with other last bits
+    than the same weights have after training (oneMKL promises equal results for arrays that begin at multiples of 64).
+    """
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.device.type == "cpu" and tensor.data_ptr() % 64:
+            tensor.data = tensor.data.clone()
+    return model
 
 
 def stored_limits(path):
@@ -419,8 +562,7 @@ def stored_limits(path):
     file = os.path.join(path, "preprocessor_config.json")
     if not os.path.exists(file):
         return {}
-    with open(file) as f:
-        raw = json.load(f)
+    raw = read_json(file)
     size = raw.get("size") or {}
     found = dict(min_pixels=raw.get("min_pixels") or size.get("shortest_edge") or size.get("min_pixels"),
                  max_pixels=raw.get("max_pixels") or size.get("longest_edge") or size.get("max_pixels"))
@@ -451,32 +593,74 @@ class LiveBytes(TorchDispatchMode):
         self.now -= size
 
 
-CHECKPOINT_FILES = re.compile(r"(generation_|tokenizer_|preprocessor_)?config\.json|.*\.safetensors(\.index\.json)?|tokenizer\.json|vocab\.json|merges\.txt|"
-                              r"(added|special)_tokens(_map)?\.json|chat_template\..*|train_state\.pt")
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+CHECKPOINT_FILES = {"config.json", "generation_config.json", WEIGHTS, INDEX, "preprocessor_config.json", "tokenizer.json", "tokenizer_config.json",
+                    "vocab.json", "merges.txt", "added_tokens.json", "special_tokens_map.json", "chat_template.json", "chat_template.jinja",
+                    "train_state.pt"}
+
+
+def checkpoint_files(folder):
+    """The names in a folder that belong to the checkpoint in it."""
+    names = set(os.listdir(folder))
+    shards = set()
+    if INDEX in names:
+        with contextlib.suppress(DataError, FileNotFoundError):
+            shards = {os.path.basename(file) for file in weight_files(folder)}
+    return names & (CHECKPOINT_FILES | shards)
+
+
+def remove_checkpoint(folder, names=None):
+    """Removes the files of a checkpoint (or those named), and the folder when nothing else is in it."""
+    for name in checkpoint_files(folder) if names is None else names:
+        os.remove(os.path.join(folder, name))
+    with contextlib.suppress(OSError):  # somebody's own files stay
+        os.rmdir(folder)
+
+
+@contextlib.contextmanager
+def write_errors(file):
+    """Whatever is raised when a file cannot be written becomes an OSError that names it."""
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as e:
+        raise OSError(f"{file}: cannot be written: {str(e).splitlines()[0]}") from e
 
 
 @contextlib.contextmanager
 def replacing(path, keep=None):
-    """A temporary folder that becomes `path` when the block ends well, in place of the checkpoint that stood there.
+    """A new folder that becomes `path` when the block ends well, in place of the checkpoint that stood there.
 
-    keep: the name under which that one stays.  A folder with anything else in it is not replaced.  Dying between the two
-    renames leaves the old one as `keep`, or `path.old`.
+    keep: a free name under which that one stays.  Files in it that are not the checkpoint's (a model card, a licence) move
+    to the new one.  Temporary names are this call's own, and nothing else is removed.  Dying between the two renames
+    leaves the old one as `keep`, or `path.XXXXXXXX.old`.
     """
-    path = os.path.realpath(path)
-    if os.path.exists(path) and not os.path.isdir(path):
-        raise FileExistsError(f"{path}: exists and is not a folder; choose another name")
-    temporary, old = f"{path}.writing", keep or f"{path}.old"
-    for folder in (path, old):
-        if foreign := [f for f in (os.listdir(folder) if os.path.exists(folder) else ()) if not CHECKPOINT_FILES.fullmatch(f)]:
-            raise FileExistsError(f"{folder}: holds {foreign[0]!r}, which is not part of a checkpoint; choose another name")
-    shutil.rmtree(temporary, ignore_errors=True)
+    path, token = os.path.realpath(path), secrets.token_hex(4)
+    temporary, old = f"{path}.{token}.writing", keep or f"{path}.{token}.old"
+    if os.path.exists(path):
+        if not os.path.isdir(path):
+            raise FileExistsError(f"{path}: exists and is not a folder; choose another name")
+        if os.path.realpath(".").startswith(path):
+            raise FileExistsError(f"{path}: is the current folder, which cannot be replaced; start elsewhere, or choose another name")
+        mine = checkpoint_files(path)
+        if mine and not ("config.json" in mine and mine & {WEIGHTS, INDEX}):
+            raise FileExistsError(f"{path}: holds {quote(sorted(os.listdir(path)))}, which is no checkpoint; choose another name")
+    if os.path.exists(old):
+        raise FileExistsError(f"{old}: exists; the checkpoint that is kept needs a free name")
     os.makedirs(temporary)
     try:
         yield temporary
+        new = set(os.listdir(temporary))
         if os.path.exists(path):
-            shutil.rmtree(old, ignore_errors=True)
             os.rename(path, old)
         os.rename(temporary, path)
-        shutil.rmtree(f"{path}.old", ignore_errors=True)
-    finally:
+    except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
+        if os.path.exists(old) and not os.path.exists(path):
+            os.rename(old, path)
+        raise
+    if os.path.exists(old):
+        replaced = (checkpoint_files(old) | new) & set(os.listdir(old))
+        for name in set(os.listdir(old)) - replaced:
+            os.rename(os.path.join(old, name), os.path.join(path, name))
+        if not keep:
+            remove_checkpoint(old, replaced)

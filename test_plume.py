@@ -7,23 +7,29 @@ Everything is made here: pictures, clips, records, a tiny model.  When ../shared
 """
 
 import contextlib
+import functools
 import hashlib
 import io
 import json
 import math
+import multiprocessing.forkserver
 import os
 import pickle
 import re
 import runpy
 import shutil
 import signal
+import socket
 import subprocess
 import sys
+import tempfile
+import time
 import warnings
 import zlib
 from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
+from unittest import mock
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the tests run side by side
@@ -51,7 +57,7 @@ from latent import Cache, Prefix, decoder, greedy, next_positions, rollout
 from model import Plume
 
 HERE = Path(__file__).parent
-SHARED = HERE.parent / "shared" / "data"
+SHARED, GOLDEN = HERE.parent / "shared" / "data", HERE.parent / "shared" / "golden"
 COLOURS = dict(red=(220, 30, 30), green=(20, 160, 40), blue=(40, 60, 220), black=(0, 0, 0))
 SHAPES = ("square", "circle", "bar")
 FINAL = Stage(4, 8, True)  # the last stage of the default curriculum, while the answer is still written
@@ -212,19 +218,19 @@ def reference_inputs(m, sample):
     return inputs | (dict(mm_token_type_ids=kinds) if order else {})
 
 
-def reference_prefill(m, sample, **kw):
-    full = m.backbone.model
-    full.rope_deltas = None
-    out = full(**reference_inputs(m, sample), use_cache=True, past_key_values=DynamicCache(config=full.config.text_config), **kw)
-    return out.last_hidden_state[0], out.past_key_values, 0 if full.rope_deltas is None else int(full.rope_deltas)
+def reference_prefill(m, sample):
+    full, positions = m.backbone.model, torch.from_numpy(sample["positions"])[:, None]
+    cache = DynamicCache(config=full.config.text_config)
+    out = full(**reference_inputs(m, sample), position_ids=positions, use_cache=True, past_key_values=cache)
+    return out.last_hidden_state[0], out.past_key_values
 
 
 def reference_rollout(m, sample, K, rule):
     """One row, one step at a time, through transformers' modules and cache."""
     lm = m.lm
-    h, cache, delta = reference_prefill(m, sample)
+    h, cache = reference_prefill(m, sample)
     anchor, z, latents = h[sample["disc"]][None], h[-1][None], []
-    pos = len(sample["ids"]) + (delta if rule == "mrope" else 0)
+    pos = int(sample["positions"].max()) + 1 if rule == "mrope" else len(sample["ids"])
     for k in range(K):
         x, _ = m.adapter(z, k, anchor)
         z = lm(inputs_embeds=x[:, None], position_ids=torch.full((3, 1, 1), pos + k), past_key_values=cache, use_cache=True).last_hidden_state[:, 0]
@@ -240,7 +246,7 @@ def our_rollout(m, samples, K, rule="mrope", checkpointing=False):
     return rollout(m.lm, m.adapter, m.prefix(batch), K, m.lm.embed_tokens(batch["suffix"]), rule, checkpointing)
 
 
-def test_prefill_logits_and_mrope_positions_equal_transformers(model, world):
+def test_prefill_and_logits_equal_transformers_at_the_same_positions(model, world):
     # float64, but transformers' rotary tables are float32: equal to 1e-5
     samples = rendered(model, mixed_items(world))
     batch = collate(samples, model.processor)
@@ -248,14 +254,44 @@ def test_prefill_logits_and_mrope_positions_equal_transformers(model, world):
     h = decoder(model.lm, prefix.x, prefix.positions, Cache(prefix.lengths, prefix.x.shape[1]))
     for i, s in enumerate(samples):
         n, inputs = len(s["ids"]), reference_inputs(model, s)
-        if "mm_token_type_ids" in inputs:
-            theirs, delta = model.backbone.model.get_rope_index(inputs["input_ids"], inputs["mm_token_type_ids"], inputs.get("image_grid_thw"), inputs.get("video_grid_thw"))
-            assert torch.equal(batch["positions"][:, i, -n:], theirs[:, 0]), f"positions of item {i}"
-            assert next_positions(prefix, "mrope")[i] == n + delta[0, 0]
-        model.backbone.model.rope_deltas = None
-        theirs = model.backbone(**inputs)
+        theirs = model.backbone(**inputs, position_ids=torch.from_numpy(s["positions"])[:, None])
         assert_close(model.backbone.lm_head(h[i, -n:]), theirs.logits[0], f"logits of item {i}", 1e-5)
         assert_close(h[i, -n:], reference_prefill(model, s)[0], f"hidden states of item {i}", 1e-5)
+
+
+def test_mrope_positions_equal_transformers_for_pictures(model, world):
+    clips_too = [item for item in mixed_items(world) if isinstance(item, dict) and "video" not in item]
+    for s in rendered(model, clips_too):
+        inputs = reference_inputs(model, s)
+        if "mm_token_type_ids" in inputs:
+            theirs, _ = model.backbone.model.get_rope_index(inputs["input_ids"], inputs["mm_token_type_ids"], inputs["image_grid_thw"])
+            assert np.array_equal(s["positions"], theirs[:, 0].numpy())
+
+
+# transformers 4.57.1, Qwen2VLModel.get_rope_index: three text tokens (the last <|vision_start|>), a clip, four text tokens
+# (frames, grid) -> position of the first token behind the clip, sums over all tokens of the three axes
+ROPE_4_57 = {
+    (8, (4, 4, 4)): (7, [109, 93, 93]), (8, (4, 4, 8)): (7, [181, 149, 181]), (8, (4, 8, 4)): (7, [181, 181, 149]),
+    (8, (4, 8, 14)): (10, [553, 553, 721]), (16, (8, 4, 4)): (11, [261, 165, 165]), (16, (8, 4, 8)): (11, [469, 277, 341]),
+    (16, (8, 8, 4)): (11, [469, 341, 277]), (16, (8, 8, 14)): (11, [1509, 1061, 1397]), (64, (32, 4, 4)): (35, [2517, 597, 597]),
+    (64, (32, 4, 8)): (35, [4885, 1045, 1301]), (64, (32, 8, 4)): (35, [4885, 1301, 1045]), (64, (32, 8, 14)): (35, [16725, 4181, 5525]),
+}
+
+
+@pytest.mark.parametrize("frames, grid", ROPE_4_57)
+def test_text_goes_on_behind_the_largest_position_of_a_clip(model, frames, grid):
+    limits = replace(model.processor.limits, num_frames=64, video_max_pixels=28 * 28 * 32, max_len=8192)
+    p = Processor(model.processor.tokenizer, "Think.", limits)
+    t, h, w = grid
+    clip = [Image.new("RGB", (14 * w, 14 * h))] * frames
+    s = p.render(parse_item({"text": "four", "video": clip}))
+    begin = s["ids"].index(p.id["<|vision_start|>"])
+    here = s["positions"][:, begin - 2 : begin + 1 + t * h * w // 4 + 4] - (begin - 2)
+    behind, sums = ROPE_4_57[frames, grid]
+    assert s["grids"] == [grid] and here[:, -4:].tolist() == [[behind + k for k in range(4)]] * 3 and here.sum(1).tolist() == sums
+    assert behind == 3 + max(t, h // 2, w // 2)  # by hand: three tokens, and the longest of the three axes
+    picture_ = p.render(parse_item({"text": "four", "image": clip[0]}))
+    assert picture_["positions"][0, begin + 1 + h * w // 4] == begin + 1 + max(h // 2, w // 2)
 
 
 @pytest.mark.parametrize("rule", ["mrope", "cache"])
@@ -313,6 +349,99 @@ def test_windows_of_encode_keep_the_order_and_the_name_of_a_bad_item(model, worl
     with pytest.raises(DataError, match="item 33: .*gone.png"):
         model.encode([*items[:33], {"image": str(world / "gone.png")}, *items], batch_size=2)
     assert model.encode([]).shape == (0, 128)
+
+
+class Labelled:
+    """As a filtered column of a table: what [3] gives is not what comes third."""
+
+    def __init__(self, values):
+        self.values = dict(zip((7, 3, 0, 1, 2), values))
+
+    def __len__(self):
+        return len(self.values)
+
+    def __getitem__(self, label):
+        return self.values[label]
+
+    def __iter__(self):
+        return iter(self.values.values())
+
+
+class Indexed:
+    """An object of the older kind: only [0], [1], ... until IndexError."""
+
+    def __init__(self, values):
+        self.values = values
+
+    def __getitem__(self, i):
+        return self.values[i]
+
+
+def test_items_are_taken_in_the_order_in_which_any_container_gives_them(model, capsys):
+    items = ["red", "a blue square", "green", "what colour?", "black bar"]
+    expected = model.encode(items)
+    for container in (tuple(items), Labelled(items), Indexed(items), dict(zip("edcba", items)).values(), iter(items), (item for item in items),
+                      np.array(items), np.array(items, object), map(str, items), dict.fromkeys(items).keys(), torch.utils.data.Subset(items, range(5))):
+        for progress in (False, "some items"):
+            assert_close(model.encode(container if not hasattr(container, "__next__") or not progress else iter(items), progress=progress, batch_size=2),
+                         expected, f"{type(container).__name__}", 1e-6)
+    assert "some items" in capsys.readouterr().err
+    many = (f"word {i}" for i in range(50))
+    assert_close(model.encode(many, batch_size=3), model.encode([f"word {i}" for i in range(50)], batch_size=3), "a long generator", 1e-6)
+    for single in ("x", b"x", {"text": "x"}, {"a": "x", "b": "y"}, Path("x.png"), Image.new("RGB", (9, 9)), 3, None):
+        with pytest.raises(TypeError, match=r"list.*put a single item into \[ \]"):
+            model.encode(single)
+    assert model.encode(iter([])).shape == (0, 128)
+
+
+def test_what_cannot_be_read_is_a_row_of_nan_with_its_reason_and_the_others_stay(model, world):
+    red = str(world / "red bar.png")
+    items = ["red", {"image": "gone.png"}, {"image": red}, {"txt": "x"}, None, "blue", {"image": str(HERE / "model.py")}] * 5
+    bad = {}
+    out = model.encode(items, batch_size=2, bad=bad)
+    good = [i for i in range(len(items)) if i % 7 in (0, 2, 5)]
+    assert sorted(bad) == [i for i in range(len(items)) if i not in good] and np.isnan(out[sorted(bad)]).all()
+    assert_close(out[good], model.encode([items[i] for i in good]), "the others", 1e-6)
+    assert "gone.png" in bad[1] and "Did you mean 'text'" in bad[3] and "item 4: needs" in bad[4] and "model.py" in bad[6]
+    with pytest.raises(DataError, match="item 1: .*gone.png"):
+        model.encode(items)
+    bad = {}
+    assert np.isnan(model.encode([None, None], bad=bad)).all() and list(bad) == [0, 1]  # nothing is left
+    assert np.isfinite(model.encode(["x"], bad=bad)).all() and list(bad) == [0, 1]
+
+
+def test_an_embedding_that_is_not_finite_is_never_returned(world):
+    m = make_model().float()
+    m.lm.layers[1].mlp.down_proj.weight.data[3, 4] = math.nan
+    for given in ({}, dict(bad={})):
+        for mode in ("latent", "single", "cot"):
+            with pytest.raises(DataError, match=r"item 0, item 1: .*not finite.*weights are not finite either \(1 tensors.*layers.1.mlp.down_proj"):
+                m.encode(["red", "blue"], mode, **(dict(limit=4) if mode == "cot" else {}), **given)
+    m = make_model().float()
+    word, embed = m.processor.encode("Q")[0], m.embed
+
+    def overflows(batch, *rest):  # on one word, as half precision may
+        vectors, tokens = embed(batch, *rest)
+        return torch.where((batch["ids"] == word).any(1)[:, None], math.inf, vectors), tokens
+
+    m.embed = overflows
+    with pytest.raises(DataError, match="^item 2: the embedding is not finite; the weights are finite.*float32"):
+        m.encode(["red", "blue", "Q", "green"], bad={})
+    with pytest.raises(DataError, match="item 0, .*item 9 and 30 more: "):
+        m.encode(["Q"] * 40, batch_size=8)
+
+
+def test_a_string_that_names_a_picture_file_is_embedded_as_text_with_one_warning(model, world, monkeypatch):
+    monkeypatch.chdir(world)
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        out = model.encode(["red", "red bar.png", "blue bar.png", "red bar.mp4", "gone.png"])
+    said = [str(w.message) for w in seen if "name of a file" in str(w.message)]
+    assert len(said) == 1 and "red bar.png" in said[0] and "{'image': ...}" in said[0]
+    assert_close(out[1], model.encode([{"text": "red bar.png"}])[0], "as text", 1e-6)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.encode(["gone.png", "a picture.png of a cat", {"text": "red bar.png"}, "model.py"])
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -478,8 +607,8 @@ def test_greedy_rationale_equals_transformers_and_stops_at_gen_emb(model, world)
     gen, samples, limit = model.processor.id["<gen_emb>"], rendered(model, mixed_items(world)), 9
     expected = []
     for s in samples:  # one by one, every token through transformers' cache
-        h, cache, delta = reference_prefill(model, s)
-        tokens, pos, h = [], len(s["ids"]) + delta, h[-1:]
+        h, cache = reference_prefill(model, s)
+        tokens, pos, h = [], int(s["positions"].max()) + 1, h[-1:]
         while not tokens or tokens[-1] != gen:
             tokens.append(gen if len(tokens) == limit - 1 else int(model.backbone.lm_head(h).argmax(-1)))
             h = model.lm(inputs_embeds=model.lm.embed_tokens(torch.tensor([[tokens[-1]]])), position_ids=torch.full((3, 1, 1), pos + len(tokens) - 1),
@@ -542,6 +671,26 @@ def test_cuda_graphs_equal_the_plain_rollout(world, dtype):
     replays_equal_the_plain_rollout(make_model().to("cuda", dtype), mixed_items(world))
 
 
+@pytest.mark.skipif(not GOLDEN.exists(), reason="no ../shared/golden")
+@pytest.mark.parametrize("front", ["blank", "plain"])
+def test_vectors_equal_those_of_the_released_code(front):
+    """Text, a picture and a clip through the authors' evaluation, with and without the white picture in front of text."""
+    print("using", GOLDEN)
+    expected, items = np.load(GOLDEN / "golden.npz"), json.loads((GOLDEN / "items.json").read_text())
+    m = Plume.from_pretrained(GOLDEN / "ckpt", "cpu", "float32", white_image=front == "blank")
+    for item in items:
+        media = {kind: [str(GOLDEN / path) for path in item[kind]] for kind in ("image", "video") if kind in item}
+        side = {"text": item["text"]} | media
+        single = m.encode([side], "single")[0]
+        for K in (0, 4, 8):
+            there = {what: expected[f"{item['name']}/K{K}/{front}/{what}"] for what in ("gen", "disc", "latents")}
+            assert_close(m.encode([side], steps=K)[0], there["gen"], f"{item['name']}, K = {K}", 1e-4)
+            assert_close(single, there["disc"], f"{item['name']}, single pass", 1e-4)
+            with torch.no_grad():
+                latents = our_rollout(m, rendered(m, [side]), K, "cache").latents[0]
+            assert_close(latents, there["latents"], f"{item['name']}, latent states", 1e-3)
+
+
 # --------------------------------------------------------------------------------------------------------- checkpoints
 
 
@@ -560,12 +709,16 @@ def test_saved_and_loaded_again_embeds_bit_equally_and_needs_no_flags(world, tmp
 def test_sharded_weights_with_an_index_load_the_same(model, tmp_path):
     m = make_model().float()
     m.save_pretrained(tmp_path / "ck")
-    tensors = load_file(tmp_path / "ck" / "model.safetensors")
-    os.remove(tmp_path / "ck" / "model.safetensors")
-    where = {name: f"model-0000{1 + i % 3}-of-00003.safetensors" for i, name in enumerate(tensors)}
-    for file in set(where.values()):
-        save_file({n: t for n, t in tensors.items() if where[n] == file}, tmp_path / "ck" / file, {"format": "pt"})
-    (tmp_path / "ck" / "model.safetensors.index.json").write_text(json.dumps(dict(metadata={}, weight_map=where)))
+    shard(tmp_path / "ck")
+    assert np.array_equal(Plume.from_pretrained(tmp_path / "ck", "cpu").encode(["a"]), m.encode(["a"]))
+    # what transformers does not read is not read here either, whatever it is called
+    stray = {f"adapter.{k}": torch.full_like(v, 7.0) for k, v in m.adapter.state_dict().items()}
+    for name in ("zz.safetensors", "adapter_model.safetensors", "model-00004-of-00003.safetensors"):
+        save_file(stray, tmp_path / "ck" / name)
+    assert np.array_equal(Plume.from_pretrained(tmp_path / "ck", "cpu").encode(["a"]), m.encode(["a"]))
+    m.save_pretrained(tmp_path / "ck")  # one file again; the shards were this checkpoint's, the others were not
+    left = {name for name in os.listdir(tmp_path / "ck") if name.endswith(("safetensors", "index.json"))}
+    assert left == {"model.safetensors", "zz.safetensors", "adapter_model.safetensors", "model-00004-of-00003.safetensors"}
     assert np.array_equal(Plume.from_pretrained(tmp_path / "ck", "cpu").encode(["a"]), m.encode(["a"]))
 
 
@@ -636,6 +789,92 @@ def test_a_plain_qwen2_vl_gets_the_tokens_at_the_mean_and_a_near_identity_adapte
     assert np.array_equal(Plume.from_pretrained(tmp_path / "start", "cpu").encode(["a", "b"]), plain.encode(["a", "b"]))
 
 
+def edit_json(path, **changes):
+    """Changes keys of a JSON file; a value of None takes the key away."""
+    value = json.loads(path.read_text())
+    value.update(changes)
+    path.write_text(json.dumps({k: v for k, v in value.items() if v is not None}))
+
+
+def test_a_checkpoint_carries_its_chat_template_and_another_format_is_refused(world, tmp_path):
+    other = data.TEMPLATE | dict(system="You embed.", closing=" done", answer=" so: {answer}.", anchor=" -> <disc_emb> : {prompt}")
+    m = make_model(template=other).float()
+    m.save_pretrained(tmp_path / "ck")
+    again = Plume.from_pretrained(tmp_path / "ck", "cpu")
+    sample = again.processor.render(Side([("text", "what?")], "One. Two.", "it"), Stage(0, 0, True), Curriculum())
+    p = again.processor
+    assert p.tokenizer.decode(sample["ids"]).replace(" ", "") == (
+        f"<|im_start|>system\nYou embed.<|im_end|>\n<|im_start|>user\nwhat? -> <disc_emb> : {p.prompt}<|im_end|>\n"
+        "<|im_start|>assistant\n<think><bot>").replace(" ", "")
+    assert p.tokenizer.decode(sample["suffix"]) == "One. Two.<eot> done so: it.<gen_emb>"
+    assert p.tokenizer.decode(p.render(parse_item("x"))["suffix"]) == "<eot> done<gen_emb>"
+    assert np.array_equal(again.encode(mixed_items(world)), m.encode(mixed_items(world)))
+    again.save_pretrained(tmp_path / "again")
+    block = json.loads((tmp_path / "again" / "config.json").read_text())["plume"]
+    assert block["template"] == other and block["format"] == plume_model.FORMAT == 2
+    assert pickle.loads(pickle.dumps(p)).render(parse_item("x"))["ids"] == p.render(parse_item("x"))["ids"]
+
+    config = tmp_path / "ck" / "config.json"
+    for wrong, why in (({k: v for k, v in block.items() if k not in ("format", "template")}, "format 1, this version reads format 2.*train it again"),
+                       (block | dict(format=3), "format 3, .*use the version of PLUME that wrote it"), (block | dict(format="2"), "format '2'"),
+                       ({k: v for k, v in block.items() if k != "template"}, "lacks 'template'"),
+                       (block | dict(template={k: v for k, v in other.items() if k != "closing"}), "template: lacks 'closing'"),
+                       (block | dict(template=other | dict(turns="no place for it <bot>")), "'turns' must have '{item}' once"),
+                       (block | dict(template=other | dict(anchor="")), "'anchor' must have '<disc_emb>' once"),
+                       (block | dict(template=other | dict(turns="<bot>{item}")), "must end in '<bot>'"),
+                       (block | dict(latent_steps="8"), "'latent_steps' must be of type int"), (block | dict(adapter=[]), "'adapter' must be of type dict"),
+                       (block | dict(limits=block["limits"] | dict(num_frames=0)), "num_frames 0: needs a whole number of at least 1"),
+                       ([], "format"), ("x" * 1000, "format 'x{190,200}")):
+        edit_json(config, plume=wrong)
+        with pytest.raises(DataError, match=f"ck: .*{why}") as error:
+            Plume.from_pretrained(tmp_path / "ck", "cpu")
+        assert len(str(error.value)) < 900
+
+
+def test_a_released_folder_without_pixel_limits_gets_the_released_ones(tmp_path):
+    make_model(latent_positions="cache", white_image=True).float().save_pretrained(tmp_path / "ck", released=True)
+    (tmp_path / "ck" / "preprocessor_config.json").unlink()
+    m = Plume.from_pretrained(tmp_path / "ck", "cpu")
+    limits = m.settings["limits"]
+    assert (limits["min_pixels"], limits["max_pixels"], limits["max_len"]) == (784, 2359296, 11288)
+    page, tiny = rendered(m, [{"image": Image.new("RGB", (1000, 1400))}, {"image": Image.new("RGB", (28, 28))}])
+    pads = [sample["ids"].count(m.processor.id["<|image_pad|>"]) for sample in (page, tiny)]
+    assert pads == [1800, 1]  # 36 x 50 tokens of 28 x 28 pixels, and not the 1,280 of a plain Qwen2-VL
+    (tmp_path / "ck" / "preprocessor_config.json").write_text('{"min_pixels": 3136, "max_pix')
+    with pytest.raises(DataError, match="preprocessor_config.json: not JSON"):
+        Plume.from_pretrained(tmp_path / "ck", "cpu")
+    (tmp_path / "ck" / "preprocessor_config.json").write_text('{"size": {"shortest_edge": 3136}}')
+    limits = Plume.from_pretrained(tmp_path / "ck", "cpu").settings["limits"]
+    assert (limits["min_pixels"], limits["max_pixels"]) == (3136, 2359296)
+
+
+@pytest.mark.parametrize("layout", ["ours", "released", "sharded", "shifted"])
+def test_every_loaded_weight_begins_at_a_multiple_of_64_bytes(tmp_path, layout):
+    """Where a weight lies decides which path a product takes, and so its last bits: loaded ones lie as trained ones do."""
+    m = make_model(**(dict(latent_positions="cache", white_image=True) if layout == "released" else {})).float()
+    m.save_pretrained(tmp_path / "ck", released=layout == "released")
+    if layout == "sharded":
+        shard(tmp_path / "ck")
+    if layout == "shifted":  # the header is padded: data begin elsewhere in the file
+        path = tmp_path / "ck" / "model.safetensors"
+        save_file(load_file(path), path, {"format": "pt", "note": "x" * 13})
+    again = Plume.from_pretrained(tmp_path / "ck", "cpu")
+    assert [name for name, t in [*again.named_parameters(), *again.named_buffers()] if t.data_ptr() % 64] == []
+    assert again.backbone.lm_head.weight is again.lm.embed_tokens.weight
+    assert all(torch.equal(v, again.state_dict()[k]) for k, v in m.state_dict().items())
+
+
+def shard(folder):
+    """The weights of a checkpoint in three files and an index."""
+    tensors = load_file(folder / "model.safetensors")
+    os.remove(folder / "model.safetensors")
+    where = {name: f"model-0000{1 + i % 3}-of-00003.safetensors" for i, name in enumerate(tensors)}
+    for file in set(where.values()):
+        save_file({n: t for n, t in tensors.items() if where[n] == file}, folder / file, {"format": "pt"})
+    (folder / "model.safetensors.index.json").write_text(json.dumps(dict(metadata={}, weight_map=where)))
+    return where
+
+
 def test_loading_says_what_is_wrong(tmp_path):
     with pytest.raises(FileNotFoundError, match="no such checkpoint folder"):
         Plume.from_pretrained(tmp_path / "nothing")
@@ -661,6 +900,75 @@ def test_loading_says_what_is_wrong(tmp_path):
     (tmp_path / "ck" / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match="Did you mean 'latent_steps'"):
         Plume.from_pretrained(tmp_path / "ck", "cpu")
+    for dtype in (torch.float16, "float16", torch.float64, torch.int8, 3):
+        with pytest.raises(DataError, match="needs 'float32' or 'bfloat16'"):
+            Plume.from_pretrained(tmp_path / "ck", "cpu", dtype)
+
+
+LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:0123\nsize 4400000000\n"
+
+
+def half_of(path):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def other_shape(folder):
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.layers.0.mlp.up_proj.weight"] = torch.zeros(3, 128)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+
+
+BROKEN = {  # what was done to a checkpoint folder -> the file and the reason that the error names
+    "weights cut off": (lambda f: half_of(f / "model.safetensors"), "model.safetensors: not a whole safetensors file"),
+    "weights are a pointer": (lambda f: (f / "model.safetensors").write_bytes(LFS), "model.safetensors: .*a Git LFS pointer.*git lfs pull"),
+    "weights are empty": (lambda f: (f / "model.safetensors").write_bytes(b""), "model.safetensors: not a whole safetensors file"),
+    "no weights": (lambda f: (f / "model.safetensors").unlink(), "neither model.safetensors nor model.safetensors.index.json"),
+    "a shard is gone": (lambda f: (f / max(shard(f).values())).unlink(), "model-00003-of-00003.safetensors: .* is not there"),
+    "a shard is cut off": (lambda f: half_of(f / max(shard(f).values())), "model-00003-of-00003.safetensors: not a whole"),
+    "the index is cut off": (lambda f: (shard(f), half_of(f / "model.safetensors.index.json")), "model.safetensors.index.json: not JSON"),
+    "the index leads elsewhere": (lambda f: (shard(f), edit_json(f / "model.safetensors.index.json", weight_map=dict(a="../x"))), "'weight_map' must name"),
+    "another shape": (other_shape, r"up_proj.weight: \(3, 128\) in the file, \(384, 128\) by config.json"),
+    "config cut off": (lambda f: half_of(f / "config.json"), "config.json: not JSON"),
+    "config is a pointer": (lambda f: (f / "config.json").write_bytes(LFS), "config.json: not JSON.*Git LFS pointer"),
+    "config is a list": (lambda f: (f / "config.json").write_text("[]"), "config.json: needs an object"),
+    "another model": (lambda f: edit_json(f / "config.json", model_type="qwen2_5_vl"), "model_type 'qwen2_5_vl'; PLUME builds on 'qwen2_vl'"),
+    "no model type": (lambda f: edit_json(f / "config.json", model_type=None), "model_type None"),
+    "a width in words": (lambda f: edit_json(f / "config.json", text_config=dict(hidden_size="wide")), "no Qwen2-VL that can be built"),
+    "an unknown activation": (lambda f: edit_json(f / "config.json", text_config=dict(hidden_act="relu9")), "no Qwen2-VL that can be built"),
+    "tokenizer cut off": (lambda f: half_of(f / "tokenizer.json"), "the tokenizer cannot be read"),
+    "tokenizer is a pointer": (lambda f: (f / "tokenizer.json").write_bytes(LFS), "the tokenizer cannot be read.*Git LFS pointer"),
+    "tokenizer of nobody": (lambda f: (f / "tokenizer.json").write_text('{"added_tokens": [], "model": {"type": "BPE", "vocab": {}, "merges": [["a", "b"]]}}'), "the tokenizer"),
+    "adapter of another width": (lambda f: edit_json(f / "config.json", plume=json.loads((f / "config.json").read_text())["plume"] | dict(
+        adapter=dict(plume_model.ADAPTER, experts=7))), "its adapter does not fit"),
+}
+
+
+@pytest.mark.parametrize("harm", BROKEN)
+def test_a_broken_checkpoint_is_one_error_that_names_file_and_reason(tmp_path, harm, capsys):
+    make_model().float().save_pretrained(tmp_path / "ck")
+    do, why = BROKEN[harm]
+    do(tmp_path / "ck")
+    with pytest.raises((DataError, FileNotFoundError), match=rf"(?s){tmp_path / 'ck'}.*{why}") as error:
+        Plume.from_pretrained(tmp_path / "ck", "cpu", "float32")
+    assert str(tmp_path) in str(error.value)
+    failed = call("eval.py", "--ckpt", tmp_path / "ck", "--task", "image_cls", "--device=cpu", check=False)  # what `call` lets through is a traceback
+    assert failed.returncode == 1 and re.search(why, failed.stderr, re.S)
+    with pytest.raises((DataError, OSError), match=f"(?s){why}"):
+        train.main(["--init", str(tmp_path / "ck"), "--out", str(tmp_path / "out"), "--device=cpu", "--families=image_cls", "--steps=1"])
+
+
+def test_an_incomplete_released_adapter_is_an_error(tmp_path):
+    make_model(latent_positions="cache", white_image=True).float().save_pretrained(tmp_path / "ck", released=True)
+    path = tmp_path / "ck" / "model.safetensors"
+    tensors = load_file(path)
+    for gone in ("latent_moe_transition.experts.1.fc1.bias", "latent_moe_transition.router.weight"):
+        save_file({k: v for k, v in tensors.items() if k != gone}, path, {"format": "pt"})
+        with pytest.raises(DataError, match="ck: its adapter"):
+            Plume.from_pretrained(tmp_path / "ck", "cpu")
+    odd = tensors | {"latent_moe_transition.experts.1.fc1.weight": torch.zeros(5, 128)}
+    save_file(odd, path, {"format": "pt"})
+    with pytest.raises(DataError, match="ck: its adapter's tensors are incomplete or do not fit"):
+        Plume.from_pretrained(tmp_path / "ck", "cpu")
 
 
 def test_an_interrupted_write_keeps_the_old_checkpoint_and_a_foreign_folder_is_not_overwritten(tmp_path):
@@ -676,10 +984,59 @@ def test_an_interrupted_write_keeps_the_old_checkpoint_and_a_foreign_folder_is_n
     (tmp_path / "mine" / "thesis.txt").write_text("do not lose")
     with pytest.raises(FileExistsError, match="thesis.txt"):
         m.save_pretrained(tmp_path / "mine")
-    assert (tmp_path / "mine" / "thesis.txt").exists()
+    assert (tmp_path / "mine" / "thesis.txt").exists() and (tmp_path / "mine" / "config.json").read_text() == "{}"
     (tmp_path / "link").symlink_to(tmp_path / "ck")
     m.save_pretrained(tmp_path / "link"), m.save_pretrained(tmp_path / "link")
     assert (tmp_path / "link").is_symlink() and sorted(os.listdir(tmp_path)) == ["ck", "link", "mine"]
+
+
+def test_saving_removes_nothing_but_the_checkpoint_that_it_replaces(tmp_path, monkeypatch):
+    m = make_model().float()
+    for name in ("best.old", "best.writing", "best.writing.old", "best-1", ".best"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text("somebody's")
+        (tmp_path / name / "model.safetensors").write_text("somebody's")
+    (tmp_path / "best").mkdir()  # as a cloned repository without a model
+    notes = {"README.md": "card", "LICENSE": "MIT", ".gitattributes": "lfs", "runs/1/events": "log", "lora.safetensors": "theirs", "train_state.txt": "x"}
+    for name, text in notes.items():
+        (tmp_path / "best" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "best" / name).write_text(text)
+    (tmp_path / "best" / "latest").symlink_to("README.md")
+    inode = (tmp_path / "best" / "README.md").stat().st_ino
+    for _ in range(2):
+        m.save_pretrained(tmp_path / "best")
+    assert {name: (tmp_path / "best" / name).read_text() for name in notes} == notes
+    assert (tmp_path / "best" / "README.md").stat().st_ino == inode and os.readlink(tmp_path / "best" / "latest") == "README.md"
+    assert sorted(os.listdir(tmp_path)) == [".best", "best", "best-1", "best.old", "best.writing", "best.writing.old"]
+    assert all((tmp_path / name / "config.json").read_text() == "somebody's" for name in os.listdir(tmp_path) if name != "best")
+    Plume.from_pretrained(tmp_path / "best", "cpu")
+    # the second rename fails: what stood there stands there again
+    rename = os.rename
+    monkeypatch.setattr(os, "rename", lambda a, b: rename(a, b) if not str(a).endswith(".writing") else (_ for _ in ()).throw(OSError("no")))
+    with pytest.raises(OSError, match="no"):
+        m.save_pretrained(tmp_path / "best")
+    monkeypatch.undo()
+    assert sorted(os.listdir(tmp_path)) == [".best", "best", "best-1", "best.old", "best.writing", "best.writing.old"]
+    assert {name: (tmp_path / "best" / name).read_text() for name in notes} == notes
+    monkeypatch.chdir(tmp_path / "best")
+    with pytest.raises(FileExistsError, match="current folder"):
+        m.save_pretrained(".")
+    with pytest.raises(FileExistsError, match="not a folder"):
+        m.save_pretrained(tmp_path / "best" / "README.md")
+
+
+@pytest.mark.parametrize("mask, file, folder", [(0o022, 0o644, 0o755), (0o007, 0o660, 0o770), (0o077, 0o600, 0o700)])
+def test_what_is_written_may_be_read_by_whom_the_umask_lets(small, mmeb, counts, tmp_path, mask, file, folder):
+    old = os.umask(mask)
+    try:
+        make_model().float().save_pretrained(tmp_path / "ck")
+        flags = ["--data", mmeb.root, "--task", "MSVD", "--ckpt", small, "--scores", tmp_path / "scores", "--json", tmp_path / "a.json"]
+        call("eval.py", *flags)
+    finally:
+        os.umask(old)
+    written = [p for p in tmp_path.rglob("*") if not p.is_symlink()]
+    assert len([p for p in written if p.suffix in (".safetensors", ".bin", ".json")]) > 5
+    assert {str(p): oct(p.stat().st_mode & 0o777) for p in written if p.stat().st_mode & 0o777 != (folder if p.is_dir() else file)} == {}
 
 
 # ---------------------------------------------------------------------------------------------------------- curriculum
@@ -794,8 +1151,8 @@ def check_prompt(processor, world):
     tokenizer, pad = processor.tokenizer, "<|vision_start|><|{}_pad|><|vision_end|>"
     expand = lambda ids, counts: [i for t in ids for i in ([t] * next(counts) if t in (processor.id["<|image_pad|>"], processor.id["<|video_pad|>"]) else [t])]
     image, clip = str(world / "red bar.png"), str(world / "red bar.mp4")
-    for item, text in (("goggles, it's 7!", "goggles, it's 7!"), (dict(text="Which? ", image=image), pad.format("image") + "\nWhich? "),
-                       (dict(image=[image, image]), (pad.format("image") + "\n") * 2), (dict(text="a <video> b", video=clip), "a " + pad.format("video") + " b")):
+    for item, text in (("goggles, it's 7!", "goggles, it's 7!"), (dict(text="Which? ", image=image), pad.format("image") + "Which? "),
+                       (dict(image=[image, image]), pad.format("image") * 2), (dict(text="a <video> b", video=clip), "a " + pad.format("video") + " b")):
         out = processor.render(parse_item(item))
         counts = iter([t * h * w // 4 for t, h, w in out["grids"]])
         assert out["ids"] == expand(tokenizer.encode(whole_prompt(text, processor.prompt), add_special_tokens=False), counts)
@@ -833,6 +1190,30 @@ def test_a_turn_that_holds_disc_emb_is_taken_as_it_stands(model):
     assert model.processor.render(side)["ids"] == plain.render(parse_item("what?"))["ids"]
     with pytest.raises(DataError, match="more than one <disc_emb>"):
         data.parse_side(turn("<disc_emb><disc_emb>"), "", "here")
+
+
+def test_a_record_and_an_item_with_the_same_picture_and_text_give_the_same_ids(model, world):
+    """Published records have one line break behind a marker; it belongs to the marker."""
+    image, other, clip = str(world / "red bar.png"), str(world / "blue bar.png"), str(world / "red bar.mp4")
+    tail = "\n<disc_emb>\n" + model.processor.prompt
+    ids = lambda side: model.processor.render(side)["ids"]
+
+    def of_record(text, **media):
+        return ids(data.parse_side(dict(conversations=[{"from": "human", "value": text}], **media), "", "here"))
+
+    for item, media, texts in (
+            ({"image": image, "text": "What?"}, dict(image=[image]), ("<image>\nWhat?", "<image>What?", "<image>\r\nWhat?")),
+            ({"image": image, "text": "\nWhat?"}, dict(image=[image]), ("<image>\n\nWhat?",)),
+            ({"image": image, "text": " What?"}, dict(image=[image]), ("<image>\n What?", "<image> What?")),
+            ({"video": clip, "text": "What?"}, dict(video=clip), ("<video>\nWhat?",)),
+            ({"image": [image, other], "text": "Same?"}, dict(image=[image, other]), ("<image>\n<image>\nSame?", "<image><image>\nSame?")),
+            ({"image": image}, dict(image=[image]), ("<image>", "<image>\n")),
+            ({"image": image, "text": "a\n<image>\nb"}, dict(image=[image]), ("a\n<image>\nb", "a\n<image>b")),
+            ({"image": image, "video": clip, "text": "<video>\n<image>\nb"}, dict(image=[image], video=clip), ("<video>\n<image>\nb",))):
+        for text in texts:
+            assert of_record(text, **media) == of_record(text + tail, **media) == ids(parse_item(item)), (item, text)
+    pad = "<|vision_start|><|image_pad|><|vision_end|>"
+    assert model.processor.tokenizer.decode(of_record("<image>\nWhat?", image=[image])).count(pad.split("|")[-2] + "|>What?") == 1
 
 
 def test_too_long_loses_rationale_only_and_otherwise_is_an_error(model, world):
@@ -919,6 +1300,140 @@ def test_unusual_pictures_become_plain_rgb(tmp_path):
     for mode in ("1", "L", "LA"):
         rgb.convert(mode).save(tmp_path / "mode.png")
         assert_close(np.asarray(load_image(str(tmp_path / "mode.png"))), np.asarray(rgb.convert(mode.strip("A")).convert("RGB")), mode)
+
+
+def test_arrays_bytes_and_open_files_are_pictures_like_files(model, world, tmp_path):
+    path = world / "red bar.png"
+    array, expected = np.asarray(Image.open(path).convert("RGB")), model.encode([{"image": str(path)}])
+    clear = np.dstack([np.zeros_like(array), np.zeros(array.shape[:2], np.uint8)])
+    with open(path, "rb") as file:
+        given = [array, array[:, ::-1][:, ::-1], np.asfortranarray(array), path.read_bytes(), bytearray(path.read_bytes()), memoryview(path.read_bytes()),
+                 io.BytesIO(path.read_bytes()), file, file, Image.open(path), path]
+        for many in ([{"image": source} for source in given], [source for source in given if isinstance(source, (np.ndarray, Image.Image, Path))]):
+            assert_close(model.encode(many, batch_size=4), np.repeat(expected, len(many), 0), "pictures", 1e-6)
+        frames = [np.asarray(f) for f in load_frames(str(world / "red bar.mp4"), 16)]
+        assert_close(model.encode([{"video": frames}]), model.encode([{"video": str(world / "red bar.mp4")}]), "frames as arrays", 1e-6)
+    assert (np.asarray(load_image(clear)) == 255).all() and np.array_equal(np.asarray(load_image(path.read_bytes())), array)
+    closed = open(path, "rb")
+    closed.close()
+    text = open(HERE / "model.py")
+    for source, why in ((np.zeros((9, 9), np.uint8), "shape"), (np.zeros((9, 9, 2), np.uint8), "shape"), (np.zeros((2, 9, 9, 3), np.uint8), "shape"),
+                        (np.zeros((9, 9, 3), np.float32), "float32"), (np.zeros((0, 9, 3), np.uint8), "shape"), (np.zeros((9, 9, 5), np.uint8), "shape"),
+                        (b"", "0 bytes"), (b"<html>" * 99, "no picture.*<html>"), (io.BytesIO(b"x"), "1 bytes"), (text, "mode 'rb'"), (closed, "closed"),
+                        (torch.zeros(9, 9, 3), "got Tensor"), (7, "got int"), ([], "got list"), ("", "empty path"), (Path(""), "does not exist")):
+        with pytest.raises(DataError, match=f"item 0: image.*{why}") as error:
+            model.encode([{"image": source}] if not isinstance(source, list) else [{"image": [source]}])
+        assert len(str(error.value)) < 400
+    text.close()
+
+
+@pytest.mark.parametrize("how", ["RGBA", "RGBa", "LA", "La", "PA", "palette in memory", "palette in a PNG", "one colour of a PNG", "one grey of 16 bits", "GIF", "WEBP", "TIFF"])
+def test_what_is_transparent_is_white_in_every_encoding(how, tmp_path):
+    image = Image.new("RGBA", (8, 8), (40, 40, 40, 255))
+    image.paste((90, 90, 90, 0), (0, 0, 4, 8))  # the left half is clear, over a grey that must not show
+    chunk = lambda kind, body: len(body).to_bytes(4, "big") + kind + body + zlib.crc32(kind + body).to_bytes(4, "big")
+    if how in ("RGBa", "LA"):
+        shown = image.convert(how)
+    elif how == "La":
+        shown = image.convert("LA").convert("La")
+    elif how == "PA":
+        shown = Image.new("PA", (8, 8))
+        shown.putpalette([90] * 3 + [40] * 3)
+        for x, y in np.ndindex(8, 8):
+            shown.putpixel((x, y), (0, 0) if x < 4 else (1, 255))
+    elif how.startswith("palette"):
+        shown = image.quantize(4)
+        if how.endswith("PNG"):
+            shown.save(tmp_path / "p.png")
+            shown = str(tmp_path / "p.png")
+    elif how in ("one colour of a PNG", "one grey of 16 bits"):
+        kind, bits, size = (2, 8, 3) if "colour" in how else (0, 16, 2)
+        clear, dark = (b"\x5a" * size, b"\x28" * size) if kind == 2 else (b"\x5a\x5a", b"\x28\x28")
+        rows = b"".join(b"\0" + clear * 4 + dark * 4 for _ in range(8))
+        key = b"\0\x5a" * 3 if kind == 2 else b"\x5a\x5a"
+        header = (8).to_bytes(4, "big") * 2 + bytes([bits, kind, 0, 0, 0])
+        shown = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"tRNS", key) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+    elif how in ("GIF", "WEBP", "TIFF"):
+        image.save(tmp_path / "x", how, **(dict(lossless=True) if how == "WEBP" else {}))
+        shown = str(tmp_path / "x")
+    else:
+        shown = image
+    got = np.asarray(load_image(shown)).astype(int)
+    assert (got[:, :4] == 255).all() and np.abs(got[:, 4:] - 40).max() <= 2
+
+
+def test_sizes_and_limits_of_nothing_are_clear_errors(model):
+    for limits, why in ((dict(max_pixels=0), "max_pixels 0: needs a whole number of at least 784"), (dict(num_frames=0), "num_frames 0"),
+                        (dict(video_max_pixels=100), "video_max_pixels 100"), (dict(max_len=0), "max_len 0"), (dict(min_pixels=-1), "min_pixels -1"),
+                        (dict(max_pixels=1e6), "max_pixels 1000000.0"), (dict(max_pixels="big"), "max_pixels 'big'"), (dict(num_frames=True), "num_frames True"),
+                        (dict(min_pixels=9999, max_pixels=2000), "min_pixels 9999 is above max_pixels 2000")):
+        with pytest.raises(DataError, match=why):
+            data.Limits(**limits)
+        if all(type(v) is int for v in limits.values()):
+            with pytest.raises(DataError, match=why):
+                make_model(limits=limits)
+    for size in ((0, 10), (10, 0), (0, 0)):
+        with pytest.raises(DataError, match=f"item 0: .*{size[0]}x{size[1]} pixels"):
+            model.encode([{"image": Image.new("RGB", size)}])
+        with pytest.raises(DataError, match="at least 1x1"):
+            data.target_size(*size, 784, 7840)
+    with pytest.raises(DataError, match="num_frames 0"):
+        load_frames([picture("red", "bar")], 0)
+
+
+def encode_clip(path, shades, size=(64, 64), aspect=None, codec="libx264", **options):
+    with av.open(str(path), "w") as out:
+        stream = out.add_stream(codec, rate=10, options=options)
+        (stream.width, stream.height), stream.pix_fmt, stream.codec_context.gop_size = size, "yuv420p", 12
+        if aspect:
+            stream.codec_context.sample_aspect_ratio = aspect
+        for i, shade in enumerate(shades):
+            frame = av.VideoFrame.from_image(Image.new("RGB", size, (shade,) * 3))
+            frame.pts, frame.time_base = i, Fraction(1, 10)
+            out.mux(stream.encode(frame))
+        out.mux(stream.encode(None))
+
+
+@pytest.mark.parametrize("suffix", ["mp4", "mkv"])
+def test_frames_have_the_shape_in_which_a_player_shows_them(tmp_path, suffix):
+    path = tmp_path / f"clip.{suffix}"
+    for aspect, shape in ((None, (64, 48)), (Fraction(2), (128, 48)), (Fraction(1, 2), (64, 96)), (Fraction(64, 45), (91, 48)), (Fraction(1), (64, 48))):
+        encode_clip(path, range(0, 200, 20), (64, 48), aspect)
+        frames = load_frames(str(path), 3)
+        assert [f.size for f in frames] == [shape] * 3
+        assert [round(np.asarray(f).mean()) for f in frames] == pytest.approx([0, 90, 180], abs=12)
+    assert data.display_size(720, 576, Fraction(16, 15)) == (768, 576) and data.display_size(720, 480, Fraction(8, 9)) == (720, 540)
+    for aspect in (Fraction(1, 100_000), Fraction(100_000)):
+        with pytest.raises(DataError, match="too large when shown"):
+            data.display_size(64, 48, aspect)
+
+
+@pytest.mark.parametrize("codec, options, suffix", [("libx264", {}, "mkv"), ("libx264", {}, "mp4"), ("libx264", {}, "ts"), ("mpeg2video", dict(bf="2"), "mpg"),
+                                                    ("mpeg2video", dict(bf="2"), "mkv"), ("mpeg4", dict(bf="2"), "avi")])
+def test_frames_in_front_of_the_first_key_frame_do_not_count(tmp_path, codec, options, suffix):
+    """A recording that begins in the middle: what hangs on frames that are not there is not in the clip, and no error."""
+    encode_clip(tmp_path / "whole.mkv", range(0, 240, 6), codec=codec, **options)
+    with av.open(str(tmp_path / "whole.mkv")) as source, av.open(str(tmp_path / f"cut.{suffix}"), "w") as out:
+        stream = out.add_stream_from_template(source.streams.video[0])
+        packets = [p for p in source.demux(source.streams.video[0]) if p.size][5:]
+        key = next(p for p in packets if p.is_keyframe)
+        first = round(float(key.pts * key.time_base) * 10)
+        for packet in packets:
+            packet.stream = stream
+            out.mux(packet)
+    at = lambda count: [round(np.asarray(f).mean() / 6) for f in load_frames(str(tmp_path / f"cut.{suffix}"), count)]
+    assert 0 < first < 20 and at(100) == pytest.approx(range(first, 40), abs=1.1)
+    assert at(5) == pytest.approx(np.linspace(first, 39, 5), abs=1.2)
+
+
+def test_a_folder_of_frames_takes_every_suffix_that_a_picture_may_have(tmp_path):
+    formats = {"a.jpeg": "JPEG", "b.JFIF": "JPEG", "c.jpe": "JPEG", "d.avif": "AVIF", "e.ppm": "PPM", "f.pgm": "PPM", "g.PNG": "PNG", "h.tif": "TIFF", "i.webp": "WEBP"}
+    formats = {name: kind for name, kind in formats.items() if kind in data.IMAGE_FORMATS}
+    for i, (name, kind) in enumerate(formats.items()):
+        Image.new("L" if name == "f.pgm" else "RGB", (32, 32), 20 * i if name == "f.pgm" else (20 * i,) * 3).save(tmp_path / name, kind)
+    for name in ("notes.txt", "._a.jpeg", "program.eps"):
+        (tmp_path / name).write_text("no frame")
+    assert [round(np.asarray(f).mean() / 20) for f in load_frames(str(tmp_path), 99)] == list(range(len(formats)))
 
 
 def test_broken_media_are_errors_that_name_the_file(world, tmp_path):
@@ -1008,7 +1523,7 @@ def test_all_spellings_of_a_record_mean_the_same(world, tmp_path):
                 record(pos=dict(conversations=turns("yes", "<think>\nBecause. So.\n</think>\n<answer>yes</answer>\n<gen_emb>"), image=[]))]
     lines, array = tmp_path / "a.jsonl", tmp_path / "a.json"
     lines.write_text("\n\n".join(json.dumps(v) for v in variants) + "\n", encoding="utf-8")
-    array.write_text(json.dumps([dict(v, note='a "quoted } brace { \\" é') for v in variants], indent=2, ensure_ascii=False), encoding="utf-8")
+    array.write_text(json.dumps([dict(v, dataset_name='a "quoted } brace { \\" é') for v in variants], indent=2, ensure_ascii=False), encoding="utf-8")
     for path in (lines, array):
         pairs = Pairs(str(path), str(world))
         assert len(pairs) == 4 and len(set(pairs.target)) == 1
@@ -1052,7 +1567,18 @@ BAD = [("{broken", "not JSON"), (json.dumps(dict(qry=1, pos=2)), "no 'dataset_na
        (json.dumps(record(qry=dict(conversations=turns("<image>"), image=[["red bar.png"]]))), "image needs a path"), (json.dumps(record(qry=dict(conversations=turns("<image>"), image=5))), "image needs a path"),
        (json.dumps(record(pos=dict(conversations=turns("x") + turns("y")))), "more than one 'human' turn"), (json.dumps(record(pos=dict(conversations=turns("x", "<answer>a</answer> and more")))), "text outside"),
        (json.dumps(record(qry=dict(conversations=turns("<image>"), image=["red bar.png"], images=["red bar.png"]))), "both 'image' and 'images'"), (json.dumps(record(pos=dict(conversations=turns("\ud800")))), "not valid Unicode"),
-       ("[" * 100000, "not JSON"), (json.dumps(record(dataset_name=3)), "must be a string"), (json.dumps(record(pos=None)), "needs an object with 'conversations'")]
+       ("[" * 100000, "not JSON"), (json.dumps(record(dataset_name=3)), "must be a string"), (json.dumps(record(pos=None)), "needs an object with 'conversations'"),
+       (json.dumps(record(neg=[])), "unknown key 'neg'. Known: dataset_name, qry, pos"), (json.dumps(record(wieght=2)), "unknown key 'wieght'"),
+       (json.dumps(record()).replace('"qry"', '"query"'), "unknown key 'query'. Did you mean 'qry'?"),
+       (json.dumps(record())[:-1] + ', "qry": {}}', "the key 'qry' stands twice"), (json.dumps(record()).replace('"from"', '"value": "x", "from"', 1), "the key 'value' stands twice"),
+       (json.dumps(record(qry=dict(conversations=turns("<image>"), image=[None]))), "image needs a path"), (json.dumps(record(qry=dict(conversations=turns("x"), image=[None]))), "0 <image> in the text, 1 image given"),
+       (json.dumps(record(qry=dict(conversations=turns("<image>"), image=[""]))), "image is an empty path"), (json.dumps(record(qry=dict(conversations=turns("<image>"), image=""))), "image is an empty path"),
+       (json.dumps(record(qry=dict(conversations=turns("<video>"), video=""))), "video is an empty path"), (json.dumps(record(qry=dict(conversations=turns("x"), video=""))), "0 <video> in the text, 1 video given"),
+       (json.dumps(record(qry=dict(conversations=turns("<video>"), video=[""]))), "image is an empty path"), (json.dumps(record(qry=dict(conversations=turns("<video>"), videos=[None]))), "video needs a path"),
+       (json.dumps(record(qry=dict(conversations=turns("<image>"), image={"path": "red bar.png"}))), "image needs a path"), (json.dumps(record(qry=dict(conversations=turns("<image>"), image=0))), "image needs a path"),
+       (json.dumps(record(pos=dict(conversations=[{"from": "human", "value": "x", "valeu": "y"}]))), "a turn: unknown key 'valeu'. Did you mean 'value'?"),
+       (json.dumps(record(pos=dict(conversations=[{"from": "human", "role": "user", "value": "x"}]))), "a turn needs 'from'"),
+       (json.dumps(record(pos=dict(conversations=[{"from": "human", "value": "x" * 9999, "content": "y"}]))), "a turn needs 'from'")]
 
 
 @pytest.mark.parametrize("line, why", BAD, ids=[w for _, w in BAD])
@@ -1063,12 +1589,30 @@ def test_a_bad_record_is_an_error_with_file_number_and_reason_or_counted(world, 
         Pairs(str(path), str(world))
     pairs = Pairs(str(path), str(world), skip_bad=True)
     assert len(pairs) == 2 and len(pairs.bad) == 1 and why in pairs.bad[0] and pairs[1][1].answer == "yes"
+    assert len(pairs.bad[0]) < 500 + len(str(path)) + len(str(world))
+
+
+def test_what_users_give_is_quoted_with_200_characters_at_most(model, tmp_path):
+    long, many = "x" * 100_000, {f"key {i}": i for i in range(10_000)}
+    assert len(data.quote(long)) <= 200 and len(data.quote(many)) <= 200 and data.quote("a\n") == "'a\\n'" and len(data.quote(b"y" * 100_000)) <= 200
+    for item in ({long: 1}, [long], many, {"text": 3, long: 1}, {"image": long}, {"video": [long]}, 10**300, {"image": {long}}):
+        with pytest.raises(DataError, match="item 0") as error:
+            model.encode([item])
+        assert len(str(error.value)) < 400
+    for kind in ("qry", "pos", "dataset_name", "conversations"):
+        line = json.dumps(record()).replace(f'"{kind}"', json.dumps(long), 1)
+        (tmp_path / "t.jsonl").write_text(line)
+        with pytest.raises(DataError, match="record 1") as error:
+            Pairs(str(tmp_path / "t.jsonl"))
+        assert len(str(error.value)) < 400 + len(str(tmp_path))
 
 
 def test_items_are_checked():
     for item, why in (({"text": "<image><image>", "image": str(HERE / "model.py")}, "2 <image> in the text, 1 image given"), ({"video": picture("red", "bar")}, "list of frames"), ({"text": None}, "needs a string"),
                       ({"txt": "a"}, "Did you mean 'text'"), ({}, "needs a string"), (3, "needs a string"), ({"image": "gone.png"}, "'gone.png' does not exist"),
-                      ({"image": []}, "empty list"), ({"text": 3}, "must be a string"), ({"image": 7}, "needs a path")):
+                      ({"image": []}, "empty list"), ({"text": 3}, "must be a string"), ({"image": 7}, "needs a path"),
+                      ({"video": ""}, "video is an empty path"), ({"image": ""}, "image is an empty path"), ({"image": [None]}, "needs a path"), ({"video": []}, "needs a path"),
+                      ({"video": b"bytes"}, "list of frames"), ({"video": np.zeros((2, 9, 9, 3), np.uint8)}, "list of frames"), (b"bytes", "needs a string")):
         with pytest.raises(DataError, match=f"item.*{why}"):
             parse_item(item)
 
@@ -1236,11 +1780,93 @@ if rank == 0: torch.save(kept, {out!r} + sys.argv[1])
 """
 
 
-def run(*command, check=True, cwd=HERE, **kw):
-    env = dict(os.environ, CUDA_VISIBLE_DEVICES="", OMP_NUM_THREADS="1", PYTHONWARNINGS="ignore")
-    done = subprocess.run([sys.executable, HERE / command[0] if (HERE / command[0]).exists() else command[0], *map(str, command[1:])], capture_output=True, text=True, cwd=cwd, env=env, timeout=600, **kw)
-    assert not check or done.returncode == 0, done.stdout[-3000:] + done.stderr[-9000:]
-    return done
+@functools.cache
+def server():
+    """A process that has imported everything and is forked for each script: to start Python anew takes 4 seconds each time."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["test_plume"])
+    with mock.patch.dict(os.environ, CUDA_VISIBLE_DEVICES="", PYTHONWARNINGS="ignore", PYTHONPATH=str(HERE)):
+        multiprocessing.forkserver.ensure_running()
+    return context
+
+
+def run_as_main(script, argv, cwd, environment, out):
+    os.setsid()
+    os.chdir(cwd)
+    multiprocessing.set_start_method(multiprocessing.get_all_start_methods()[0], force=True)  # the usual one, for data workers
+    os.environ.update(environment)
+    for descriptor, name in ((1, "out"), (2, "err")):
+        os.dup2(os.open(f"{out}.{name}", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666), descriptor)
+    sys.stdout.reconfigure(line_buffering=True)
+    warnings.simplefilter("ignore")
+    sys.argv, sys.path[0] = [script, *argv], os.path.dirname(script)
+    runpy.run_path(script, run_name="__main__")
+
+
+class Started:
+    """A script that runs in a process and a session of its own, with what it has printed so far."""
+
+    def __init__(self, script, *argv, cwd=HERE, out=None, **environment):
+        self.out = out or os.path.join(tempfile.mkdtemp(), "printed")
+        script = os.path.join(HERE, script)
+        self.process = server().Process(target=run_as_main, args=(script, list(map(str, argv)), str(cwd), environment, self.out))
+        self.process.start()
+        self.pid = self.process.pid
+
+    def wait(self, timeout=600):
+        self.process.join(timeout)
+        if self.process.exitcode is None:
+            os.killpg(self.pid, signal.SIGKILL)
+            raise TimeoutError(f"{self.process} is still running after {timeout} s: {self.stdout[-3000:]} {self.stderr[-3000:]}")
+        return self.process.exitcode
+
+    returncode = property(lambda self: self.wait())
+    stdout = property(lambda self: Path(f"{self.out}.out").read_text())
+    stderr = property(lambda self: Path(f"{self.out}.err").read_text())
+
+    def terminate(self):
+        self.process.terminate()
+
+    def wait_for(self, line):
+        """Until it has printed a line that begins so."""
+        while not re.search(f"^{line}", self.stdout if os.path.exists(f"{self.out}.out") else "", re.M):
+            assert self.process.exitcode is None, self.stdout + self.stderr
+            time.sleep(0.02)
+
+
+def done(started, check):
+    code = started.wait()
+    assert not check or code == 0, started.stdout[-3000:] + started.stderr[-9000:]
+    return started
+
+
+def run(script, *argv, check=True, **kw):
+    return done(Started(script, *argv, **kw), check)
+
+
+def run_ranks(number, script, *argv, check=True, **kw):
+    """As torchrun starts them: when one fails, the others are killed."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    out = os.path.join(tempfile.mkdtemp(), "printed")
+    about = dict(WORLD_SIZE=str(number), MASTER_ADDR="localhost", MASTER_PORT=str(port))
+    started = [Started(script, *argv, out=out, RANK=str(r), LOCAL_RANK=str(r), **about, **kw) for r in range(number)]
+    while any(s.process.exitcode is None for s in started) and not any(s.process.exitcode for s in started):
+        time.sleep(0.05)
+    for s in started:
+        if s.process.exitcode is None:
+            os.killpg(s.pid, signal.SIGKILL)
+        s.wait()
+    failed = [s for s in started if s.process.exitcode]
+    return done((failed or started)[0], check)
+
+
+def torchrun(number, script, *argv):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={number}", script, *map(str, argv)]
+    finished = subprocess.run(command, capture_output=True, text=True, cwd=HERE, env=dict(os.environ, CUDA_VISIBLE_DEVICES=""), timeout=600)
+    assert finished.returncode == 0, finished.stdout[-3000:] + finished.stderr[-9000:]
+    return finished
 
 
 def call(script, *argv, check=True):
@@ -1248,7 +1874,7 @@ def call(script, *argv, check=True):
     done = subprocess.CompletedProcess(script, 0, io.StringIO(), "")
     try:
         with contextlib.redirect_stdout(done.stdout):
-            done.returncode = {"eval.py": evaluation, "data.py": data}[script].main([str(a) for a in argv]) or 0
+            done.returncode = {"eval.py": evaluation, "data.py": data, "train.py": train}[script].main([str(a) for a in argv]) or 0
     except (DataError, OSError, SystemExit) as e:
         assert not check, e
         done.returncode, done.stderr = 1, str(e)
@@ -1256,15 +1882,11 @@ def call(script, *argv, check=True):
     return done
 
 
-def torchrun(ranks, *command, **kw):
-    return run("-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", *command, **kw)
-
-
 def test_two_ranks_and_all_micro_batches_have_the_gradients_of_one_big_batch(world, tmp_path):
     """GradCache against the loss of the whole batch, differentiated in one piece."""
     script, out = tmp_path / "gradients.py", str(tmp_path / "grads")
     script.write_text(GRADIENTS.format(here=str(HERE), path=str(world / "train.jsonl"), out=out))
-    run(script, 1), torchrun(2, script, 2)
+    run(script, 1), run_ranks(2, script, 2)
     m, pairs = make_model(), Pairs(str(world / "train.jsonl"))
     batch = whole(Batches(pairs, m.processor, Curriculum(last_stage=1.0))[1, FINAL, np.flatnonzero(pairs.dataset == 0)[[0, 1, 2, 3, 2, 5, 0, 7]]])
     parts = train.losses(m(batch, 8), batch, train.Config())
@@ -1381,8 +2003,46 @@ def test_tasks_say_what_is_wrong(world, tmp_path):
     broken("corpus.jsonl", lambda s: s.replace("../red bar.png", "../gone.png"), "gone.png' does not exist")
     broken("queries.jsonl", lambda s: s.replace('"q0"', '"q0", "candidates": ["blue bar"]'), "no relevant document among its candidates")
     broken("queries.jsonl", lambda s: s.replace('"q0"', '"q0", "candidate": ["blue bar"]'), "unknown key 'candidate'")
+    broken("qrels.tsv", lambda s: s.replace("query-id\tcorpus-id\tscore", "query-id\tdoc\tscore"), "line 1 must be a header with the columns query-id, corpus-id, score")
+    broken("qrels.tsv", lambda s: s.replace("query-id\tcorpus-id\tscore", "query-id\tcorpus-id\tscore\tnote"), "line 1 must be a header")
+    broken("qrels.tsv", lambda s: s + "q0\tred square\t1\t1\n", "line 14: needs")
+    broken("corpus.jsonl", lambda s: s.replace('"image"', '"video": "", "image"', 1), "corpus.jsonl: record 1: video is an empty path")
+    broken("corpus.jsonl", lambda s: s.replace('"text"', '"text": "a", "text"', 1), "record 1: the key 'text' stands twice")
+    broken("corpus.jsonl", lambda s: s.replace('"text"', '"title": 3, "text"', 1), "record 1: 'title' and 'text' must be strings")
     with pytest.raises(DataError, match="Did you mean 'image_ret'"):
         evaluation.select(data.list_tasks(str(world / "tasks")), "image_rett", "root")
+
+
+def test_qrels_are_read_by_the_names_of_their_columns(world, tmp_path):
+    expected = data.read_task(str(world / "tasks"), "image_ret/t2i")
+    rows = [line.split("\t") for line in (world / "tasks/image_ret/t2i/qrels.tsv").read_text().splitlines()]
+    for f in world.glob("*.*"):
+        shutil.copy(f, tmp_path)
+    shutil.copytree(world / "tasks", tmp_path / "tasks")
+    for order in ((1, 0, 2), (2, 1, 0), (0, 2, 1)):
+        for spell in (str, lambda name: name.upper().replace("-", "_")):
+            lines = [[row[i] for i in order] for row in [list(map(spell, rows[0])), *rows[1:]]]
+            (tmp_path / "tasks/image_ret/t2i/qrels.tsv").write_text("".join("\t".join(line) + "\r\n" for line in lines))
+            assert data.read_task(str(tmp_path / "tasks"), "image_ret/t2i").relevant == expected.relevant
+
+
+def test_beir_s_own_files_are_read_as_its_loader_reads_them(small, tmp_path):
+    """Title and text with a blank between, stripped; only the queries that qrels/test.tsv judges."""
+    folder = tmp_path / "text_ret" / "scifact"
+    (folder / "qrels").mkdir(parents=True)
+    corpus = [("4983", "Microstructural development", "of human newborn"), ("5836", "", "no title "), ("7912", "only a title", "")]
+    (folder / "corpus.jsonl").write_text("".join(json.dumps({"_id": i, "title": title, "text": text, "metadata": {"url": "x"}}) + "\n" for i, title, text in corpus))
+    queries = [("0", "0-dimensional biomaterials"), ("2", "of the training set"), ("3", "an only title")]
+    (folder / "queries.jsonl").write_text("".join(json.dumps({"_id": i, "text": text, "metadata": {}}) + "\n" for i, text in queries))
+    (folder / "qrels" / "train.tsv").write_text("query-id\tcorpus-id\tscore\n2\t4983\t1\n")
+    (folder / "qrels" / "test.tsv").write_text("query-id\tcorpus-id\tscore\n0\t4983\t1\n3\t7912\t1\n3\t5836\t0\n")
+    task = data.read_task(str(tmp_path), *data.list_tasks(str(tmp_path)))
+    assert [s.parts for s in task.corpus] == [[("text", t)] for t in ("Microstructural development of human newborn", "no title", "only a title")]
+    assert task.query_ids == ["0", "3"] and task.relevant == [{0: 1}, {2: 1}] and task.about == dict(not_judged=1)
+    assert "1 queries are not judged" in call("eval.py", "--data", tmp_path, "--ckpt", small, "--task=all").stdout
+    (folder / "qrels.tsv").write_text((folder / "qrels" / "test.tsv").read_text())  # our own layout: every query counts
+    with pytest.raises(DataError, match="query '2' has no relevant document in qrels.tsv"):
+        data.read_task(str(tmp_path), "text_ret/scifact")
 
 
 @pytest.mark.skipif(not SHARED.exists(), reason="no ../shared/data")
@@ -1486,26 +2146,22 @@ def test_the_speed_benchmark_times_the_same_embeddings_and_counts_their_work(mod
 
 
 def test_interrupted_and_resumed_equals_uninterrupted_bit_for_bit(world, tmp_path):
-    command = [sys.executable, "-u", "train.py", "--data", str(world / "train.jsonl"), "--steps", "50", *QUICK, *GATED, "--save_every=1000", "--out"]
-    env = dict(os.environ, CUDA_VISIBLE_DEVICES="", OMP_NUM_THREADS="1")
-    run(*command[2:], tmp_path / "whole")
-    command.append(str(tmp_path / "parts"))
-    running = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=HERE, env=env, start_new_session=True)
-    for line in running.stdout:
-        if line.startswith("step 22/"):  # the gate has decided, and the stage has not changed yet
-            os.killpg(running.pid, signal.SIGTERM)  # as a batch system does: the workers get it too
-            break
-    rest = running.stdout.read()
-    assert running.wait(60) == 130 and "--resume" in rest
+    command = ["train.py", "--data", world / "train.jsonl", "--steps", "50", *QUICK, *GATED, "--save_every=1000", "--out"]
+    run(*command, tmp_path / "whole")
+    command.append(tmp_path / "parts")
+    running = Started(*command)
+    running.wait_for("step 22/")  # the gate has decided, and the stage has not changed yet
+    os.killpg(running.pid, signal.SIGTERM)  # as a batch system does: the workers get it too
+    assert running.wait(60) == 130 and "--resume" in running.stdout
     stopped = log(tmp_path / "parts")[-1]["step"]
     assert 22 <= stopped < 34
     state = torch.load(tmp_path / "parts" / "checkpoint" / "train_state.pt", weights_only=True)
     assert state["step"] == stopped + 1 and state["progress"]["entry"][1] in range(35, 40) and 45 == Progress(Curriculum(1, 4, last_stage=0.1, gate=99), 50).entry[1]
-    refused = run(*command[2:], check=False)
+    refused = run(*command, check=False)
     assert refused.returncode == 1 and "--resume" in refused.stderr
-    changed = run(*command[2:], "--lr=1e-3", "--resume", check=False)
+    changed = run(*command, "--lr=1e-3", "--resume", check=False)
     assert changed.returncode == 1 and "lr: 0.002 then, 0.001 now" in changed.stderr
-    run(*command[2:], "--resume")
+    run(*command, "--resume")
     a, b = weights(tmp_path / "whole"), weights(tmp_path / "parts")
     assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
     timeless = lambda rows: [{k: v for k, v in r.items() if k not in ("ms", "wait", "pairs_per_s")} for r in rows]
@@ -1535,22 +2191,108 @@ def test_killed_while_a_checkpoint_is_written_costs_the_steps_since_the_last_one
     (tmp_path / "killed.py").write_text(KILLED.format(here=str(HERE)))
     flags = ["--data", world / "train.jsonl", "--out", out, "--steps", 40, *QUICK, *PAPER]
     assert run(tmp_path / "killed.py", "writing", 15, *flags, check=False).returncode == -signal.SIGKILL  # half a file
-    assert {"checkpoint", "checkpoint.writing"} < set(os.listdir(out))
+    names = lambda: sorted(re.sub(r"\.[0-9a-f]{8}", ".X", name) for name in os.listdir(out))
+    assert names() == ["checkpoint", "checkpoint.X.writing", "lock", "log.jsonl"]
     assert run(tmp_path / "killed.py", "renaming", 30, *flags, "--resume", "--keep=2", check=False).returncode == -signal.SIGKILL
-    assert set(os.listdir(out)) == {"checkpoint-10", "checkpoint-15", "checkpoint-20", "checkpoint.writing", "log.jsonl"}  # between two renames
-    run("train.py", *flags, "--resume", "--keep=2")
-    assert set(os.listdir(out)) == {"checkpoint", "checkpoint-20", "checkpoint-30", "log.jsonl"}
+    assert names() == ["checkpoint-10", "checkpoint-15", "checkpoint-20", "checkpoint.X.writing", "checkpoint.X.writing", "lock", "log.jsonl"]  # between two renames
+    printed = run("train.py", *flags, "--resume", "--keep=2").stdout
+    assert "what a killed run left behind" in printed and printed.count(".writing") == 2
+    # of checkpoint-20 nobody can tell any more that it is not somebody's copy: it stays
+    kept = ["checkpoint", "checkpoint-15", "checkpoint-20", "checkpoint-30"]
+    assert names() == [*kept, "checkpoint.X.writing", "checkpoint.X.writing", "lock", "log.jsonl"]
     whole, mine = weights(trained[0]), weights(out)
     assert whole.keys() == mine.keys() and all(torch.equal(v, mine[k]) for k, v in whole.items())
     assert [r["step"] for r in log(out)] == list(range(40))
     assert torch.load(out / "checkpoint-30" / "train_state.pt", weights_only=True)["step"] == 30
-    shutil.copytree(out / "checkpoint-20", out / "checkpoint.old")  # of an earlier death; the next write takes it away
     with plume_model.replacing(out / "checkpoint", keep=str(out / "checkpoint-40")) as folder:
         shutil.copytree(out / "checkpoint-30", folder, dirs_exist_ok=True)
-    assert [os.path.basename(p) for p in train.checkpoints_in(out)] == ["checkpoint", "checkpoint-40", "checkpoint-30", "checkpoint-20"]
+    assert [os.path.basename(p) for p in train.checkpoints_in(out)] [:3] == ["checkpoint", "checkpoint-40", "checkpoint-30"]
     (out / "checkpoint").rename(tmp_path / "elsewhere")
     refused = run("train.py", *flags, check=False)
     assert refused.returncode == 1 and "holds checkpoint-" in refused.stderr  # what is kept is not written over
+
+
+def test_a_second_run_is_refused_by_a_lock_that_a_killed_run_does_not_leave(world, tmp_path):
+    out = tmp_path / "out"
+    flags = ["train.py", "--data", world / "train.jsonl", "--out", out, "--steps", 400, *QUICK, *PAPER, "--save_every=5", "--keep=1"]
+    first = Started(*flags)
+    first.wait_for("step 12/")
+    for more in (["--resume"], ["--resume", "--workers=0"]):
+        before = (out / "log.jsonl").read_text()
+        second = run(*flags, *more, check=False)
+        assert second.returncode == 1 and f"another run is at work there (process {first.pid} on " in second.stderr
+        assert "Traceback" not in second.stderr and (out / "log.jsonl").read_text().startswith(before)
+    assert first.process.exitcode is None  # the first one does not notice
+    for name in ("checkpoint.old", "checkpoint.writing", "checkpoint-notes", "checkpoint-1"):  # somebody's copies, in every shape
+        shutil.copytree(out / "checkpoint", out / name)
+    (out / "checkpoint" / "README.md").write_text("card")
+    os.kill(first.pid, signal.SIGKILL)  # its data worker lives on for a moment
+    first.wait()
+    step = len(log(out))
+    printed = run(*[f if f != 400 else step + 8 for f in flags], "--resume", check=False)
+    assert "--resume with another configuration" in printed.stderr  # no lock is left, and steps are part of the recipe
+    again = Started(*flags, "--resume")
+    again.wait_for(f"step {step + 12}/")
+    again.terminate()
+    assert again.wait() == 130, again.stderr
+    assert {"checkpoint.old", "checkpoint.writing", "checkpoint-notes", "checkpoint-1"} < set(os.listdir(out))
+    assert (out / "checkpoint" / "README.md").read_text() == "card" and len([n for n in os.listdir(out) if re.fullmatch(r"checkpoint-\d+", n)]) >= 2
+    state = torch.load(out / "checkpoint" / "train_state.pt", weights_only=True)
+    assert len(state["kept"]) == 1 and (out / state["kept"][0] / "train_state.pt").exists() and state["kept"] != ["checkpoint-1"]
+
+
+FULL = """
+import resource, sys
+sys.path.insert(0, {here!r})
+import train
+size, write = int(sys.argv.pop(1)), train.Plume.write
+def limited(*a, **k):
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))  # no file may be longer: what a full disk does
+    return write(*a, **k)
+at = int(sys.argv.pop(1))
+save = train.save
+def late(cfg, model, weights, state, saved, kept):
+    if state["step"] == at: train.Plume.write = limited
+    return save(cfg, model, weights, state, saved, kept)
+train.save = late
+try:
+    sys.exit(train.main(sys.argv[1:]))
+except (train.DataError, OSError) as e:
+    sys.exit(f"error: {{train.said(e)}}")
+"""
+
+
+def test_a_full_disk_is_one_line_and_the_last_good_checkpoint_stays(world, tmp_path, monkeypatch):
+    (tmp_path / "full.py").write_text(FULL.format(here=str(HERE)))
+    flags = ["--data", world / "train.jsonl", "--steps", 12, "--save_every=4", *QUICK, *GATED, "--gate=0"]
+    for size, file in ((100_000, "model.safetensors"), (8 << 20, "train_state.pt")):
+        out = tmp_path / f"out {size}"
+        failed = run(tmp_path / "full.py", size, 8, *flags, "--out", out, check=False)
+        assert failed.returncode == 1 and "Traceback" not in failed.stderr, failed.stderr
+        last = failed.stderr.strip().splitlines()[-1]
+        assert re.search(rf"error: .*{out}/checkpoint: the checkpoint of step 8 could not be written, the checkpoint of step 4 is still there: .*{file}: cannot", last)
+        assert sorted(os.listdir(out)) == ["checkpoint", "lock", "log.jsonl"]
+        assert torch.load(out / "checkpoint" / "train_state.pt", weights_only=True)["step"] == 4
+        Plume.from_pretrained(out / "checkpoint", "cpu")
+    run("train.py", *flags, "--out", out, "--resume")
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(train.shutil, "disk_usage", lambda path: usage._replace(free=10_000_000))
+    with pytest.raises(DataError, match=r"a checkpoint takes 0.0\d GB, and 0.01 GB are free"):
+        train.main([*map(str, flags), "--out", str(tmp_path / "little"), "--device=cpu"])
+
+
+def test_a_place_where_nothing_can_be_written_is_refused_before_anything_is_loaded(world, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("mine")
+    monkeypatch.setattr(train, "build_model", None)
+    for out, why in ((tmp_path / "file", "nothing can be written in .*file"), (tmp_path / "file" / "deeper" / "x", "nothing can be written in .*file"),
+                     ("/proc/plume", "nothing can be written"), ("/dev/null/x", "nothing can be written in /dev/null")):
+        failed = call("train.py", "--data", world / "train.jsonl", "--out", out, "--steps=2", check=False)
+        assert failed.returncode == 1 and re.search(why, failed.stderr), failed.stderr
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / "theirs" / "log.jsonl").write_text('{"level": "info"}\n')
+    failed = call("train.py", "--data", world / "train.jsonl", "--out", tmp_path / "theirs", "--steps=2", check=False)
+    assert "log.jsonl: not the log of a training run" in failed.stderr and (tmp_path / "theirs" / "log.jsonl").read_text() == '{"level": "info"}\n'
+    assert (tmp_path / "file").read_text() == "mine"
 
 
 def test_moments_are_forgotten_when_a_stage_is_entered(trained):
@@ -1563,7 +2305,7 @@ def test_two_ranks_by_torchrun_train_the_weights_of_one(world, tmp_path, monkeyp
     run("train.py", "--out", tmp_path / "one", *flags)
     printed = torchrun(2, "train.py", "--out", tmp_path / "two", *flags).stdout
     assert "global contrastive batch 8 = 2 ranks x 4" in printed
-    torchrun(2, "train.py", "--out", tmp_path / "shards", "--fsdp", "--micro_batch", 3, *flags)
+    run_ranks(2, "train.py", "--out", tmp_path / "shards", "--fsdp", "--micro_batch", 3, *flags)
     one, two, shards = (log(tmp_path / name) for name in ("one", "two", "shards"))
     assert [r["stage"] for r in one] == [r["stage"] for r in two] == [r["stage"] for r in shards]
     assert [r["reached"] for r in one].index(1) == 35 < Progress(Curriculum(1, 4, last_stage=0.05, gate=99), 44).entry[1]
@@ -1571,7 +2313,7 @@ def test_two_ranks_by_torchrun_train_the_weights_of_one(world, tmp_path, monkeyp
         for name in ("ce", "gen", "disc", "bal", "norm", "first"):
             assert [r[name] for r in rows] == pytest.approx([rows[0][name]] * 3, rel=2e-3, abs=1e-4), (rows[0]["step"], name)
     flags = [*flags, "--steps=2", "--last_stage=1", "--dtype=bfloat16", "--out"]
-    torchrun(2, "train.py", "--fsdp", *flags, tmp_path / "half shards")
+    run_ranks(2, "train.py", "--fsdp", *flags, tmp_path / "half shards")
     monkeypatch.setattr(train.signal, "signal", lambda *a: None)
     train.main([*map(str, flags), str(tmp_path / "half")])
     mine, theirs = log(tmp_path / "half"), log(tmp_path / "half shards")
@@ -1597,12 +2339,12 @@ sys.exit(train.main(sys.argv[1:]))
 def test_a_killed_rank_costs_nothing_and_shards_go_on_as_copies(world, tmp_path):
     (tmp_path / "dies.py").write_text(DIES.format(here=str(HERE)))
     flags = ["--data", world / "train.jsonl", "--steps", 12, "--save_every", 4, "--fsdp", "--micro_batch", 2, "--checkpointing", *QUICK, "--out"]
-    torchrun(2, "train.py", *flags, tmp_path / "whole")
-    assert torchrun(2, tmp_path / "dies.py", *flags, tmp_path / "killed", check=False).returncode
+    run_ranks(2, "train.py", *flags, tmp_path / "whole")
+    assert run_ranks(2, tmp_path / "dies.py", *flags, tmp_path / "killed", check=False).returncode
     state = torch.load(tmp_path / "killed" / "checkpoint" / "train_state.pt", weights_only=True)
     assert 4 <= state["step"] <= 6 and state["ranks"] == 2
     shutil.copytree(tmp_path / "killed", tmp_path / "copies")
-    torchrun(2, "train.py", *flags, tmp_path / "killed", "--resume")
+    run_ranks(2, "train.py", *flags, tmp_path / "killed", "--resume")
     printed = run("train.py", *(f for f in flags if f != "--fsdp"), tmp_path / "copies", "--resume").stdout  # shards to one whole model
     assert "began on 2 ranks and goes on with 1" in printed
     whole, killed, copies = (weights(tmp_path / name) for name in ("whole", "killed", "copies"))
@@ -1616,7 +2358,7 @@ def test_a_killed_rank_costs_nothing_and_shards_go_on_as_copies(world, tmp_path)
     (tmp_path / "other.jsonl").write_text("".join(lines).replace("shows one thing", "shows 1 thing"))
     assert len({Pairs(str(tmp_path / f), str(world)).digest for f in ("0.jsonl", "1.jsonl", "other.jsonl")}) == 3
     (tmp_path / "differ.py").write_text(f"import os, sys; sys.path.insert(0, {str(HERE)!r}); import train\ntrain.main([*sys.argv[1:], '--data', os.environ['RANK'] + '.jsonl'])")
-    refused = torchrun(2, tmp_path / "differ.py", "--media", world, "--out", tmp_path / "none", check=False, cwd=tmp_path)
+    refused = run_ranks(2, tmp_path / "differ.py", "--media", world, "--out", tmp_path / "none", check=False, cwd=tmp_path)
     assert refused.returncode and "rank 1: 22 pairs" in refused.stderr and not (tmp_path / "none").exists()
 
 
@@ -1625,8 +2367,8 @@ def test_what_no_rank_uses_is_not_moved(tmp_path):
     rows = [record(qry=dict(conversations=turns(f"question {i}")), pos=dict(conversations=turns(f"answer {i}"))) for i in range(8)]
     (tmp_path / "t.jsonl").write_text("\n".join(map(json.dumps, rows)))
     flags = ["--data", tmp_path / "t.jsonl", "--steps=3", "--segments=1", "--last_stage=0.3", "--gate=0", "--micro_batch=2", "--weight_decay=9", *QUICK]
-    torchrun(2, "train.py", *flags, "--out", tmp_path / "out")
-    torchrun(2, "train.py", *flags, "--out", tmp_path / "shards", "--fsdp")
+    run_ranks(2, "train.py", *flags, "--out", tmp_path / "out")
+    run_ranks(2, "train.py", *flags, "--out", tmp_path / "shards", "--fsdp")
     assert [r["K"] for r in log(tmp_path / "out")] == [0] * 3
     Plume.random(Pairs(str(tmp_path / "t.jsonl")).texts()).save_pretrained(tmp_path / "before" / "checkpoint")
     before = weights(tmp_path / "before")
@@ -1654,7 +2396,7 @@ def test_the_paper_s_preset_and_hit_at_1_on_held_out_pairs(world, tmp_path):
     assert rows[-1]["hit"] == np.mean(mine)
     schedule = Schedule(np.where(np.isin(np.arange(48), held), -1, pairs.dataset), pairs.names, 8, 40, 0)
     assert not {int(i) for step in range(40) for i in schedule[step]} & set(held.tolist())
-    torchrun(2, "train.py", *flags, "--out", tmp_path / "two", "--fsdp")
+    run_ranks(2, "train.py", *flags, "--out", tmp_path / "two", "--fsdp")
     assert [r.get("hit") for r in log(tmp_path / "two")] == [r.get("hit") for r in rows]
     with pytest.raises(DataError, match="Did you mean 'qwen2vl_2b'"):
         train.main(["--preset", "qwen2vl_2"])
@@ -1676,7 +2418,7 @@ def test_dry_run_tells_what_a_run_would_take_and_writes_nothing(world, tmp_path,
     _, shapes = dry("--device=meta")
     assert plain[:, :2].tolist() == [[0, 0], [1, 1], [2, 2], [2, 2]] and not (tmp_path / "none").exists()
     assert (recomputed[:, 4] < 0.6 * plain[:, 4]).all() and (plain[:, 4] <= plain[:, 5]).all()
-    assert shapes[:, :4].tolist() == plain[:, :4].tolist() and np.allclose(shapes[:, 4], plain[:, 4], rtol=0.05), (shapes, plain)
+    assert shapes[:, :4].tolist() == plain[:, :4].tolist() and np.allclose(shapes[:, 4], plain[:, 4], rtol=0.05, atol=1.1e-3), (shapes, plain)  # GiB to three digits
     count = int(re.search(r"([\d,]+) parameters", printed)[1].replace(",", ""))
     assert float(re.search(r"weights ([\d.]+) GiB, gradients \1 GiB", printed)[1]) == pytest.approx(4 * count / 2**30, abs=6e-4)
     # the bytes counted are those of the tensors alive: by hand, w is known before and does not count
@@ -1827,7 +2569,7 @@ class Miniature:
                 found = [dict(f, image=str(base / path(mine[0]))) for f in found]
             if t2i:
                 row |= dict(qry_text=f"the {mine[0]} \nof {i}\n", qry_img_path="")  # with a line break at the end, as VisDial's
-                query = dict(text=f"{INST} for {name}. the {mine[0]}\nof {i}")
+                query = dict(text=f"{INST} for {name}. the {mine[0]} \nof {i}")
             queries.append(query)
             candidates.append(found)
             rows.append(row)
@@ -2067,7 +2809,7 @@ def stored(folder):
 def test_a_stopped_run_goes_on_and_two_ranks_equal_one_bit_for_bit(mmeb, small, tmp_path, monkeypatch):
     flags = ["--data", mmeb.root, "--ckpt", small, "--task", "MomentSeeker,QVHighlight,image_gd,vidore_v2", "--skip_bad", "--batch_size", "3"]
     run("eval.py", *flags, "--scores", tmp_path / "one", "--json", tmp_path / "one.json")
-    torchrun(2, HERE / "eval.py", *flags, "--scores", tmp_path / "two", "--json", tmp_path / "two.json")
+    run_ranks(2, "eval.py", *flags, "--scores", tmp_path / "two", "--json", tmp_path / "two.json")
     one, two = (json.loads((tmp_path / f"{n}.json").read_text())["tasks"] for n in ("one", "two"))
     timeless = lambda tasks: {t: {k: v for k, v in r.items() if k not in ("seconds", "queries_per_s", "items_encoded")} for t, r in tasks.items()}
     assert timeless(one) == timeless(two) and stored(tmp_path / "one") == stored(tmp_path / "two") and len(stored(tmp_path / "one")) > 60
@@ -2282,7 +3024,7 @@ def test_oddities_of_rows_that_are_right(counts, tmp_path):
     assert [s.parts for s in data.read_published(str(root), "MomentSeeker").corpus] == [s.parts for s in before.corpus]
     edit(mini, "VLM2Vec/Video-MME", "", "test", first(options=["A.cats", "B.dogs", "C. a pet.", "D. a pet"]))  # no blank behind the dot; equal texts
     task = data.read_published(str(root), "Video-MME")
-    assert [task.corpus[row].parts for row in task.candidates[0]] == [[("text", text)] for text in ("A.cats", "B.dogs", "a pet", "a pet")]
+    assert [task.corpus[row].parts for row in task.candidates[0]] == [[("text", text)] for text in ("s", "s", "a pet", "a pet")]  # as VLM2Vec cuts them
     (root / "visdoc-tasks/images/ViDoSeek-page").mkdir(parents=True)  # of an archive of who knows which version
     picture("red", "bar").save(root / "visdoc-tasks/images/ViDoSeek-page/doc_1.png")
     assert "extracted" in data.read_published(str(root), "ViDoSeek-page").corpus[1].parts[0][1]
@@ -2302,6 +3044,57 @@ def test_oddities_of_rows_that_are_right(counts, tmp_path):
     parts.mkdir()
     (parts / "eval-qrels.tsv").write_text("query-id\tcorpus-id\tscore\n" + "".join("\t".join(map(str, row.values())) + "\n" for row in judged))
     assert data.read_published(str(root), "ViDoSeek-page").relevant == task.relevant
+
+
+def test_rows_are_read_as_vlm2vec_reads_them(counts, tmp_path):
+    """Each case is what VLM2Vec's own reader makes of the row, less the visual token and what stands at both ends."""
+    mini = Miniature(tmp_path, ["DocVQA", "CIRR", "RefCOCO", "VisDial", "WebQA", "MSVD", "MVBench", "Video-MME", "EgoSchema", "ViDoRe_docvqa"])
+    read = lambda name, **kw: data.read_published(str(tmp_path), name, **kw)
+    words = lambda side: side.parts[-1][1]
+    # (a) blanks in front of a line break go beside a picture only; (b) the instruction is stripped before it is joined
+    for name in ("DocVQA", "CIRR"):
+        edit(mini, ROWS, name, "test", first(qry_inst="<|image_1|>\n Look \n", qry_text="what \nis it \n here?"))
+        assert words(read(name).queries[0]) == "Look what\nis it\n here?"
+    edit(mini, ROWS, "VisDial", "test", first(qry_inst=" Find it: ", qry_text="Q \nA \nQ", tgt_inst="<|image_1|>\nRepresent \nit."))
+    task = read("VisDial")
+    assert words(task.queries[0]) == "Find it: Q \nA \nQ" and words(task.corpus[0]) == "Represent\nit."
+    edit(mini, ROWS, "WebQA", "test", first(tgt_inst="<|image_1|>\nWith: ", tgt_text=["a \nb", "", "c", "d"]))
+    assert [words(side) for side in read("WebQA").corpus[:4]] == ["With:  a\nb", "With:", "With:  c", "With:  d"]
+    edit(mini, "VLM2Vec/MSVD", "", "test", first(caption=["a man \nruns", "no"]))
+    assert words(read("MSVD").queries[0]) == f"{CLIP_QUERIES['MSVD']} a man \nruns"
+    edit(mini, "VLM2Vec/Video-MME", "", "test", first(question=" When? \nNow", options=["A. x y. ", "B", "C: no", "D. z. w."]))
+    task = read("Video-MME")
+    assert words(task.queries[0]) == f"{CHOOSE}  When? \nNow\nA. x y. \nB\nC: no\nD. z. w."
+    # (c) of an option without ". " only the last character is left
+    assert [words(task.corpus[row]) for row in task.candidates[0]] == ["x y", "B", "o", "z. w"]
+    edit(mini, "VLM2Vec/EgoSchema", "Subset", "test", first(option=["A.one", "B. two", "C) three.", "", "E. . five .."]))
+    assert [words(side) for side in (lambda t: [t.corpus[row] for row in t.candidates[0]])(read("EgoSchema"))] == ["e", "two", "", "", "five"]
+    # (d) pairs are named by path and caption, whether or not the first caption is blank
+    path = "RefCOCO/Test/red square.jpg"
+    edit(mini, ROWS, "RefCOCO", "test", first(tgt_img_path=[path] * 4, tgt_text=["", "left", '"left"', " "], tgt_inst="<|image_1|>\nIt."))
+    task = read("RefCOCO")
+    assert len(set(task.candidates[0])) == 3 and {words(task.corpus[row]) for row in task.candidates[0]} == {"It."}
+    # (e) of equal options the last is right
+    folder = tmp_path / "rows/VLM2Vec/MVBench/json/action_sequence.json"
+    (row,) = json.loads(folder.read_text())
+    folder.write_text(json.dumps([row | dict(candidates=["cat", "dog", "cat", "cow"], answer="cat")]))
+    task = read("MVBench")
+    i = next(i for i, side in enumerate(task.queries) if "(C) cat" in words(side))
+    assert [words(task.corpus[row]) for row in task.relevant[i]] == ["(C) cat"]
+    folder.write_text(json.dumps([row | dict(candidates=["cat", "dog"], answer="cow")]))
+    with pytest.raises(DataError, match="the answer 'cow' is none of the candidates"):
+        read("MVBench")
+    # (f) ids in a .tsv are texts; what is a number and nothing else stays one
+    judged = tmp_path / "rows/vidore/docvqa_test_subsampled_beir/qrels"
+    shutil.rmtree(judged)
+    judged.mkdir()
+    (judged / "test.tsv").write_text("query-id\tcorpus-id\tscore\n007\t0010\t1\n7\t-3\t0\n1e3\t+5\t2\n")
+    rows = [dict(row) for row in data.rows_of(str(judged.parent), "qrels", "test")]
+    assert [(r["query-id"], r["corpus-id"], r["score"]) for r in rows] == [("007", "0010", 1), (7, -3, 0), ("1e3", "+5", 2)]
+    # the released collator strips what it is given
+    edit(mini, ROWS, "DocVQA", "test", first(tgt_text=[" a ", "b", "c", "d"]))
+    texts = [[words(t.corpus[row]) for row in t.candidates[0]] for t in (read("DocVQA"), read("DocVQA", released=True))]
+    assert texts == [[" a ", "b", "c", "d"], ["a", "b", "c", "d"]]
 
 
 def test_only_the_first_1000_rows_of_ssv2_count_and_parquet_without_pyarrow_says_what_to_install(counts, tmp_path, monkeypatch):

@@ -9,15 +9,18 @@ Writes OUT/checkpoint (for Plume.from_pretrained, eval.py --ckpt and --resume) a
 Ctrl-C finishes the step, writes a checkpoint and stops.
 """
 
+import fcntl
 import importlib
 import importlib.util
 import json
 import math
 import os
 import re
+import secrets
 import shlex
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -40,8 +43,8 @@ from tqdm import tqdm
 
 from adapter import MAX_STEPS, TransitionAdapter, balance_loss
 from curriculum import Curriculum, Progress
-from data import Batches, DataError, Pairs, Schedule, StepSampler, World, nearest, parse_flags, said, to_device
-from model import LiveBytes, Plume, pick_device, replacing
+from data import Batches, DataError, Pairs, Schedule, StepSampler, World, nearest, parse_flags, said, to_device, writing
+from model import LiveBytes, Plume, pick_device, remove_checkpoint, replacing, write_errors
 
 # -------------------------------------------------------------------------------------------------------------- config
 
@@ -120,7 +123,9 @@ PRESETS = {"qwen2vl_2b": dict(init="Qwen/Qwen2-VL-2B-Instruct", freeze_vision="t
                               segments=4, steps_per_segment=2, last_stage=0.5, gate=0.0, replay=0.0, global_batch=1024, epochs=1.0, lr=1e-5, decay=1.0, vision_lr=1.0, scale=50.0,
                               w_disc=1.0, w_read=0.0, dtype="bfloat16", checkpointing=True)}
 
-CHECKPOINT = re.compile(r"checkpoint(|\.old|-(\d+))")  # names in --out
+# Names in --out: the checkpoint, what --keep keeps of earlier ones, and what a run leaves that is killed while it replaces one.
+CHECKPOINT = re.compile(r"checkpoint(-\d+(\.[0-9a-f]{8})?|\.[0-9a-f]{8}\.old)?")
+LEFT_OVER = re.compile(r"checkpoint\.[0-9a-f]{8}\.(old|writing)|log\.jsonl\.[0-9a-f]{8}\.writing")
 
 # do not change the result, but for rounding
 FREE_ON_RESUME = ("resume", "out", "media", "workers", "save_every", "keep", "log_every", "wandb", "device", "checkpointing", "micro_batch",
@@ -243,17 +248,44 @@ def build_model(cfg, given, pairs, device):
 
 def checkpoints_in(out):
     """The run's checkpoints, the newest first.  Usually that is `checkpoint`; if the run died between two renames it is the
-    one that stood there before, `checkpoint.old` or a kept `checkpoint-STEP`."""
-    found = [m for m in map(CHECKPOINT.fullmatch, os.listdir(out) if os.path.isdir(out) else ()) if m]
-    found.sort(key=lambda m: (m[1] != "", m[1] != ".old", -int(m[2] or 0)))
-    folders = [os.path.join(out, m[0]) for m in found]
-    return [f for f in folders if os.path.exists(os.path.join(f, "train_state.pt"))]
+    one that stood there before, under the name it had just got."""
+    names = [name for name in (os.listdir(out) if os.path.isdir(out) else ()) if CHECKPOINT.fullmatch(name)]
+    states = [state for state in (os.path.join(out, name, "train_state.pt") for name in names) if os.path.exists(state)]
+    states.sort(key=lambda state: (os.path.basename(os.path.dirname(state)) != "checkpoint", -os.stat(state).st_mtime))
+    return [os.path.dirname(state) for state in states]
 
 
 def checkpoint_in(out):
     if not (found := checkpoints_in(out)):
         raise DataError(f"--resume: no checkpoint of a run in {out!r}")
     return found[0]
+
+
+def save(cfg, model, weights, state, saved, kept):
+    """Writes OUT/checkpoint -> the names of the earlier ones that --keep has kept; `saved` is the step of the one that stands there.
+
+    Only what this run has kept under such a name is ever removed.
+    """
+    path, keep, gone = os.path.join(cfg.out, "checkpoint"), None, []
+    if cfg.keep and os.path.exists(path):
+        keep = f"{path}-{saved}"
+        if os.path.exists(keep):  # somebody's copy
+            keep += f".{secrets.token_hex(4)}"
+        kept = [*kept, os.path.basename(keep)]
+        kept, gone = kept[-cfg.keep :], kept[: -cfg.keep]
+    try:
+        with replacing(path, keep) as folder:
+            model.write(folder, state=weights)
+            file = os.path.join(folder, "train_state.pt")
+            with write_errors(file):
+                torch.save(dict(state, kept=kept), file)
+    except OSError as e:
+        there = f"the checkpoint of step {saved} is still there" if os.path.exists(path) else "there is none yet"
+        raise OSError(f"{path}: the checkpoint of step {state['step']} could not be written, {there}: {e}") from e
+    for name in gone:
+        if os.path.isdir(os.path.join(cfg.out, name)):
+            remove_checkpoint(os.path.join(cfg.out, name))
+    return kept
 
 
 def readable(pairs, rows, processor, skip_bad, say):
@@ -331,8 +363,13 @@ def learning_rate(cfg, step, steps):
 
 def check(cfg, world):
     """What can be known to be wrong before anything is loaded -> the curriculum."""
-    there = [f for f in (os.listdir(cfg.out) if os.path.isdir(cfg.out) else ()) if CHECKPOINT.fullmatch(f)]
-    needs = [(cfg.global_batch >= 2 and cfg.global_batch % world == 0,
+    there = sorted(f for f in (os.listdir(cfg.out) if os.path.isdir(cfg.out) else ()) if CHECKPOINT.fullmatch(f))
+    parent = os.path.abspath(cfg.out)
+    while not os.path.exists(parent):
+        parent = os.path.dirname(parent)
+    needs = [(cfg.dry_run or os.path.isdir(parent) and os.access(parent, os.W_OK | os.X_OK),
+              f"--out {cfg.out!r}: nothing can be written in {parent}; choose another folder"),
+             (cfg.global_batch >= 2 and cfg.global_batch % world == 0,
               f"--global_batch {cfg.global_batch} must be at least 2 and divisible by the {world} ranks"),
              (cfg.micro_batch >= 0, f"--micro_batch {cfg.micro_batch}: at least 1 pair, or 0 for a rank's whole share of the global batch"),
              (world == 1 or not cfg.dry_run, "--dry_run needs no torchrun: it runs one rank's micro-batch; --micro_batch says how many pairs that is"),
@@ -365,6 +402,43 @@ def check(cfg, world):
         raise DataError(str(e)) from e
 
 
+def lock(cfg, say):
+    """Makes --out and takes it for this run -> the open file that holds the lock; it goes with the process, however that ends."""
+    try:
+        os.makedirs(cfg.out, exist_ok=True)
+        file = open(os.path.join(cfg.out, "lock"), "a+")
+    except OSError as e:
+        raise DataError(f"--out {cfg.out!r}: nothing can be written there: {e.strerror}; choose another folder") from e
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError) as e:
+        file.seek(0)
+        raise DataError(f"--out {cfg.out!r}: another run is at work there ({file.read().strip()}); wait for it, or choose another --out") from e
+    except OSError as e:
+        say(f"warning: {cfg.out} cannot be locked ({e.strerror}); see to it that no other run writes there")
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+    file.flush()
+    if left := sorted(f for f in os.listdir(cfg.out) if LEFT_OVER.fullmatch(f)):
+        say(f"{cfg.out} holds what a killed run left behind, and you may delete it when nobody needs it: {', '.join(left)}")
+    path = os.path.join(cfg.out, "log.jsonl")
+    if os.path.exists(path):
+        with open(path, errors="replace") as f:
+            ours = '"step":' in f.readline() or not os.path.getsize(path)
+        if not ours:
+            raise DataError(f"{path}: not the log of a training run, and it would be written over; choose another --out")
+    return file
+
+
+def room(cfg, model, trained):
+    """Raises DataError when a checkpoint would not fit on the disk of --out."""
+    size = lambda parameters: 4 * sum(p.numel() for p in parameters)
+    needed, free = size(model.parameters()) + 2 * size(trained), shutil.disk_usage(cfg.out).free
+    if needed > free:
+        raise DataError(f"--out {cfg.out!r}: a checkpoint takes {needed / 1e9:.2f} GB, and {free / 1e9:.2f} GB are free; a new one is complete before "
+                        "the one in its place is removed. Make room, or choose another --out")
+
+
 def check_resume(then, now):
     """Raises DataError that lists what differs between the run's configuration and this one."""
     if changed := [f"{k}: {then.get(k)!r} then, {v!r} now" for k, v in now.items() if k not in FREE_ON_RESUME and then.get(k) != v]:
@@ -392,6 +466,8 @@ def main(argv):
         if max(restarts) and checkpoints_in(cfg.out):
             cfg.resume = True  # torchrun --max-restarts has started the ranks again
     curriculum = check(cfg, world)
+    if cfg.resume:
+        checkpoint_in(cfg.out)
     torch.manual_seed(cfg.seed)
 
     # data and curriculum
@@ -407,6 +483,7 @@ def main(argv):
         dist.all_gather_object(seen := [None] * world, (len(pairs), pairs.digest))
         if different := [f"rank {r}: {n} pairs, {h}" for r, (n, h) in enumerate(seen) if (n, h) != seen[0]]:
             raise DataError(f"--data {cfg.data!r} is not the same file everywhere: rank 0: {seen[0][0]} pairs, {seen[0][1]}; {'; '.join(different[:4])}")
+    taken = lock(cfg, say) if rank == 0 and not cfg.dry_run else None
 
     # model and optimizer
     model = build_model(cfg, given, pairs, device)
@@ -417,14 +494,16 @@ def main(argv):
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameter_groups(model, cfg.weight_decay, cfg.vision_lr), lr=cfg.lr, betas=(0.9, 0.95), fused=True)
     config = dict(asdict(cfg), pairs=pairs.digest)
-    start, progress = 0, Progress(curriculum, steps, cfg.seed)
+    start, kept, progress = 0, [], Progress(curriculum, steps, cfg.seed)
+    if taken:
+        room(cfg, model, trained)
     if cfg.resume:
         state = torch.load(os.path.join(checkpoint_in(cfg.out), "train_state.pt"), map_location="cpu", weights_only=True, mmap=True)
         check_resume(state["config"], config)
         load_optimizer_state(optimizer, state["optimizer"])
         if state["ranks"] != world:
             say(f"the run began on {state['ranks']} ranks and goes on with {world}: the same but for rounding")
-        start = state["step"]
+        start, kept = state["step"], state["kept"]
         progress.load(state["progress"])
         del state  # closes the file
     parallel = DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True) if world > 1 and not cfg.fsdp else model
@@ -498,8 +577,9 @@ def main(argv):
             row = dict(step=step, reached=progress.stages[progress.place(step)].index, stage=stage.index, K=stage.latent_steps,
                        answer=stage.answer, dataset=batch["dataset"], lr=learning_rate(cfg, step, steps), **{k: v for k, v in metrics.items() if k != "stop"},
                        ms=took * 1e3, wait=wait / took, pairs_per_s=cfg.global_batch / took)
-            log.write(json.dumps(row) + "\n")
-            log.flush()
+            with write_errors(log.name):
+                log.write(json.dumps(row) + "\n")
+                log.flush()
             if mirror:
                 mirror.log(row, step=step)
             if step % cfg.log_every == 0 or last or changes:
@@ -511,14 +591,7 @@ def main(argv):
         if last or (step + 1) % cfg.save_every == 0 or progress.place(step + 1) != progress.place(step):
             weights, moments = gathered(model.state_dict(), rank == 0), optimizer_state(optimizer, rank == 0)
             if rank == 0:
-                path = os.path.join(cfg.out, "checkpoint")
-                with replacing(path, keep=f"{path}-{saved}" if cfg.keep else None) as folder:
-                    model.write(folder, state=weights)
-                    state = dict(step=step + 1, ranks=world, optimizer=moments, progress=progress.state(), config=config)
-                    torch.save(state, os.path.join(folder, "train_state.pt"))
-                kept = [folder for folder in checkpoints_in(cfg.out) if folder != path]
-                for folder in kept[cfg.keep :] if cfg.keep else ():
-                    shutil.rmtree(folder)
+                kept = save(cfg, model, weights, dict(step=step + 1, ranks=world, optimizer=moments, progress=progress.state(), config=config), saved, kept)
             del weights, moments
             saved, clock = step + 1, time.perf_counter()
         if last:
@@ -668,9 +741,8 @@ def ablate(cfg, given):
                 if (result := future.result()) is None:
                     raise DataError(f"{jobs[future]} did not finish; see output.txt in {out_of(*jobs[future])}. The same command goes on")
                 results["runs"].append(result)
-                with open(cfg.ablations + ".writing", "w") as f:
+                with writing(cfg.ablations) as f:
                     json.dump(results, f, indent=1)
-                os.replace(cfg.ablations + ".writing", cfg.ablations)
                 bar.update()
         except KeyboardInterrupt:
             print("stopped; the same command goes on")
@@ -699,14 +771,12 @@ def reduce_mean(metrics, device):
 
 def open_log(cfg, start):
     """log.jsonl, without rows of steps that a resumed run does again."""
-    os.makedirs(cfg.out, exist_ok=True)
     path, rows = os.path.join(cfg.out, "log.jsonl"), []
     if cfg.resume and os.path.exists(path):
         with open(path) as f:
             rows = [line for line in f if line.endswith("\n") and json.loads(line)["step"] < start]
-    with open(path + ".writing", "w") as f:
+    with writing(path) as f:
         f.writelines(rows)
-    os.replace(path + ".writing", path)
     return open(path, "a")
 
 
@@ -737,7 +807,7 @@ def ignore_interrupts(worker):
 if __name__ == "__main__":
     try:
         sys.exit(main(sys.argv[1:]))
-    except (DataError, FileNotFoundError, FileExistsError) as e:
+    except (DataError, OSError) as e:
         sys.exit(f"error: {said(e)}")
     except torch.OutOfMemoryError as e:
         sys.exit(f"error: out of memory: {str(e).splitlines()[0]} Lower --micro_batch; then try --checkpointing, --fsdp on several ranks, a lower "
