@@ -127,7 +127,8 @@ def load_image(source):
         with Image.open(source, formats=IMAGE_FORMATS) as image:
             return to_rgb(image)
     except DECODER_ERRORS as e:
-        raise DataError(f"{str(source)[:200]}: cannot be used as a picture: {e}") from e
+        name = source if isinstance(source, (str, os.PathLike)) else quote(source)
+        raise DataError(f"{name}: cannot be used as a picture: {e}") from e
 
 
 def as_image(source):
@@ -605,6 +606,12 @@ TEMPLATE = dict(
 NEEDED = dict(turns=("{item}", "<bot>"), anchor=("<disc_emb>",), answer=("{answer}",))  # once each
 
 
+def fixed_strings(template):
+    """What a template writes around every item, between special tokens and places that are filled in."""
+    text = template["turns"].replace("{system}", template["system"]) + "{}" + template["closing"] + "{}" + template["answer"]
+    return [piece for piece in re.split(r"<\|\w+\|>|<bot>|\{\w*\}", text) if piece.strip()]
+
+
 def train_tokenizer(texts, whole=(), size=8192):
     """A byte-level BPE of at most `size` entries, split like Qwen2's, with all special tokens; strings of `whole` are one token."""
     t = tokenizers.Tokenizer(tokenizers.models.BPE())
@@ -688,8 +695,8 @@ class Processor:
                 return patchify([load_image(source)], limits.min_pixels, limits.max_pixels)
             return patchify(load_frames(source, limits.num_frames), limits.video_min_pixels, limits.video_max_pixels)
         except DataError as e:
-            name = str(source)[:200]
-            raise DataError(str(e) if name in str(e) else f"{name}: {e}") from e
+            named = not isinstance(source, (str, os.PathLike)) or str(source) in str(e)
+            raise DataError(str(e) if named else f"{source}: {e}") from e
 
     def render(self, side, stage=None, curriculum=None):
         """The one prompt of training, evaluation and `encode`: a Side -> ids, positions, pixels, suffix.

@@ -200,7 +200,7 @@ class Embedder:
     """Embeds every item once, on all ranks, batched and shared out by cost; what a run before embedded comes from its files.
 
     An item is known by the hash of its texts and of the bytes of its media.  What a batch holds depends on neither the number of
-    ranks nor on what is known already, so neither changes a bit of the result.
+    ranks nor on what is known already, so neither changes a bit of the result, where a product has as many threads.
     folder: one file a process of records (16 bytes of hash, D float32), in a folder named after the hash of everything else an
     embedding depends on; "": nothing is kept.
     """

@@ -40,7 +40,7 @@ from transformers.vision_utils import get_vision_position_ids
 
 from adapter import MAX_STEPS, TransitionAdapter, from_released, to_released
 from data import (IMAGE_SUFFIXES, MERGE, PATCH, PLUME_TOKENS, TEMPLATE, TEMPORAL, VIDEO_SUFFIXES, DataError, Limits, Processor, Side,
-                  collate, nearest, only_keys, parse_item, parse_json, quote, to_device, train_tokenizer)
+                  collate, fixed_strings, nearest, only_keys, parse_item, parse_json, quote, to_device, train_tokenizer)
 from latent import Prefix, at, at_least_float32, greedy, rollout, single_pass
 
 RELEASED_PROMPT = (
@@ -83,8 +83,7 @@ SHAPES = {
         prompt="Think, then embed.", limits={}),
 }
 # The fixed strings around every item, one token each: in a tiny model they would be most of the work.
-FRAME = (f"system\n{TEMPLATE['system']}", "user\n", SHAPES["tiny"]["prompt"], "assistant\n<think>", TEMPLATE["closing"],
-         *TEMPLATE["answer"].split("{answer}"))
+FRAME = [SHAPES["tiny"]["prompt"], *fixed_strings(TEMPLATE)]
 
 
 class Plume(nn.Module):

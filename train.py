@@ -774,7 +774,8 @@ def open_log(cfg, start):
     path, rows = os.path.join(cfg.out, "log.jsonl"), []
     if cfg.resume and os.path.exists(path):
         with open(path) as f:
-            rows = [line for line in f if line.endswith("\n") and json.loads(line)["step"] < start]
+            number = re.compile(r'\{"step": (\d+),')
+            rows = [line for line in f if line.endswith("\n") and not ((m := number.match(line)) and int(m[1]) >= start)]
     with writing(path) as f:
         f.writelines(rows)
     return open(path, "a")
