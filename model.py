@@ -48,7 +48,7 @@ RELEASED_PROMPT = (
     "thinking process in <think> </think> tags and then summarize the entire input in a word or sentence. Finally, use "
     "the <gen_emb> tag to represent the entire input.")
 RELEASED_ADAPTER, OUR_ADAPTER = "latent_moe_transition.", "adapter."  # their names in the safetensors
-FORMAT = 2  # of a checkpoint: what the same weights, settings and template embed alike.  1: a line break behind pictures and clips
+FORMAT = 2  # of a checkpoint.  In format 1 a line break stood behind pictures and clips: the same weights embedded otherwise
 MODES = ("latent", "single", "cot")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 SPECIAL_IDS = dict(image_token_id="image_pad", video_token_id="video_pad", vision_start_token_id="vision_start", vision_end_token_id="vision_end")
@@ -259,10 +259,13 @@ class Plume(nn.Module):
 
     def not_finite(self, wrong):
         """Raises the error for items whose embeddings are not finite."""
-        names = ", ".join(wrong[:10]) + (f" and {len(wrong) - 10} more" if len(wrong) > 10 else "")
+        names = ", ".join(wrong[:10])
+        if len(wrong) > 10:
+            names += f" and {len(wrong) - 10} more"
+        why = f"the weights are finite; computed in {self.lm.norm.weight.dtype}, try float32"
         broken = [name for name, p in self.named_parameters() if not p.isfinite().all()]
-        why = f"the weights are not finite either ({len(broken)} tensors, the first {broken[0]}): the checkpoint is broken" if broken else \
-            f"the weights are finite; computed in {self.lm.norm.weight.dtype}, try float32"
+        if broken:
+            why = f"the weights are not finite either ({len(broken)} tensors, the first {broken[0]}): the checkpoint is broken"
         raise DataError(f"{names}: the embedding is not finite; {why}")
 
     # ------------------------------------------------------------------------------------------------- making, loading
@@ -562,7 +565,7 @@ def stored_limits(path):
     if not os.path.exists(file):
         return {}
     raw = read_json(file)
-    size = raw.get("size") or {}
+    size = raw.get("size") if isinstance(raw.get("size"), dict) else {}
     found = dict(min_pixels=raw.get("min_pixels") or size.get("shortest_edge") or size.get("min_pixels"),
                  max_pixels=raw.get("max_pixels") or size.get("longest_edge") or size.get("max_pixels"))
     return {k: v for k, v in found.items() if v}
@@ -638,7 +641,7 @@ def replacing(path, keep=None):
     if os.path.exists(path):
         if not os.path.isdir(path):
             raise FileExistsError(f"{path}: exists and is not a folder; choose another name")
-        if os.path.realpath(".").startswith(path):
+        if os.path.join(os.path.realpath("."), "").startswith(os.path.join(path, "")):
             raise FileExistsError(f"{path}: is the current folder, which cannot be replaced; start elsewhere, or choose another name")
         mine = checkpoint_files(path)
         if mine and not ("config.json" in mine and mine & {WEIGHTS, INDEX}):

@@ -2206,15 +2206,15 @@ def test_killed_while_a_checkpoint_is_written_costs_the_steps_since_the_last_one
     (tmp_path / "killed.py").write_text(KILLED.format(here=str(HERE)))
     flags = ["--data", world / "train.jsonl", "--out", out, "--steps", 40, *QUICK, *PAPER]
     assert run(tmp_path / "killed.py", "writing", 15, *flags, check=False).returncode == -signal.SIGKILL  # half a file
-    names = lambda: sorted(re.sub(r"\.[0-9a-f]{8}", ".X", name) for name in os.listdir(out))
-    assert names() == ["checkpoint", "checkpoint.X.writing", "lock", "log.jsonl"]
+    names = lambda: sorted(re.sub(r"\.[0-9a-f]{8}", ".X", name) for name in os.listdir(out) if name != ".plume.lock")
+    assert names() == ["checkpoint", "checkpoint.X.writing", "log.jsonl"]
     assert run(tmp_path / "killed.py", "renaming", 30, *flags, "--resume", "--keep=2", check=False).returncode == -signal.SIGKILL
-    assert names() == ["checkpoint-10", "checkpoint-15", "checkpoint-20", "checkpoint.X.writing", "checkpoint.X.writing", "lock", "log.jsonl"]  # between two renames
+    assert names() == ["checkpoint-10", "checkpoint-15", "checkpoint-20", "checkpoint.X.writing", "checkpoint.X.writing", "log.jsonl"]  # between two renames
     printed = run("train.py", *flags, "--resume", "--keep=2").stdout
     assert "what a killed run left behind" in printed and printed.count(".writing") == 2
     # of checkpoint-20 nobody can tell any more that it is not somebody's copy: it stays
     kept = ["checkpoint", "checkpoint-15", "checkpoint-20", "checkpoint-30"]
-    assert names() == [*kept, "checkpoint.X.writing", "checkpoint.X.writing", "lock", "log.jsonl"]
+    assert names() == [*kept, "checkpoint.X.writing", "checkpoint.X.writing", "log.jsonl"]
     whole, mine = weights(trained[0]), weights(out)
     assert whole.keys() == mine.keys() and all(torch.equal(v, mine[k]) for k, v in whole.items())
     assert [r["step"] for r in log(out)] == list(range(40))
@@ -2289,7 +2289,7 @@ def test_a_full_disk_is_one_line_and_the_last_good_checkpoint_stays(world, tmp_p
         assert failed.returncode == 1 and "Traceback" not in failed.stderr, failed.stderr
         last = failed.stderr.strip().splitlines()[-1]
         assert re.search(rf"error: .*{out}/checkpoint: the checkpoint of step 8 could not be written, the checkpoint of step 4 is still there: .*{file}: cannot", last)
-        assert sorted(os.listdir(out)) == ["checkpoint", "lock", "log.jsonl"]
+        assert sorted(os.listdir(out)) == [".plume.lock", "checkpoint", "log.jsonl"]
         assert torch.load(out / "checkpoint" / "train_state.pt", weights_only=True)["step"] == 4
         Plume.from_pretrained(out / "checkpoint", "cpu")
     run("train.py", *flags, "--out", out, "--resume")

@@ -406,7 +406,7 @@ def lock(cfg, say):
     """Makes --out and takes it for this run -> the open file that holds the lock; it goes with the process, however that ends."""
     try:
         os.makedirs(cfg.out, exist_ok=True)
-        file = open(os.path.join(cfg.out, "lock"), "a+")
+        file = open(os.path.join(cfg.out, ".plume.lock"), "a+")
     except OSError as e:
         raise DataError(f"--out {cfg.out!r}: nothing can be written there: {e.strerror}; choose another folder") from e
     try:
@@ -432,8 +432,8 @@ def lock(cfg, say):
 
 def room(cfg, model, trained):
     """Raises DataError when a checkpoint would not fit on the disk of --out."""
-    size = lambda parameters: 4 * sum(p.numel() for p in parameters)
-    needed, free = size(model.parameters()) + 2 * size(trained), shutil.disk_usage(cfg.out).free
+    weights, moments = 4 * sum(p.numel() for p in model.parameters()), 8 * sum(p.numel() for p in trained)
+    needed, free = weights + moments, shutil.disk_usage(cfg.out).free
     if needed > free:
         raise DataError(f"--out {cfg.out!r}: a checkpoint takes {needed / 1e9:.2f} GB, and {free / 1e9:.2f} GB are free; a new one is complete before "
                         "the one in its place is removed. Make room, or choose another --out")
