@@ -31,7 +31,7 @@ class TransitionAdapter(nn.Module):
     def __init__(self, dim, kind="moe", experts=4, top_k=2, shared_expert=True, anchor=True, step_embedding=True, router_bias=False):
         super().__init__()
         if kind not in ("moe", "mlp", "none"):
-            raise ValueError(f"adapter kind {kind!r}: needs 'moe', 'mlp' or 'none'")
+            raise ValueError(f"adapter kind {kind[:40]!r}: needs 'moe', 'mlp' or 'none'")
         if kind == "moe" and not 1 <= top_k <= experts:
             raise ValueError(f"adapter top_k {top_k} of {experts} experts: needs 1 <= top_k <= experts")
         self.kind, self.top_k, self.anchor = kind, top_k, anchor

@@ -30,6 +30,7 @@ import os
 import re
 import secrets
 import shlex
+import shutil
 import struct
 import sys
 import threading
@@ -44,7 +45,8 @@ import tokenizers
 import torch
 import yaml
 from huggingface_hub import metadata_load
-from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageDraw, ImageFile, ImageFont, ImageOps, UnidentifiedImageError
+from safetensors import SafetensorError
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
@@ -85,15 +87,36 @@ def closest(name, known):
     return f" Did you mean {found[0]!r}?" if found else ""
 
 
+def reason(error):
+    """The first line of somebody else's error, at most 200 characters of it."""
+    return f"{type(error).__name__}: {error}".splitlines()[0][:200]
+
+
+@contextlib.contextmanager
+def write_errors(file):
+    """Whatever is raised when a file cannot be written becomes an OSError that names it."""
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as e:  # torch and safetensors have their own
+        folder = os.path.dirname(os.path.abspath(file))
+        full = os.path.isdir(folder) and shutil.disk_usage(folder).free < 1 << 20
+        raise OSError(f"{file}: cannot be written: {'the disk is full' if full else reason(e)}") from e
+
+
 @contextlib.contextmanager
 def writing(path, mode="w"):
     """A new file that becomes `path` when the block ends well.  Its name is this call's own: nothing else is overwritten."""
     path = os.path.realpath(path)
+    if os.path.exists(path) and not os.path.isfile(path):  # /dev/stdout
+        with open(path, mode) as f:
+            yield f
+        return
     part = f"{path}.{secrets.token_hex(4)}.writing"
     try:
-        with open(part, mode.replace("w", "x")) as f:
-            yield f
-        os.replace(part, path)
+        with write_errors(path):
+            with open(part, mode.replace("w", "x")) as f:
+                yield f
+            os.replace(part, path)
     except BaseException:
         with contextlib.suppress(FileNotFoundError):
             os.remove(part)
@@ -109,6 +132,7 @@ DECODER_ERRORS = (OSError, SyntaxError, ValueError, TypeError, RuntimeError, Loo
 Image.init()
 IMAGE_FORMATS = [f for f in ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF") if f in Image.OPEN]  # others can start programs (EPS)
 IMAGE_SUFFIXES = tuple(suffix for suffix, name in Image.registered_extensions().items() if name in IMAGE_FORMATS)
+PICTURE = (Image.Image, np.ndarray, bytes, bytearray, memoryview, io.IOBase)  # what a picture may be, besides a path
 VIDEO_SUFFIXES = (".mp4", ".mkv", ".webm", ".mov", ".avi", ".m4v", ".mpg", ".mpeg")  # only for a hint; any file may be a clip
 VIDEO_OPTIONS = {"protocol_whitelist": "file",  # a playlist must not open other files or addresses
                  "format_whitelist": "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,gif,mpeg,mpegts,mpegvideo,flv,asf,ogg,h264,hevc,ivf,y4m"}
@@ -136,6 +160,8 @@ def as_image(source):
 
     What is a path or a Pillow image stays as it is.  Raises DataError, or one of DECODER_ERRORS.
     """
+    if not isinstance(source, (str, os.PathLike, *PICTURE)):
+        raise DataError(f"needs a path, Pillow image, array, bytes or open file, got {type(source).__name__}")
     if isinstance(source, np.ndarray):
         if source.dtype != np.uint8 or source.ndim != 3 or source.shape[2] not in (3, 4) or not source.size:
             raise DataError(f"an array of {source.dtype} with the shape {source.shape}; a picture is uint8, (height, width, 3 or 4)")
@@ -148,10 +174,24 @@ def as_image(source):
             raise DataError("a file that is open for text; open it with mode 'rb'")
     if isinstance(source, (bytes, bytearray, memoryview)):
         try:
-            return Image.open(io.BytesIO(source), formats=IMAGE_FORMATS)
+            return Image.open(io.BytesIO(bytes(source)), formats=IMAGE_FORMATS)
         except UnidentifiedImageError as e:
             raise DataError(f"{len(source)} bytes that are no picture: they begin with {quote(bytes(source[:16]))}") from e
     return source
+
+
+def clear_colour(image):
+    """The one grey or colour that a PNG calls transparent, in the 8 bits to which Pillow scales pixels, or None.
+
+    A file that is not read yet tells how many bits it has; Pillow does not scale this value.
+    """
+    value = image.info.get("transparency")
+    bits = image.tile[0][3] if isinstance(image, ImageFile.ImageFile) and image.tile else ""
+    if isinstance(value, int) and bits in ("L;2", "L;4"):
+        return value * {"L;2": 85, "L;4": 17}[bits]
+    if isinstance(value, tuple) and bits == "RGB;16B":
+        return tuple(part >> 8 for part in value)
+    return value
 
 
 def to_rgb(image):
@@ -159,6 +199,7 @@ def to_rgb(image):
         raise DataError(f"{image.width}x{image.height} pixels: an empty picture")
     if image.width * image.height > MAX_PIXELS:  # before anything is decoded
         raise DataError(f"{image.width}x{image.height} pixels, the limit is {MAX_PIXELS:,}")
+    clear = clear_colour(image)
     try:
         image = ImageOps.exif_transpose(image)
     except (ValueError, TypeError, KeyError):  # a broken EXIF block says nothing about the pixels
@@ -167,9 +208,11 @@ def to_rgb(image):
         raise DataError("32-bit pixels have no fixed range; convert to 8 or 16 bit first")
     if image.mode.startswith("I;16"):  # 65535 -> 255
         grey = np.asarray(image)
-        clear = grey == image.info.get("transparency", -1)
-        return Image.fromarray(np.where(clear, 255, grey // 257).astype(np.uint8)).convert("RGB")
+        white = grey == (-1 if clear is None else clear)
+        return Image.fromarray(np.where(white, 255, grey // 257).astype(np.uint8)).convert("RGB")
     if image.has_transparency_data:
+        if clear is not None:
+            image.info["transparency"] = clear
         image = (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
     return image.convert("RGB")
@@ -274,6 +317,8 @@ def target_size(width, height, min_pixels, max_pixels):
     """Qwen2-VL's resize rule: sides to multiples of 28, area between the limits, shape kept.  -> (width, height)"""
     if min(width, height) < 1:
         raise DataError(f"a picture of {width}x{height} pixels: needs at least 1x1")
+    if max_pixels < (PATCH * MERGE) ** 2:
+        raise DataError(f"max_pixels {max_pixels}: needs at least {(PATCH * MERGE) ** 2}, one token")
     if max(width, height) > 200 * min(width, height):
         raise DataError(f"a picture of {width}x{height} pixels: sides differ by more than 200 to 1, crop or pad it")
     unit = PATCH * MERGE
@@ -322,9 +367,7 @@ class Side:
 
 ALIASES = {"images": "image", "videos": "video"}
 RECORD_KEYS, SIDE_KEYS = ("dataset_name", "qry", "pos"), ("conversations", "image", "images", "video", "videos")
-SPEAKER, SPOKEN = ("from", "role"), ("value", "content")  # the two spellings of a turn's keys
-ITEM_KEYS = ("text", "image", "video")
-PICTURE = (Image.Image, np.ndarray, bytes, bytearray, memoryview, io.IOBase)  # besides a path
+TURN_KEYS, ITEM_KEYS = ("from", "value", "role", "content"), ("text", "image", "video")
 
 
 def only_keys(raw, known, where):
@@ -347,7 +390,7 @@ def parse_side(raw, root, where):
     for turn in turns:
         who = text = None
         if isinstance(turn, dict):
-            only_keys(turn, SPEAKER + SPOKEN, f"{where}: a turn")
+            only_keys(turn, TURN_KEYS, f"{where}: a turn")
             who, text = turn.get("from", turn.get("role")), turn.get("value", turn.get("content"))
             who = {"user": "human", "assistant": "gpt"}.get(str(who), who)
         if who not in ("human", "gpt") or not isinstance(text, str) or len(turn) != 2:
@@ -450,18 +493,18 @@ def parse_item(item, root="", where="item"):
 
 
 def resolve(source, kind, root, where):
-    """A medium as given -> a path under the root, a Pillow image, or a list of these; files must exist."""
-    if isinstance(source, PICTURE) and kind == "image":
+    """A medium (kind: image, video or a frame of one) -> a path under the root, a Pillow image, or a list of these."""
+    if isinstance(source, PICTURE) and kind != "video":
         try:
             return as_image(source)
         except DECODER_ERRORS as e:
-            raise DataError(f"{where}: image: {e}") from e
+            raise DataError(f"{where}: {kind}: {e}") from e
     if isinstance(source, (list, tuple)) and kind == "video" and source:
-        return [resolve(frame, "image", root, where) for frame in source]
+        return [resolve(frame, "frame", root, where) for frame in source]
     if not isinstance(source, (str, os.PathLike)):
-        what = "path, Pillow image, array, bytes or open file" if kind == "image" else "path or a list of frames"
+        what = "path or a list of frames" if kind == "video" else "path (or a Pillow image, array, bytes or open file)"
         raise DataError(f"{where}: {kind} needs a {what}, got {type(source).__name__}")
-    name = os.fspath(source)
+    name = os.fsdecode(source)
     if not name:
         raise DataError(f"{where}: {kind} is an empty path")
     path = os.path.join(root, name)
@@ -661,7 +704,7 @@ class Processor:
                 raise DataError(f"the template's {name!r} must have {wrong[0]!r} once, it is {quote(template[name])}")
         if not template["turns"].endswith("<bot>"):
             raise DataError(f"the template's 'turns' must end in '<bot>', where the thought begins: {quote(template['turns'])}")
-        self.before, self.behind = template["turns"].replace("{system}", template["system"]).split("{item}")
+        self.before, self.behind = (part.replace("{system}", template["system"]) for part in template["turns"].split("{item}"))
         # a copy that reads special tokens in a user's text as plain characters; ours are added by id
         self.backend = tokenizers.Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
         self.backend.encode_special_tokens = True
@@ -924,12 +967,12 @@ def list_tasks(root):
 def read_task(root, name):
     """Read one task in the BEIR layout with media.  Raises DataError naming file and line for anything that is off.
 
-    BEIR's own files are read as its loader does: a title stands in front of the text, `metadata` is not used, and of
-    queries.jsonl only those count that qrels/test.tsv judges.
+    BEIR's own files are read as its loader does: a document's title stands in front of its text, `metadata` is not used,
+    and of queries.jsonl only those count that qrels/test.tsv judges.
     """
     folder = os.path.join(root, name)
 
-    def items(file, *extra):  # -> {id: row}, [Side], [raw object]
+    def items(file, more):  # -> {id: row}, [Side], [raw object]; more: the key that only this file has
         path, rows, sides, raws = os.path.join(folder, file), {}, [], []
         if not os.path.exists(path):
             raise DataError(f"{path}: no such file; a task needs corpus.jsonl, queries.jsonl and qrels.tsv")
@@ -940,8 +983,8 @@ def read_task(root, name):
                     raise DataError(f"{where}: needs an object with '_id'")
                 if rows.setdefault(str(raw["_id"]), len(rows)) != len(sides):
                     raise DataError(f"{where}: the id {quote(raw['_id'])} stands there twice")
-                item = {k: v for k, v in raw.items() if k not in ("_id", "title", "metadata", *extra)}
-                if "title" in raw:
+                item = {k: v for k, v in raw.items() if k not in ("_id", "metadata", more)}
+                if more == "title" and "title" in raw:
                     words = raw["title"] or "", item.get("text") or ""
                     if not all(isinstance(word, str) for word in words):
                         raise DataError(f"{where}: 'title' and 'text' must be strings")
@@ -952,7 +995,7 @@ def read_task(root, name):
             raise DataError(f"{path}: no record in this file")
         return rows, sides, raws
 
-    corpus_row, corpus, _ = items("corpus.jsonl")
+    corpus_row, corpus, _ = items("corpus.jsonl", "title")
     query_row, queries, raws = items("queries.jsonl", "candidates")
     path = qrels_file(folder) or os.path.join(folder, "qrels.tsv")
     judged = read_qrels(path, query_row, corpus_row)

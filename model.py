@@ -11,13 +11,14 @@ import contextlib
 import copy
 import itertools
 import json
+import operator
 import os
 import secrets
 import shutil
 import time
 import warnings
 import weakref
-from collections.abc import Mapping, Sized
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import asdict
 
@@ -27,7 +28,6 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from huggingface_hub.errors import StrictDataclassError
-from PIL import Image
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -40,7 +40,8 @@ from transformers.vision_utils import get_vision_position_ids
 
 from adapter import MAX_STEPS, TransitionAdapter, from_released, to_released
 from data import (IMAGE_SUFFIXES, MERGE, PATCH, PLUME_TOKENS, TEMPLATE, TEMPORAL, VIDEO_SUFFIXES, DataError, Limits, Processor, Side,
-                  collate, fixed_strings, nearest, only_keys, parse_item, parse_json, quote, to_device, train_tokenizer)
+                  collate, fixed_strings, nearest, only_keys, parse_item, parse_json, quote, reason, to_device, train_tokenizer,
+                  write_errors)
 from latent import Prefix, at, at_least_float32, greedy, rollout, single_pass
 
 RELEASED_PROMPT = (
@@ -50,6 +51,8 @@ RELEASED_PROMPT = (
 RELEASED_ADAPTER, OUR_ADAPTER = "latent_moe_transition.", "adapter."  # their names in the safetensors
 FORMAT = 2  # of a checkpoint.  In format 1 a line break stood behind pictures and clips: the same weights embedded otherwise
 MODES = ("latent", "single", "cot")
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+FILES = ("config.json", WEIGHTS, "preprocessor_config.json", "tokenizer.json", "tokenizer_config.json", "train_state.pt")  # of a checkpoint of ours
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 SPECIAL_IDS = dict(image_token_id="image_pad", video_token_id="video_pad", vision_start_token_id="vision_start", vision_end_token_id="vision_end")
 
@@ -94,18 +97,21 @@ class Plume(nn.Module):
         self.settings = checked(settings, DEFAULTS, "settings (the plume block of config.json)")
         text, vision = backbone.config.text_config, backbone.config.vision_config
         sizes = vision.patch_size, vision.spatial_merge_size, vision.temporal_patch_size
-        if sizes != (PATCH, MERGE, TEMPORAL) or text.rope_parameters["rope_type"] != "default" or text.use_sliding_window:
-            raise DataError("this backbone is not a plain Qwen2-VL: needs patch size 14, merge 2, temporal patch 2, "
-                             f"default rotary embedding, no sliding window; has {sizes}, {text.rope_parameters}")
+        rope = text.rope_parameters or {}
+        axes, half = rope.get("mrope_section"), text.hidden_size // text.num_attention_heads // 2
+        three_axes = isinstance(axes, list) and [type(n) for n in axes] == [int] * 3 and min(axes) >= 0 and sum(axes) == half
+        if sizes != (PATCH, MERGE, TEMPORAL) or rope.get("rope_type") != "default" or not three_axes or text.use_sliding_window:
+            raise DataError(f"this backbone is not a plain Qwen2-VL: needs patch size 14, merge 2, temporal patch 2, default rotary "
+                            f"embedding with an mrope_section of 3 numbers that sum to {half}, no sliding window; has {sizes}, {quote(rope)}")
         self.backbone = backbone
         if not 0 <= self.settings["latent_steps"] <= MAX_STEPS or self.settings["latent_positions"] not in ("mrope", "cache"):
-            raise DataError(f"latent_steps {self.settings['latent_steps']}, latent_positions {self.settings['latent_positions']!r}: "
+            raise DataError(f"latent_steps {self.settings['latent_steps']}, latent_positions {quote(self.settings['latent_positions'])}: "
                             f"needs 0..{MAX_STEPS}, 'mrope' or 'cache'")
         limits = Limits(**self.settings["limits"])
         try:
             self.adapter = TransitionAdapter(text.hidden_size, **self.settings["adapter"])
-        except ValueError as e:
-            raise DataError(str(e)) from e
+        except (ValueError, RuntimeError) as e:
+            raise DataError(f"settings: adapter: {reason(e)}") from e
         self.processor = Processor(tokenizer, self.settings["prompt"], limits, self.settings["white_image"], self.settings["template"])
         self.checkpointing = False  # activation checkpointing around every decoder layer
         self.graphs = None  # latent.Graphs(): what comes behind the prefix is replayed as CUDA graphs in `encode`
@@ -185,15 +191,9 @@ class Plume(nn.Module):
 
         sort: the rows of a window are batched by length; False: batches are neighbours as given.
         """
-        try:
-            if isinstance(items, (str, bytes, Mapping)):
-                raise TypeError
-            total = len(items) if isinstance(items, Sized) else None
-            numbered = enumerate(itertools.islice(items, total))
-        except TypeError:
-            raise TypeError(f"items must be a list or another iterable of items, got {type(items).__name__}; put a single item into [ ]") from None
+        numbered, total = enumerate(told_of_file_names(iterate(items))), length_hint(items)
         if mode not in MODES:
-            raise ValueError(f"mode {mode!r}.{nearest(mode, MODES)}")
+            raise ValueError(f"mode {quote(mode)}.{nearest(mode, MODES)}")
         if steps is not None and (mode != "latent" or not 0 <= steps <= MAX_STEPS):
             raise ValueError(f"steps {steps} in mode {mode!r}: steps are 0..{MAX_STEPS} and belong to mode 'latent'")
         if min(batch_size, limit, workers) < 1:
@@ -208,18 +208,10 @@ class Plume(nn.Module):
                     raise
                 bad[i] = str(e)
 
-        size = 8 * batch_size  # items of a window: sorted by length, a batch has little padding; the media of two windows are in memory
-        file_names = []
-
         def window():
-            taken = list(itertools.islice(numbered, size))
-            found = [item for _, item in taken if is_file_name(item)]
-            if found and not file_names:
-                warnings.warn("a string that is the name of a file is embedded as text; for the picture or clip itself give "
-                              f"{{'image': ...}} or {{'video': ...}}.  The first is {quote(found[0])}")
-            file_names.extend(found)
-            return [pool.submit(read, i, item) for i, item in taken]
+            return [pool.submit(read, i, item) for i, item in itertools.islice(numbered, size)]
 
+        size = 8 * batch_size  # items of a window: sorted by length, a batch has little padding; the media of two windows are in memory
         was_training, pool = self.training, ThreadPoolExecutor(workers)
         bar = tqdm(total=total, desc=progress if isinstance(progress, str) else f"encode ({mode})",
                    unit="item", disable=not progress)
@@ -262,7 +254,8 @@ class Plume(nn.Module):
         names = ", ".join(wrong[:10])
         if len(wrong) > 10:
             names += f" and {len(wrong) - 10} more"
-        why = f"the weights are finite; computed in {self.lm.norm.weight.dtype}, try float32"
+        dtype = self.lm.norm.weight.dtype
+        why = "the weights are finite, so it is something in these items" if dtype == torch.float32 else f"the weights are finite; it was computed in {dtype}, try float32"
         broken = [name for name, p in self.named_parameters() if not p.isfinite().all()]
         if broken:
             why = f"the weights are not finite either ({len(broken)} tensors, the first {broken[0]}): the checkpoint is broken"
@@ -300,7 +293,7 @@ class Plume(nn.Module):
             try:
                 path = huggingface_hub.snapshot_download(path, allow_patterns=["*.json", "*.safetensors", "*.txt"])
             except (OSError, ValueError) as e:  # no such name, or no network
-                raise FileNotFoundError(f"{path!r}: no such checkpoint folder, and the Hugging Face hub says: {str(e).splitlines()[0]}") from e
+                raise FileNotFoundError(f"{quote(path)}: no such checkpoint folder, and the Hugging Face hub says: {reason(e)}") from e
         if not os.path.exists(os.path.join(path, "config.json")):
             raise FileNotFoundError(f"{path!r}: no config.json in this folder; a checkpoint has config.json, *.safetensors and a tokenizer")
         device, dtype = pick_device(device, dtype)
@@ -308,34 +301,35 @@ class Plume(nn.Module):
         if raw.get("model_type") != "qwen2_vl":
             raise DataError(f"{path}: config.json: model_type {quote(raw.get('model_type'))}; PLUME builds on 'qwen2_vl'")
         tensors, block = read_weights(path), raw.get("plume")
+        if block is None and any(name.startswith(OUR_ADAPTER) for name in tensors):
+            raise DataError(f"{path}: config.json has no 'plume' block, which says how these weights were trained; take config.json from the "
+                            "checkpoint that train.py or save_pretrained wrote")
         prefix = RELEASED_ADAPTER if block is None else OUR_ADAPTER
         adapter = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
         rest = {k: v for k, v in tensors.items() if not k.startswith(prefix)}
         try:
             config = Qwen2VLConfig.from_pretrained(path)
+            fits_in_memory(config, rest)
             backbone, info = quietly(Qwen2VLForConditionalGeneration.from_pretrained, None, config=config, state_dict=rest, dtype=dtype,
                                      output_loading_info=True, ignore_mismatched_sizes=True)
-        except (OSError, ValueError, TypeError, LookupError, RuntimeError, AttributeError, StrictDataclassError) as e:
-            raise DataError(f"{path}: config.json describes no Qwen2-VL that can be built: {type(e).__name__}: {e}") from e
-        wrong = [*info["missing_keys"], *info["unexpected_keys"], *(f"{name}: {tuple(there)} in the file, {tuple(needed)} by config.json"
-                                                                    for name, there, needed in info["mismatched_keys"])]
+        except (OSError, ValueError, TypeError, LookupError, RuntimeError, AttributeError, ArithmeticError, StrictDataclassError) as e:
+            raise DataError(f"{path}: config.json describes no Qwen2-VL that can be built: {reason(e)}") from e
+        wrong = [*info["missing_keys"], *info["unexpected_keys"]]
+        for name, there, needed in info["mismatched_keys"]:
+            wrong.append(f"{name}: {tuple(there)} in the file, {tuple(needed)} by config.json")
         if wrong:
             raise DataError(f"{path}: weights do not fit the configuration, {len(wrong)} names are missing, unknown or of another shape: {sorted(wrong)[:5]}")
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(path)
-        except Exception as e:  # the tokenizers library raises nothing narrower
-            raise DataError(f"{path}: the tokenizer cannot be read: {type(e).__name__}: {e}{pointer(os.path.join(path, 'tokenizer.json'))}") from e
-        state = None
+        tokenizer, state = read_tokenizer(path), None
         if block is not None:  # (a)
             state, block = adapter, current_format(block, path)
         elif adapter:  # (b)
             try:
                 state, keywords = from_released(adapter)
             except (LookupError, RuntimeError) as e:
-                raise DataError(f"{path}: its adapter's tensors are incomplete or do not fit each other: {type(e).__name__}: {e}") from e
-            block = dict(RELEASED, adapter=keywords, limits={**RELEASED["limits"], **stored_limits(path)})
+                raise DataError(f"{path}: its adapter's tensors are incomplete or do not fit each other: {reason(e)}") from e
+            block = dict(RELEASED, adapter=keywords, limits=stored_limits(path, RELEASED["limits"]))
         else:  # (c)
-            block = dict(limits=stored_limits(path))
+            block = dict(limits=stored_limits(path, DEFAULTS["limits"]))
             add_tokens(backbone, tokenizer)
         for key, value in settings.items():
             block[key] = {**block.get(key, {}), **value} if isinstance(value, dict) else value
@@ -347,7 +341,7 @@ class Plume(nn.Module):
             try:
                 model.adapter.load_state_dict(state)
             except RuntimeError as e:
-                raise DataError(f"{path}: its adapter does not fit {model.settings['adapter']}: {e}") from e
+                raise DataError(f"{path}: its adapter does not fit {model.settings['adapter']}: {str(e)[:400]}") from e
         model.adapter.to(dtype)
         return aligned(model.to(device))
 
@@ -429,6 +423,8 @@ def pick_device(device=None, dtype=None, say=print):
         device = torch.device(device)
     except RuntimeError as e:
         raise DataError(f"device {device!r}: needs cuda, mps or cpu") from e
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise DataError(f"device {str(device)!r}: torch finds no CUDA device here; leave it out, or take cpu")
     fast = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     if dtype is None:
         dtype = torch.bfloat16 if fast else torch.float32
@@ -463,8 +459,37 @@ def add_tokens(backbone, tokenizer):
             table[old : len(tokenizer)] = table[:old].float().mean(0).to(table.dtype)
 
 
-def is_file_name(item):
-    return isinstance(item, str) and item.lower().endswith(IMAGE_SUFFIXES + VIDEO_SUFFIXES) and os.path.isfile(item)
+def iterate(items):
+    """An iterator over the items of any container, in its own order; a single item is a TypeError."""
+    try:
+        if isinstance(items, (str, bytes, Mapping)) or isinstance(items, np.ndarray) and items.ndim == 3:
+            raise TypeError
+        iterator = iter(items)
+    except TypeError:
+        raise TypeError(f"items must be a list or another iterable of items, got {type(items).__name__}; put a single item into [ ]") from None
+    if isinstance(items, Iterable):
+        return iterator
+    return itertools.islice(iterator, length_hint(items))  # of the older kind: [0], [1], ... as far as it says
+
+
+def length_hint(items):
+    """How many items there are, or None when nobody knows."""
+    try:
+        hint = operator.length_hint(items, -1)
+    except NotImplementedError:
+        return None
+    return hint if hint >= 0 else None
+
+
+def told_of_file_names(items):
+    """The items as they come; the first string that is the name of a picture or clip gives a warning."""
+    told = False
+    for item in items:
+        if not told and isinstance(item, str) and item.lower().endswith(IMAGE_SUFFIXES + VIDEO_SUFFIXES) and os.path.isfile(item):
+            told = True
+            warnings.warn("a string that is the name of a file is embedded as text; for the picture or clip itself give "
+                          f"{{'image': ...}} or {{'video': ...}}.  The first is {quote(item)}")
+        yield item
 
 
 def checked(given, defaults, where, complete=False):
@@ -478,7 +503,8 @@ def checked(given, defaults, where, complete=False):
     out = {}
     for key, default in defaults.items():
         if complete and key not in given:
-            raise DataError(f"{where}: lacks {key!r}; a checkpoint says how it was trained, nothing is assumed")
+            raise DataError(f"{where}: lacks {key!r}: how it was trained must be said, nothing is assumed; take config.json from the checkpoint "
+                            "that train.py or save_pretrained wrote, or train it again")
         value = given.get(key, default)
         if type(value) is not type(default):
             raise DataError(f"{where}: {key!r} must be of type {type(default).__name__}, got {quote(value)}")
@@ -519,17 +545,20 @@ def pointer(file):
 
 
 def weight_files(path):
-    """The files that hold the weights of a checkpoint folder, the same that transformers reads."""
+    """-> {file: names of its tensors, None for all}: the weights of a checkpoint folder, the files that transformers reads."""
     index = os.path.join(path, INDEX)
     if os.path.isfile(os.path.join(path, WEIGHTS)):
-        return [os.path.join(path, WEIGHTS)]
+        return {os.path.join(path, WEIGHTS): None}
     if not os.path.isfile(index):
         raise FileNotFoundError(f"{path}: neither {WEIGHTS} nor {INDEX} in this folder; other weight formats are not read")
     places = read_json(index).get("weight_map")
-    if not isinstance(places, dict) or not places or not all(isinstance(name, str) and name == os.path.basename(name) for name in places.values()):
-        raise DataError(f"{index}: its 'weight_map' must name a file of this folder for each weight")
-    files = [os.path.join(path, name) for name in sorted(set(places.values()))]
-    for file in files:
+    names = list(places.values()) if isinstance(places, dict) else []
+    if not names or not all(isinstance(name, str) and name == os.path.basename(name) and name.endswith(".safetensors") for name in names):
+        raise DataError(f"{index}: its 'weight_map' must name a .safetensors file of this folder for each weight")
+    files = {}
+    for tensor, name in places.items():
+        files.setdefault(os.path.join(path, name), set()).add(tensor)
+    for file in sorted(files):
         if not os.path.isfile(file):
             raise FileNotFoundError(f"{file}: {INDEX} names this file, and it is not there")
     return files
@@ -537,14 +566,43 @@ def weight_files(path):
 
 def read_weights(path):
     """-> {name: tensor} of all weights of a checkpoint folder."""
-    tensors = {}
-    for file in weight_files(path):
+    tensors, floats = {}, (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+    for file, names in weight_files(path).items():
         try:
             with safe_open(file, "pt") as f:
-                tensors.update((name, f.get_tensor(name)) for name in f.keys())
+                found = {name: f.get_tensor(name) for name in f.keys()}
         except (SafetensorError, OSError) as e:
-            raise DataError(f"{file}: not a whole safetensors file: {e}{pointer(file)}") from e
+            raise DataError(f"{file}: not a whole safetensors file: {reason(e)}{pointer(file)}") from e
+        if names is not None and names != found.keys():
+            raise DataError(f"{file}: does not hold what {INDEX} says; one of them has {min(names ^ found.keys())!r}, the other has not")
+        for name, tensor in found.items():
+            if tensor.dtype not in floats:
+                raise DataError(f"{file}: {name} is stored as {tensor.dtype}; weights must be floating-point numbers of 16 bits or more")
+        tensors |= found
     return tensors
+
+
+def fits_in_memory(config, tensors):
+    """Raises ValueError for a configuration of a far larger model than the weights are: it would only fill the memory."""
+    with torch.device("meta"):
+        described = sum(p.numel() for p in quietly(Qwen2VLForConditionalGeneration, config).parameters())
+    held = sum(t.numel() for t in tensors.values())
+    if described > 2 * held + 10**6:
+        raise ValueError(f"a model of {described:,} parameters, and the files hold {held:,}")
+
+
+def read_tokenizer(path):
+    """The tokenizer of a checkpoint folder."""
+    needed, more = os.path.join(path, "tokenizer.json"), ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+    if not os.path.isfile(needed) and not os.path.isfile(os.path.join(path, "vocab.json")):
+        raise FileNotFoundError(f"{needed}: no such file; a checkpoint has its tokenizer beside it")
+    for file in (needed, *(os.path.join(path, name) for name in more)):
+        if os.path.isfile(file):
+            read_json(file)  # an error names the file
+    try:
+        return AutoTokenizer.from_pretrained(path)
+    except Exception as e:  # the tokenizers library raises nothing narrower
+        raise DataError(f"{needed}: the tokenizer cannot be read: {reason(e)}") from e
 
 
 def aligned(model):
@@ -559,16 +617,95 @@ def aligned(model):
     return model
 
 
-def stored_limits(path):
-    """min_pixels and max_pixels of a Qwen2-VL folder's preprocessor_config.json, in either spelling."""
+def stored_limits(path, limits):
+    """limits with the min_pixels and max_pixels of a Qwen2-VL folder's preprocessor_config.json, in either spelling."""
     file = os.path.join(path, "preprocessor_config.json")
     if not os.path.exists(file):
-        return {}
-    raw = read_json(file)
+        return limits
+    raw, found = read_json(file), {}
     size = raw.get("size") if isinstance(raw.get("size"), dict) else {}
-    found = dict(min_pixels=raw.get("min_pixels") or size.get("shortest_edge") or size.get("min_pixels"),
-                 max_pixels=raw.get("max_pixels") or size.get("longest_edge") or size.get("max_pixels"))
-    return {k: v for k, v in found.items() if v}
+    for name, edge in (("min_pixels", "shortest_edge"), ("max_pixels", "longest_edge")):
+        given = [value for value in (raw.get(name), size.get(edge), size.get(name)) if value is not None]
+        if given:
+            found[name] = given[0]
+    try:
+        return asdict(Limits(**limits | found))
+    except DataError as e:
+        raise DataError(f"{file}: {e}") from e
+
+
+def checkpoint_files(folder):
+    """The names of the files that make the checkpoint in a folder; whatever else is there belongs to somebody else."""
+    names = {*FILES, INDEX}
+    with contextlib.suppress(DataError, FileNotFoundError):
+        names |= {os.path.basename(file) for file in weight_files(folder)}
+    return {name for name in names if os.path.isfile(os.path.join(folder, name))}
+
+
+def remove_checkpoint(folder, names):
+    """Removes these files, and the folder when nothing else is in it."""
+    with contextlib.suppress(OSError):  # what cannot be removed stays, and so do somebody's own files
+        for name in names:
+            os.remove(os.path.join(folder, name))
+        os.rmdir(folder)
+
+
+def replaceable(path):
+    """Raises FileExistsError for what is neither an empty name, nor a checkpoint, nor a folder of other files."""
+    if not os.path.isdir(path):
+        raise FileExistsError(f"{path}: exists and is not a folder; choose another name")
+    if os.path.join(os.path.realpath("."), "").startswith(os.path.join(path, "")):
+        raise FileExistsError(f"{path}: is the current folder, which cannot be replaced; start elsewhere, or choose another name")
+    names = checkpoint_files(path)
+    if names:
+        with contextlib.suppress(DataError, FileNotFoundError):
+            if read_json(os.path.join(path, "config.json")).get("model_type") == "qwen2_vl" and weight_files(path):
+                return
+        raise FileExistsError(f"{path}: holds {quote(sorted(os.listdir(path)))}, which is no checkpoint of a Qwen2-VL; choose another name")
+
+
+@contextlib.contextmanager
+def replacing(path, keep=None):
+    """A new folder that becomes `path` when the block ends well, in place of the checkpoint that stood there.
+
+    keep: a free name under which that one stays.  Files in it that are not the checkpoint's (a model card, a licence) move
+    to the new one.  Temporary names are this call's own, and nothing else is removed.  Dying between the two renames
+    leaves the old one as `keep`, or `path.XXXXXXXX.old`.
+    """
+    path, token = os.path.realpath(path), secrets.token_hex(4)
+    temporary, old = f"{path}.{token}.writing", keep or f"{path}.{token}.old"
+    there = os.path.exists(path)
+    if there:
+        replaceable(path)
+    if os.path.exists(old):
+        raise FileExistsError(f"{old}: exists; the checkpoint that is kept needs a free name")
+    os.makedirs(temporary)
+    try:
+        if there:
+            shutil.copymode(path, temporary)
+        yield temporary
+        new = set(os.listdir(temporary))
+        if clash := [name for name in sorted(new) if os.path.isdir(os.path.join(path, name))]:
+            raise FileExistsError(f"{path}: holds a folder {clash[0]!r}, which is the name of a checkpoint's file; move it away")
+        if there:
+            os.rename(path, old)
+        os.rename(temporary, path)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        if os.path.exists(old) and not os.path.exists(path):
+            os.rename(old, path)
+        raise
+    if there:
+        mine, stuck = checkpoint_files(old) | new & set(os.listdir(old)), []
+        for name in sorted(set(os.listdir(old)) - mine):
+            try:
+                os.rename(os.path.join(old, name), os.path.join(path, name))
+            except OSError as e:  # the new checkpoint stands, nothing is lost
+                stuck.append(f"{name} ({reason(e)})")
+        if stuck:
+            warnings.warn(f"{path} is written, but these files that stood there could not be moved and are in {old}: {', '.join(stuck)}")
+        if not keep:
+            remove_checkpoint(old, mine)
 
 
 class LiveBytes(TorchDispatchMode):
@@ -593,76 +730,3 @@ class LiveBytes(TorchDispatchMode):
     def free(self, key, size):
         self.known.discard(key)
         self.now -= size
-
-
-WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
-CHECKPOINT_FILES = {"config.json", "generation_config.json", WEIGHTS, INDEX, "preprocessor_config.json", "tokenizer.json", "tokenizer_config.json",
-                    "vocab.json", "merges.txt", "added_tokens.json", "special_tokens_map.json", "chat_template.json", "chat_template.jinja",
-                    "train_state.pt"}
-
-
-def checkpoint_files(folder):
-    """The names in a folder that belong to the checkpoint in it."""
-    names = set(os.listdir(folder))
-    shards = set()
-    if INDEX in names:
-        with contextlib.suppress(DataError, FileNotFoundError):
-            shards = {os.path.basename(file) for file in weight_files(folder)}
-    return names & (CHECKPOINT_FILES | shards)
-
-
-def remove_checkpoint(folder, names=None):
-    """Removes the files of a checkpoint (or those named), and the folder when nothing else is in it."""
-    for name in checkpoint_files(folder) if names is None else names:
-        os.remove(os.path.join(folder, name))
-    with contextlib.suppress(OSError):  # somebody's own files stay
-        os.rmdir(folder)
-
-
-@contextlib.contextmanager
-def write_errors(file):
-    """Whatever is raised when a file cannot be written becomes an OSError that names it."""
-    try:
-        yield
-    except (OSError, RuntimeError, SafetensorError) as e:
-        raise OSError(f"{file}: cannot be written: {str(e).splitlines()[0]}") from e
-
-
-@contextlib.contextmanager
-def replacing(path, keep=None):
-    """A new folder that becomes `path` when the block ends well, in place of the checkpoint that stood there.
-
-    keep: a free name under which that one stays.  Files in it that are not the checkpoint's (a model card, a licence) move
-    to the new one.  Temporary names are this call's own, and nothing else is removed.  Dying between the two renames
-    leaves the old one as `keep`, or `path.XXXXXXXX.old`.
-    """
-    path, token = os.path.realpath(path), secrets.token_hex(4)
-    temporary, old = f"{path}.{token}.writing", keep or f"{path}.{token}.old"
-    if os.path.exists(path):
-        if not os.path.isdir(path):
-            raise FileExistsError(f"{path}: exists and is not a folder; choose another name")
-        if os.path.join(os.path.realpath("."), "").startswith(os.path.join(path, "")):
-            raise FileExistsError(f"{path}: is the current folder, which cannot be replaced; start elsewhere, or choose another name")
-        mine = checkpoint_files(path)
-        if mine and not ("config.json" in mine and mine & {WEIGHTS, INDEX}):
-            raise FileExistsError(f"{path}: holds {quote(sorted(os.listdir(path)))}, which is no checkpoint; choose another name")
-    if os.path.exists(old):
-        raise FileExistsError(f"{old}: exists; the checkpoint that is kept needs a free name")
-    os.makedirs(temporary)
-    try:
-        yield temporary
-        new = set(os.listdir(temporary))
-        if os.path.exists(path):
-            os.rename(path, old)
-        os.rename(temporary, path)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        if os.path.exists(old) and not os.path.exists(path):
-            os.rename(old, path)
-        raise
-    if os.path.exists(old):
-        replaced = (checkpoint_files(old) | new) & set(os.listdir(old))
-        for name in set(os.listdir(old)) - replaced:
-            os.rename(os.path.join(old, name), os.path.join(path, name))
-        if not keep:
-            remove_checkpoint(old, replaced)

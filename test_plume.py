@@ -41,6 +41,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from safetensors.torch import load_file, save_file
+from tqdm import tqdm
 from transformers import DynamicCache
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
@@ -388,7 +389,39 @@ def test_items_are_taken_in_the_order_in_which_any_container_gives_them(model, c
     assert "some items" in capsys.readouterr().err
     many = (f"word {i}" for i in range(50))
     assert_close(model.encode(many, batch_size=3), model.encode([f"word {i}" for i in range(50)], batch_size=3), "a long generator", 1e-6)
-    for single in ("x", b"x", {"text": "x"}, {"a": "x", "b": "y"}, Path("x.png"), Image.new("RGB", (9, 9)), 3, None):
+    class Vague:
+        """A length that is only an estimate, or none at all."""
+
+        def __init__(self, length):
+            self.length = length
+
+        def __len__(self):
+            if isinstance(self.length, type):
+                raise self.length
+            return self.length
+
+        def __iter__(self):
+            return iter(items)
+
+    class Stream(torch.utils.data.IterableDataset):
+        def __iter__(self):
+            return iter(items)
+
+    for vague in (*map(Vague, (2, 99, TypeError, NotImplementedError)), tqdm(iter(items), disable=True), tqdm(iter(items), total=2, disable=True),
+                  torch.utils.data.ChainDataset([Stream()]), torch.utils.data.DataLoader(Stream(), batch_size=None)):
+        assert_close(model.encode(vague, progress=True), expected, "an estimated length", 1e-6)
+
+    class Endless(Indexed):
+        """A map-style data set that never raises IndexError: its length is the end."""
+
+        def __len__(self):
+            return 5
+
+        def __getitem__(self, i):
+            return self.values[i % 5]
+
+    assert_close(model.encode(Endless(items)), expected, "by index", 1e-6)
+    for single in ("x", b"x", {"text": "x"}, {"a": "x", "b": "y"}, Path("x.png"), Image.new("RGB", (9, 9)), np.zeros((9, 9, 3), np.uint8), 3, None):
         with pytest.raises(TypeError, match=r"list.*put a single item into \[ \]"):
             model.encode(single)
     assert model.encode(iter([])).shape == (0, 128)
@@ -425,8 +458,11 @@ def test_an_embedding_that_is_not_finite_is_never_returned(world):
         return torch.where((batch["ids"] == word).any(1)[:, None], math.inf, vectors), tokens
 
     m.embed = overflows
-    with pytest.raises(DataError, match="^item 2: the embedding is not finite; the weights are finite.*float32"):
+    with pytest.raises(DataError, match="^item 2: the embedding is not finite; the weights are finite, so it is something in these items"):
         m.encode(["red", "blue", "Q", "green"], bad={})
+    with pytest.raises(DataError, match="^item 0: .*computed in torch.bfloat16, try float32"):
+        m.bfloat16().encode(["Q"])
+    m.float()
     with pytest.raises(DataError, match="item 0, .*item 9 and 30 more: "):
         m.encode(["Q"] * 40, batch_size=8)
 
@@ -822,6 +858,7 @@ def test_a_checkpoint_carries_its_chat_template_and_another_format_is_refused(wo
                        (block | dict(template=other | dict(turns="no place for it <bot>")), "'turns' must have '{item}' once"),
                        (block | dict(template=other | dict(anchor="")), "'anchor' must have '<disc_emb>' once"),
                        (block | dict(template=other | dict(turns="<bot>{item}")), "must end in '<bot>'"),
+                       (block | dict(template=other | dict(turns="{item}{item}<bot>")), "must have '{item}' once"),
                        (block | dict(latent_steps="8"), "'latent_steps' must be of type int"), (block | dict(adapter=[]), "'adapter' must be of type dict"),
                        (block | dict(limits=block["limits"] | dict(num_frames=0)), "num_frames 0: needs a whole number of at least 1"),
                        ([], "format"), ("x" * 1000, "format 'x{190,200}")):
@@ -843,6 +880,10 @@ def test_a_released_folder_without_pixel_limits_gets_the_released_ones(tmp_path)
     (tmp_path / "ck" / "preprocessor_config.json").write_text('{"min_pixels": 3136, "max_pix')
     with pytest.raises(DataError, match="preprocessor_config.json: not JSON"):
         Plume.from_pretrained(tmp_path / "ck", "cpu")
+    for wrong in ('{"min_pixels": "x"}', '{"max_pixels": 0}', '{"max_pixels": 2359296.0}', '{"size": {"longest_edge": -1}}', '{"min_pixels": 9999999}'):
+        (tmp_path / "ck" / "preprocessor_config.json").write_text(wrong)
+        with pytest.raises(DataError, match="preprocessor_config.json: m[ia][nx]_pixels"):
+            Plume.from_pretrained(tmp_path / "ck", "cpu")
     (tmp_path / "ck" / "preprocessor_config.json").write_text('{"size": {"shortest_edge": 3136}}')
     limits = Plume.from_pretrained(tmp_path / "ck", "cpu").settings["limits"]
     assert (limits["min_pixels"], limits["max_pixels"]) == (3136, 2359296)
@@ -918,6 +959,16 @@ def other_shape(folder):
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
 
 
+def as_type(folder, dtype):
+    tensors = load_file(folder / "model.safetensors")
+    save_file({name: t.to(dtype) if "up_proj" in name else t for name, t in tensors.items()}, folder / "model.safetensors", {"format": "pt"})
+
+
+def edit_inside(folder, key, **changes):
+    """Changes keys of an object in config.json."""
+    edit_json(folder / "config.json", **{key: json.loads((folder / "config.json").read_text())[key] | changes})
+
+
 BROKEN = {  # what was done to a checkpoint folder -> the file and the reason that the error names
     "weights cut off": (lambda f: half_of(f / "model.safetensors"), "model.safetensors: not a whole safetensors file"),
     "weights are a pointer": (lambda f: (f / "model.safetensors").write_bytes(LFS), "model.safetensors: .*a Git LFS pointer.*git lfs pull"),
@@ -926,6 +977,10 @@ BROKEN = {  # what was done to a checkpoint folder -> the file and the reason th
     "a shard is gone": (lambda f: (f / max(shard(f).values())).unlink(), "model-00003-of-00003.safetensors: .* is not there"),
     "a shard is cut off": (lambda f: half_of(f / max(shard(f).values())), "model-00003-of-00003.safetensors: not a whole"),
     "the index is cut off": (lambda f: (shard(f), half_of(f / "model.safetensors.index.json")), "model.safetensors.index.json: not JSON"),
+    "the index names other tensors": (lambda f: edit_json(f / "model.safetensors.index.json", weight_map={
+        name: "model-00001-of-00003.safetensors" for name in shard(f)}), "model-00001-of-00003.safetensors: does not hold what model.safetensors.index.json says"),
+    "whole numbers": (lambda f: as_type(f, torch.int8), "model.safetensors: .*is stored as torch.int8"),
+    "numbers of 8 bits": (lambda f: as_type(f, torch.float8_e4m3fn), "is stored as torch.float8_e4m3fn"),
     "the index leads elsewhere": (lambda f: (shard(f), edit_json(f / "model.safetensors.index.json", weight_map=dict(a="../x"))), "'weight_map' must name"),
     "another shape": (other_shape, r"up_proj.weight: \(3, 128\) in the file, \(384, 128\) by config.json"),
     "config cut off": (lambda f: half_of(f / "config.json"), "config.json: not JSON"),
@@ -933,13 +988,22 @@ BROKEN = {  # what was done to a checkpoint folder -> the file and the reason th
     "config is a list": (lambda f: (f / "config.json").write_text("[]"), "config.json: needs an object"),
     "another model": (lambda f: edit_json(f / "config.json", model_type="qwen2_5_vl"), "model_type 'qwen2_5_vl'; PLUME builds on 'qwen2_vl'"),
     "no model type": (lambda f: edit_json(f / "config.json", model_type=None), "model_type None"),
+    "no text model": (lambda f: edit_json(f / "config.json", text_config=None), "describes no Qwen2-VL that can be built: .*parameters, and the files hold"),
+    "no heads": (lambda f: edit_inside(f, "text_config", num_attention_heads=0), "describes no Qwen2-VL"),
+    "no axes": (lambda f: edit_inside(f, "text_config", rope_parameters=dict(rope_type="default", rope_theta=100.0)), "an mrope_section of 3 numbers that sum to 16"),
+    "axes of another width": (lambda f: edit_inside(f, "text_config", rope_parameters=dict(rope_type="default", rope_theta=1e2, mrope_section=[4, 6, 7])), "mrope_section"),
+    "a million experts": (lambda f: edit_inside(f, "plume", adapter=dict(plume_model.ADAPTER, experts=10**9)), "settings: adapter"),
+    "no plume block": (lambda f: edit_json(f / "config.json", plume=None), "config.json has no 'plume' block.*take config.json"),
     "a width in words": (lambda f: edit_json(f / "config.json", text_config=dict(hidden_size="wide")), "no Qwen2-VL that can be built"),
     "an unknown activation": (lambda f: edit_json(f / "config.json", text_config=dict(hidden_act="relu9")), "no Qwen2-VL that can be built"),
-    "tokenizer cut off": (lambda f: half_of(f / "tokenizer.json"), "the tokenizer cannot be read"),
-    "tokenizer is a pointer": (lambda f: (f / "tokenizer.json").write_bytes(LFS), "the tokenizer cannot be read.*Git LFS pointer"),
+    "tokenizer cut off": (lambda f: half_of(f / "tokenizer.json"), "tokenizer.json: not JSON"),
+    "tokenizer is a pointer": (lambda f: (f / "tokenizer.json").write_bytes(LFS), "tokenizer.json: not JSON.*Git LFS pointer"),
+    "no tokenizer": (lambda f: (f / "tokenizer.json").unlink(), "tokenizer.json: no such file"),
+    "tokenizer's settings cut off": (lambda f: half_of(f / "tokenizer_config.json"), "tokenizer_config.json: not JSON"),
     "tokenizer of nobody": (lambda f: (f / "tokenizer.json").write_text('{"added_tokens": [], "model": {"type": "BPE", "vocab": {}, "merges": [["a", "b"]]}}'), "the tokenizer"),
-    "adapter of another width": (lambda f: edit_json(f / "config.json", plume=json.loads((f / "config.json").read_text())["plume"] | dict(
-        adapter=dict(plume_model.ADAPTER, experts=7))), "its adapter does not fit"),
+    "adapter of another width": (lambda f: edit_inside(f, "plume", adapter=dict(plume_model.ADAPTER, experts=7)), "its adapter does not fit"),
+    "an adapter of no kind": (lambda f: edit_inside(f, "plume", adapter=dict(plume_model.ADAPTER, kind="x" * 9999)), "adapter kind 'x{40}'"),
+    "positions of no rule": (lambda f: edit_inside(f, "plume", latent_positions="y" * 9999), "latent_positions 'y{190,200}.*'mrope' or 'cache'"),
 }
 
 
@@ -950,7 +1014,7 @@ def test_a_broken_checkpoint_is_one_error_that_names_file_and_reason(tmp_path, h
     do(tmp_path / "ck")
     with pytest.raises((DataError, FileNotFoundError), match=rf"(?s){tmp_path / 'ck'}.*{why}") as error:
         Plume.from_pretrained(tmp_path / "ck", "cpu", "float32")
-    assert str(tmp_path) in str(error.value)
+    assert str(tmp_path) in str(error.value) and len(str(error.value)) < 1200 and "\n\n" not in str(error.value)
     failed = call("eval.py", "--ckpt", tmp_path / "ck", "--task", "image_cls", "--device=cpu", check=False)  # what `call` lets through is a traceback
     assert failed.returncode == 1 and re.search(why, failed.stderr, re.S)
     with pytest.raises((DataError, OSError), match=f"(?s){why}"):
@@ -997,15 +1061,19 @@ def test_saving_removes_nothing_but_the_checkpoint_that_it_replaces(tmp_path, mo
         (tmp_path / name / "config.json").write_text("somebody's")
         (tmp_path / name / "model.safetensors").write_text("somebody's")
     (tmp_path / "best").mkdir()  # as a cloned repository without a model
-    notes = {"README.md": "card", "LICENSE": "MIT", ".gitattributes": "lfs", "runs/1/events": "log", "lora.safetensors": "theirs", "train_state.txt": "x"}
+    notes = {"README.md": "card", "LICENSE": "MIT", ".gitattributes": "lfs", "runs/1/events": "log", "lora.safetensors": "theirs", "train_state.txt": "x",
+             "vocab.json": "{}", "merges.txt": "", "generation_config.json": "{}", "chat_template.jinja": "for other software"}
     for name, text in notes.items():
         (tmp_path / "best" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "best" / name).write_text(text)
     (tmp_path / "best" / "latest").symlink_to("README.md")
+    (tmp_path / "best" / "train_state").mkdir()
+    (tmp_path / "best").chmod(0o750)
     inode = (tmp_path / "best" / "README.md").stat().st_ino
     for _ in range(2):
         m.save_pretrained(tmp_path / "best")
     assert {name: (tmp_path / "best" / name).read_text() for name in notes} == notes
+    assert (tmp_path / "best").stat().st_mode & 0o777 == 0o750 and (tmp_path / "best" / "train_state").is_dir()
     assert (tmp_path / "best" / "README.md").stat().st_ino == inode and os.readlink(tmp_path / "best" / "latest") == "README.md"
     assert sorted(os.listdir(tmp_path)) == [".best", "best", "best-1", "best.old", "best.writing", "best.writing.old"]
     assert all((tmp_path / name / "config.json").read_text() == "somebody's" for name in os.listdir(tmp_path) if name != "best")
@@ -1018,7 +1086,29 @@ def test_saving_removes_nothing_but_the_checkpoint_that_it_replaces(tmp_path, mo
     monkeypatch.undo()
     assert sorted(os.listdir(tmp_path)) == [".best", "best", "best-1", "best.old", "best.writing", "best.writing.old"]
     assert {name: (tmp_path / "best" / name).read_text() for name in notes} == notes
+    # a folder of theirs has the name of a file of ours: an error in front of everything
+    (tmp_path / "best" / "preprocessor_config.json").unlink()
+    (tmp_path / "best" / "preprocessor_config.json").mkdir()
+    before = sorted(p.name for p in tmp_path.rglob("*"))
+    with pytest.raises(FileExistsError, match="holds a folder 'preprocessor_config.json'"):
+        m.save_pretrained(tmp_path / "best")
+    assert sorted(p.name for p in tmp_path.rglob("*")) == before
+    (tmp_path / "best" / "preprocessor_config.json").rmdir()
+    # what cannot be moved along is left where it is, with a warning: the new checkpoint stands
+    monkeypatch.setattr(os, "rename", lambda a, b: rename(a, b) if not str(a).endswith("LICENSE") else (_ for _ in ()).throw(OSError("no")))
+    with pytest.warns(UserWarning, match=r"best is written, but .* are in .*best\.[0-9a-f]{8}\.old: LICENSE"):
+        m.save_pretrained(tmp_path / "best")
+    monkeypatch.undo()
+    Plume.from_pretrained(tmp_path / "best", "cpu")
+    (left,) = [name for name in os.listdir(tmp_path) if name.endswith(".old") and name.count(".") == 2 and not name.startswith("best.w")]
+    assert (tmp_path / left / "LICENSE").read_text() == "MIT"
+    (tmp_path / "bert").mkdir()  # a checkpoint, but of something else
+    m.save_pretrained(tmp_path / "bert")
+    edit_json(tmp_path / "bert" / "config.json", model_type="bert")
+    with pytest.raises(FileExistsError, match="no checkpoint of a Qwen2-VL"):
+        m.save_pretrained(tmp_path / "bert")
     monkeypatch.chdir(tmp_path / "best")
+    m.save_pretrained("../best2"), m.save_pretrained("../best2/")
     with pytest.raises(FileExistsError, match="current folder"):
         m.save_pretrained(".")
     with pytest.raises(FileExistsError, match="not a folder"):
@@ -1307,7 +1397,8 @@ def test_arrays_bytes_and_open_files_are_pictures_like_files(model, world, tmp_p
     array, expected = np.asarray(Image.open(path).convert("RGB")), model.encode([{"image": str(path)}])
     clear = np.dstack([np.zeros_like(array), np.zeros(array.shape[:2], np.uint8)])
     with open(path, "rb") as file:
-        given = [array, array[:, ::-1][:, ::-1], np.asfortranarray(array), path.read_bytes(), bytearray(path.read_bytes()), memoryview(path.read_bytes()),
+        twice = bytes(byte for byte in path.read_bytes() for _ in range(2))
+        given = [array, array[:, ::-1][:, ::-1], np.asfortranarray(array), path.read_bytes(), bytearray(path.read_bytes()), memoryview(twice)[::2],
                  io.BytesIO(path.read_bytes()), file, file, Image.open(path), path]
         for many in ([{"image": source} for source in given], [source for source in given if isinstance(source, (np.ndarray, Image.Image, Path))]):
             assert_close(model.encode(many, batch_size=4), np.repeat(expected, len(many), 0), "pictures", 1e-6)
@@ -1327,7 +1418,14 @@ def test_arrays_bytes_and_open_files_are_pictures_like_files(model, world, tmp_p
     text.close()
 
 
-@pytest.mark.parametrize("how", ["RGBA", "RGBa", "LA", "La", "PA", "palette in memory", "palette in a PNG", "one colour of a PNG", "one grey of 16 bits", "GIF", "WEBP", "TIFF"])
+COLOUR_KEYS = {  # colour type and bits of a PNG -> the transparent colour and the dark one as stored, the key, bytes of 4 pixels
+    "one colour of 8 bits": (2, 8, b"\x5a" * 12, b"\x28" * 12, b"\0\x5a" * 3), "one colour of 16 bits": (2, 16, b"\x5a\x11" * 12, b"\x28\x28" * 12, b"\x5a\x11" * 3),
+    "one grey of 16 bits": (0, 16, b"\x5a\x5a" * 4, b"\x28\x28" * 4, b"\x5a\x5a"), "one grey of 8 bits": (0, 8, b"\x5a" * 4, b"\x28" * 4, b"\0\x5a"),
+    "one grey of 4 bits": (0, 4, b"\xaa\xaa", b"\x22\x22", b"\0\x0a"), "one grey of 2 bits": (0, 2, b"\x55", b"\x00", b"\0\x01"),
+}
+
+
+@pytest.mark.parametrize("how", ["RGBA", "RGBa", "LA", "La", "PA", "palette in memory", "palette in a PNG", *COLOUR_KEYS, "GIF", "WEBP", "TIFF"])
 def test_what_is_transparent_is_white_in_every_encoding(how, tmp_path):
     image = Image.new("RGBA", (8, 8), (40, 40, 40, 255))
     image.paste((90, 90, 90, 0), (0, 0, 4, 8))  # the left half is clear, over a grey that must not show
@@ -1346,11 +1444,9 @@ def test_what_is_transparent_is_white_in_every_encoding(how, tmp_path):
         if how.endswith("PNG"):
             shown.save(tmp_path / "p.png")
             shown = str(tmp_path / "p.png")
-    elif how in ("one colour of a PNG", "one grey of 16 bits"):
-        kind, bits, size = (2, 8, 3) if "colour" in how else (0, 16, 2)
-        clear, dark = (b"\x5a" * size, b"\x28" * size) if kind == 2 else (b"\x5a\x5a", b"\x28\x28")
-        rows = b"".join(b"\0" + clear * 4 + dark * 4 for _ in range(8))
-        key = b"\0\x5a" * 3 if kind == 2 else b"\x5a\x5a"
+    elif how in COLOUR_KEYS:
+        kind, bits, clear, dark, key = COLOUR_KEYS[how]
+        rows = (b"\0" + clear + dark) * 8
         header = (8).to_bytes(4, "big") * 2 + bytes([bits, kind, 0, 0, 0])
         shown = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"tRNS", key) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
     elif how in ("GIF", "WEBP", "TIFF"):
@@ -1359,7 +1455,7 @@ def test_what_is_transparent_is_white_in_every_encoding(how, tmp_path):
     else:
         shown = image
     got = np.asarray(load_image(shown)).astype(int)
-    assert (got[:, :4] == 255).all() and np.abs(got[:, 4:] - 40).max() <= 2
+    assert (got[:, :4] == 255).all() and np.abs(got[:, 4:] - {"one grey of 4 bits": 34, "one grey of 2 bits": 0}.get(how, 40)).max() <= 2
 
 
 def test_sizes_and_limits_of_nothing_are_clear_errors(model):
@@ -1377,6 +1473,9 @@ def test_sizes_and_limits_of_nothing_are_clear_errors(model):
             model.encode([{"image": Image.new("RGB", size)}])
         with pytest.raises(DataError, match="at least 1x1"):
             data.target_size(*size, 784, 7840)
+    for most in (0, -5, 783):
+        with pytest.raises(DataError, match=f"max_pixels {most}: needs at least 784"):
+            data.target_size(30, 30, 784, most)
     with pytest.raises(DataError, match="num_frames 0"):
         load_frames([picture("red", "bar")], 0)
 
@@ -1574,7 +1673,8 @@ BAD = [("{broken", "not JSON"), (json.dumps(dict(qry=1, pos=2)), "no 'dataset_na
        (json.dumps(record(qry=dict(conversations=turns("<image>"), image=[None]))), "image needs a path"), (json.dumps(record(qry=dict(conversations=turns("x"), image=[None]))), "0 <image> in the text, 1 image given"),
        (json.dumps(record(qry=dict(conversations=turns("<image>"), image=[""]))), "image is an empty path"), (json.dumps(record(qry=dict(conversations=turns("<image>"), image=""))), "image is an empty path"),
        (json.dumps(record(qry=dict(conversations=turns("<video>"), video=""))), "video is an empty path"), (json.dumps(record(qry=dict(conversations=turns("x"), video=""))), "0 <video> in the text, 1 video given"),
-       (json.dumps(record(qry=dict(conversations=turns("<video>"), video=[""]))), "image is an empty path"), (json.dumps(record(qry=dict(conversations=turns("<video>"), videos=[None]))), "video needs a path"),
+       (json.dumps(record(qry=dict(conversations=turns("<video>"), video=[""]))), "frame is an empty path"), (json.dumps(record(qry=dict(conversations=turns("<video>"), videos=[None]))), "video needs a path"),
+       (json.dumps(record(qry=dict(conversations=turns("<video>"), video=[None]))), "frame needs a path"),
        (json.dumps(record(qry=dict(conversations=turns("<image>"), image={"path": "red bar.png"}))), "image needs a path"), (json.dumps(record(qry=dict(conversations=turns("<image>"), image=0))), "image needs a path"),
        (json.dumps(record(pos=dict(conversations=[{"from": "human", "value": "x", "valeu": "y"}]))), "a turn: unknown key 'valeu'. Did you mean 'value'?"),
        (json.dumps(record(pos=dict(conversations=[{"from": "human", "role": "user", "value": "x"}]))), "a turn needs 'from'"),
@@ -2040,6 +2140,10 @@ def test_beir_s_own_files_are_read_as_its_loader_reads_them(small, tmp_path):
     assert [s.parts for s in task.corpus] == [[("text", t)] for t in ("Microstructural development of human newborn", "no title", "only a title")]
     assert task.query_ids == ["0", "3"] and task.relevant == [{0: 1}, {2: 1}] and task.about == dict(not_judged=1)
     assert "1 queries are not judged" in call("eval.py", "--data", tmp_path, "--ckpt", small, "--task=all").stdout
+    (folder / "queries.jsonl").write_text((folder / "queries.jsonl").read_text().replace('"text"', '"title": "T", "text"', 1))
+    with pytest.raises(DataError, match="queries.jsonl: record 1: unknown key 'title'"):  # its loader does not read one there
+        data.read_task(str(tmp_path), "text_ret/scifact")
+    (folder / "queries.jsonl").write_text((folder / "queries.jsonl").read_text().replace('"title": "T", ', ""))
     (folder / "qrels.tsv").write_text((folder / "qrels" / "test.tsv").read_text())  # our own layout: every query counts
     with pytest.raises(DataError, match="query '2' has no relevant document in qrels.tsv"):
         data.read_task(str(tmp_path), "text_ret/scifact")
@@ -2244,8 +2348,8 @@ def test_a_second_run_is_refused_by_a_lock_that_a_killed_run_does_not_leave(worl
     os.kill(first.pid, signal.SIGKILL)  # its data worker lives on for a moment
     first.wait()
     step = len(log(out))
-    with open(out / "log.jsonl", "a") as f:
-        f.write("here the power failed\n")
+    with open(out / "log.jsonl", "ab") as f:
+        f.write(b"here the power failed \xff\n")
     printed = run(*[f if f != 400 else step + 8 for f in flags], "--resume", check=False)
     assert "--resume with another configuration" in printed.stderr  # no lock is left, and steps are part of the recipe
     again = Started(*flags, "--resume")
@@ -2253,10 +2357,58 @@ def test_a_second_run_is_refused_by_a_lock_that_a_killed_run_does_not_leave(worl
     again.terminate()
     assert again.wait() == 130, again.stderr
     assert {"checkpoint.old", "checkpoint.writing", "checkpoint-notes", "checkpoint-1"} < set(os.listdir(out))
-    assert "here the power failed\n" in (out / "log.jsonl").read_text()
+    assert b"here the power failed \xff\n" in (out / "log.jsonl").read_bytes()
     assert (out / "checkpoint" / "README.md").read_text() == "card" and len([n for n in os.listdir(out) if re.fullmatch(r"checkpoint-\d+", n)]) >= 2
     state = torch.load(out / "checkpoint" / "train_state.pt", weights_only=True)
     assert len(state["kept"]) == 1 and (out / state["kept"][0] / "train_state.pt").exists() and state["kept"] != ["checkpoint-1"]
+
+
+SLOW = """
+import sys, time
+sys.path.insert(0, {here!r})
+import train
+def slow(*a, **k):
+    print("reading", flush=True)
+    time.sleep(60)
+train.Pairs = slow
+sys.exit(train.main(sys.argv[1:]))
+"""
+
+
+def test_the_lock_is_taken_before_the_data_are_read_and_a_failed_start_leaves_nothing(world, tmp_path):
+    (tmp_path / "slow.py").write_text(SLOW.format(here=str(HERE)))
+    flags = ["--data", world / "train.jsonl", "--out", tmp_path / "out", "--steps=2", *QUICK]
+    first = Started(tmp_path / "slow.py", *flags)
+    first.wait_for("reading")
+    second = run("train.py", *flags, check=False)
+    assert second.returncode == 1 and "another run is at work there" in second.stderr and os.listdir(tmp_path / "out") == [".plume.lock"]
+    os.killpg(first.pid, signal.SIGKILL)
+    first.wait()
+    failed = run("train.py", "--data", tmp_path / "gone.jsonl", *flags[2:3], tmp_path / "never", *flags[4:], check=False)
+    assert "no such file" in failed.stderr and not (tmp_path / "never").exists()
+    run("train.py", *flags)
+    # under the lock it is looked at again: here a run has come and gone since the flags were read
+    failed = run("train.py", *flags, check=False)
+    assert "out holds checkpoint: continue with --resume" in failed.stderr and len(log(tmp_path / "out")) == 2
+
+
+@pytest.mark.parametrize("harm", ["cut off", "empty", "pointer", "no step", "a list", "pickle"])
+def test_a_damaged_training_state_is_an_error_that_names_it(trained, world, tmp_path, harm):
+    out = tmp_path / "out"
+    shutil.copytree(trained[0] / "checkpoint", out / "checkpoint")
+    file = out / "checkpoint" / "train_state.pt"
+    if harm == "cut off":
+        half_of(file)
+    elif harm in ("empty", "pointer"):
+        file.write_bytes(LFS if harm == "pointer" else b"")
+    elif harm == "pickle":
+        torch.save(dict(step=Fraction(1, 2)), file)
+    else:
+        state = torch.load(file, weights_only=True)
+        torch.save([1, 2] if harm == "a list" else {k: v for k, v in state.items() if k != "step"}, file)
+    failed = call("train.py", "--data", world / "train.jsonl", "--out", out, "--steps=40", "--resume", "--device=cpu", *QUICK, *PAPER, check=False)
+    assert failed.returncode == 1 and f"{file}: not the" in failed.stderr
+    assert ("Git LFS pointer" in failed.stderr) == (harm == "pointer") and ("has no step" in failed.stderr) == (harm == "no step")
 
 
 FULL = """
@@ -2303,13 +2455,14 @@ def test_a_place_where_nothing_can_be_written_is_refused_before_anything_is_load
     (tmp_path / "file").write_text("mine")
     monkeypatch.setattr(train, "build_model", None)
     for out, why in ((tmp_path / "file", "nothing can be written in .*file"), (tmp_path / "file" / "deeper" / "x", "nothing can be written in .*file"),
-                     ("/proc/plume", "nothing can be written"), ("/dev/null/x", "nothing can be written in /dev/null")):
+                     ("/proc/plume", "nothing can be written"), ("/dev/null/x", "nothing can be written in '/dev/null'")):
         failed = call("train.py", "--data", world / "train.jsonl", "--out", out, "--steps=2", check=False)
         assert failed.returncode == 1 and re.search(why, failed.stderr), failed.stderr
     (tmp_path / "theirs").mkdir()
-    (tmp_path / "theirs" / "log.jsonl").write_text('{"level": "info"}\n')
-    failed = call("train.py", "--data", world / "train.jsonl", "--out", tmp_path / "theirs", "--steps=2", check=False)
-    assert "log.jsonl: not the log of a training run" in failed.stderr and (tmp_path / "theirs" / "log.jsonl").read_text() == '{"level": "info"}\n'
+    for line in ('{"level": "info"}', '{"loss": 2.3, "epoch": 0.1, "step": 10}', '{"step": 10, "loss": 2.3}', "a note", '"step":'):
+        (tmp_path / "theirs" / "log.jsonl").write_text(line + "\n")
+        failed = call("train.py", "--data", world / "train.jsonl", "--out", tmp_path / "theirs", "--steps=2", "--device=cpu", check=False)
+        assert "log.jsonl: not the log of a training run" in failed.stderr and (tmp_path / "theirs" / "log.jsonl").read_text() == line + "\n"
     assert (tmp_path / "file").read_text() == "mine"
 
 
@@ -2455,6 +2608,7 @@ def test_training_refuses_what_cannot_work(world, tmp_path, capsys):
                        (["--global_batch", "1"], "at least 2"), (["--data", tmp_path / "no.jsonl"], "no such file"), (["--rest_of_rationale", "before"], "'inside' or 'after'"),
                        (["--segments=8", "--steps_per_segment=5"], "at most 32"), (["--latent_positions", "rope"], "mrope or cache"), (["--adapter", "moo"], "'moe', 'mlp' or 'none'"), (["--save_every", "0"], "at least 1"), (["--steps=-5"], "above 0"),
                        (["--decay=-1"], "needs shares of the run"), (["--scale=0"], "must be above 0"), (["--workers=16"], "at most 15"), (["--micro_batch=-1"], "at least 1 pair"), (["--fsdp"], "torchrun"), (["--families=image_ret"], "leave it out"),
+                       (["--seed=-1"], "--seed -1: at least 0"), (["--epochs=inf"], "above 0 and finite"), *([] if torch.cuda.is_available() else [(["--device=cuda"], "no CUDA device")]),
                        (["--device=meta"], "--dry_run"), (["--wandb=mine"], "pip install wandb"), (["--keep=-1"], "at least 0"),
                        (["--dtype", "bf16"], "needs 'float32'"), (["--init", tmp_path / "nowhere"], "no such checkpoint"), (["--resume"], "no checkpoint of a run")):
         with pytest.raises((SystemExit, DataError, FileNotFoundError), match=re.escape(why)):
@@ -3337,6 +3491,10 @@ def test_ablations_by_one_command_that_goes_on_where_it_stopped(tmp_path, monkey
     assert timeless(json.loads(file.read_text())["runs"]) == timeless(first["runs"])
     with pytest.raises(DataError, match="another file, or the same flags"):
         train.main([*command, "--lr=1e-3"])
+    for text in ("{", "[]", '{"runs": []}'):
+        (tmp_path / "odd.json").write_text(text)
+        with pytest.raises(DataError, match="odd.json: not a file that --ablations writes"):
+            train.main([*command, "--ablations", str(tmp_path / "odd.json")])
     for extra, why in ((["--data=x.jsonl"], "leave out --data"), (["--seeds=0"], "--seeds 0"), (["--ablations", str(tmp_path / "no" / "a.json")], "folder that exists"), (["--families=image_clss"], "Did you mean 'image_cls'"), (["--dry_run"], "leave out --dry_run")):
         with pytest.raises(DataError, match=why):
             train.main([*command, *extra])

@@ -9,12 +9,12 @@ Writes OUT/checkpoint (for Plume.from_pretrained, eval.py --ckpt and --resume) a
 Ctrl-C finishes the step, writes a checkpoint and stops.
 """
 
-import fcntl
 import importlib
 import importlib.util
 import json
 import math
 import os
+import pickle
 import re
 import secrets
 import shlex
@@ -25,9 +25,14 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, replace
 from unittest import mock
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the data workers are the parallelism
 
@@ -43,8 +48,8 @@ from tqdm import tqdm
 
 from adapter import MAX_STEPS, TransitionAdapter, balance_loss
 from curriculum import Curriculum, Progress
-from data import Batches, DataError, Pairs, Schedule, StepSampler, World, nearest, parse_flags, said, to_device, writing
-from model import LiveBytes, Plume, pick_device, remove_checkpoint, replacing, write_errors
+from data import Batches, DataError, Pairs, Schedule, StepSampler, World, nearest, parse_flags, quote, reason, said, to_device, write_errors, writing
+from model import LiveBytes, Plume, checkpoint_files, pick_device, pointer, remove_checkpoint, replacing
 
 # -------------------------------------------------------------------------------------------------------------- config
 
@@ -125,7 +130,10 @@ PRESETS = {"qwen2vl_2b": dict(init="Qwen/Qwen2-VL-2B-Instruct", freeze_vision="t
 
 # Names in --out: the checkpoint, what --keep keeps of earlier ones, and what a run leaves that is killed while it replaces one.
 CHECKPOINT = re.compile(r"checkpoint(-\d+(\.[0-9a-f]{8})?|\.[0-9a-f]{8}\.old)?")
+ROW = re.compile(rb'\{"step": (\d+), "reached": ')  # of log.jsonl
 LEFT_OVER = re.compile(r"checkpoint\.[0-9a-f]{8}\.(old|writing)|log\.jsonl\.[0-9a-f]{8}\.writing")
+
+STATE = {"step", "ranks", "optimizer", "progress", "config", "kept"}  # of train_state.pt
 
 # do not change the result, but for rounding
 FREE_ON_RESUME = ("resume", "out", "media", "workers", "save_every", "keep", "log_every", "wandb", "device", "checkpointing", "micro_batch",
@@ -282,10 +290,23 @@ def save(cfg, model, weights, state, saved, kept):
     except OSError as e:
         there = f"the checkpoint of step {saved} is still there" if os.path.exists(path) else "there is none yet"
         raise OSError(f"{path}: the checkpoint of step {state['step']} could not be written, {there}: {e}") from e
-    for name in gone:
-        if os.path.isdir(os.path.join(cfg.out, name)):
-            remove_checkpoint(os.path.join(cfg.out, name))
+    for folder in (os.path.join(cfg.out, name) for name in gone):
+        if os.path.isdir(folder):
+            remove_checkpoint(folder, checkpoint_files(folder) | {"chat_template.jinja"} & set(os.listdir(folder)))
     return kept
+
+
+def read_state(folder):
+    """train_state.pt of a checkpoint folder, its tensors mapped from the file."""
+    file = os.path.join(folder, "train_state.pt")
+    try:
+        state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    except (OSError, RuntimeError, ValueError, LookupError, EOFError, pickle.UnpicklingError) as e:
+        raise DataError(f"{file}: not the whole state of a training run: {reason(e)}{pointer(file)}") from e
+    lacking = STATE - state.keys() if isinstance(state, dict) else STATE
+    if lacking:
+        raise DataError(f"{file}: not the state of a training run: it has no {', '.join(sorted(lacking))}")
+    return state
 
 
 def readable(pairs, rows, processor, skip_bad, say):
@@ -363,12 +384,12 @@ def learning_rate(cfg, step, steps):
 
 def check(cfg, world):
     """What can be known to be wrong before anything is loaded -> the curriculum."""
-    there = sorted(f for f in (os.listdir(cfg.out) if os.path.isdir(cfg.out) else ()) if CHECKPOINT.fullmatch(f))
     parent = os.path.abspath(cfg.out)
     while not os.path.exists(parent):
         parent = os.path.dirname(parent)
     needs = [(cfg.dry_run or os.path.isdir(parent) and os.access(parent, os.W_OK | os.X_OK),
-              f"--out {cfg.out!r}: nothing can be written in {parent}; choose another folder"),
+              f"--out {quote(cfg.out)}: nothing can be written in {quote(parent)}; choose another folder"),
+             (cfg.seed >= 0, f"--seed {cfg.seed}: at least 0"),
              (cfg.global_batch >= 2 and cfg.global_batch % world == 0,
               f"--global_batch {cfg.global_batch} must be at least 2 and divisible by the {world} ranks"),
              (cfg.micro_batch >= 0, f"--micro_batch {cfg.micro_batch}: at least 1 pair, or 0 for a rank's whole share of the global batch"),
@@ -379,7 +400,7 @@ def check(cfg, world):
              (cfg.latent_positions in ("mrope", "cache"), f"--latent_positions {cfg.latent_positions!r}: needs mrope or cache"),
              (cfg.segments * cfg.steps_per_segment <= MAX_STEPS,
               f"--segments {cfg.segments} x --steps_per_segment {cfg.steps_per_segment}: at most {MAX_STEPS} latent steps"),
-             (cfg.steps > 0 or cfg.steps == 0 < cfg.epochs, f"--steps {cfg.steps}, --epochs {cfg.epochs}: one of them must be above 0"),
+             (cfg.steps > 0 or cfg.steps == 0 < cfg.epochs < math.inf, f"--steps {cfg.steps}, --epochs {cfg.epochs}: one of them must be above 0 and finite"),
              (min(cfg.save_every, cfg.log_every) >= 1 and min(cfg.workers, cfg.eval_every, cfg.keep) >= 0,
               "--save_every and --log_every must be at least 1, --workers, --eval_every and --keep at least 0"),
              (not cfg.wandb or ((spec := importlib.util.find_spec("wandb")) and spec.origin),
@@ -389,9 +410,7 @@ def check(cfg, world):
              (min(cfg.lr, cfg.scale, cfg.clip) > 0, f"--lr {cfg.lr}, --scale {cfg.scale}, --clip {cfg.clip}: must be above 0 (--clip inf: no clipping)"),
              (0 <= cfg.warmup < 1 and 0 <= cfg.decay <= 1 and cfg.vision_lr >= 0,
               f"--warmup {cfg.warmup}, --decay {cfg.decay}, --vision_lr {cfg.vision_lr}: needs shares of the run, and a share of --lr"),
-             (not (cfg.data and cfg.families), "--families belongs to turtle world: leave it out, or --data"),
-             (cfg.resume or cfg.dry_run or not there,
-              f"{cfg.out} holds {', '.join(there)}: continue with --resume, or choose another --out, or delete it")]
+             (not (cfg.data and cfg.families), "--families belongs to turtle world: leave it out, or --data")]
     for fine, problem in needs:
         if not fine:
             raise DataError(problem)
@@ -402,32 +421,52 @@ def check(cfg, world):
         raise DataError(str(e)) from e
 
 
-def lock(cfg, say):
-    """Makes --out and takes it for this run -> the open file that holds the lock; it goes with the process, however that ends."""
+@contextmanager
+def only_run(cfg, say):
+    """Makes --out and takes it for this run alone.  The lock goes with the process, however that ends."""
+    made, path = not os.path.isdir(cfg.out), os.path.join(cfg.out, ".plume.lock")
     try:
         os.makedirs(cfg.out, exist_ok=True)
-        file = open(os.path.join(cfg.out, ".plume.lock"), "a+")
+        file = open(path, "a+")
     except OSError as e:
-        raise DataError(f"--out {cfg.out!r}: nothing can be written there: {e.strerror}; choose another folder") from e
-    try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError) as e:
-        file.seek(0)
-        raise DataError(f"--out {cfg.out!r}: another run is at work there ({file.read().strip()}); wait for it, or choose another --out") from e
-    except OSError as e:
-        say(f"warning: {cfg.out} cannot be locked ({e.strerror}); see to it that no other run writes there")
-    file.truncate(0)
-    file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-    file.flush()
-    if left := sorted(f for f in os.listdir(cfg.out) if LEFT_OVER.fullmatch(f)):
+        raise DataError(f"--out {quote(cfg.out)}: nothing can be written there: {reason(e)}; choose another folder") from e
+    with file:
+        try:
+            if fcntl:
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError) as e:
+            file.seek(0)
+            raise DataError(f"--out {quote(cfg.out)}: another run is at work there ({file.read().strip()[:200]}); wait for it, or choose another --out") from e
+        except OSError as e:
+            say(f"warning: {cfg.out} cannot be locked ({reason(e)}); see to it that no other run writes there")
+        with write_errors(path):
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+            file.flush()
+        try:
+            untouched(cfg, say)
+            yield
+        finally:
+            if made and os.listdir(cfg.out) == [".plume.lock"]:  # nothing was written
+                with suppress(OSError):
+                    os.remove(path)
+                    os.rmdir(cfg.out)
+
+
+def untouched(cfg, say):
+    """Raises DataError for an --out with something in it that this run would write over; names what a killed one left there."""
+    names = sorted(os.listdir(cfg.out))
+    if left := [name for name in names if LEFT_OVER.fullmatch(name)]:
         say(f"{cfg.out} holds what a killed run left behind, and you may delete it when nobody needs it: {', '.join(left)}")
-    path = os.path.join(cfg.out, "log.jsonl")
-    if os.path.exists(path):
-        with open(path, errors="replace") as f:
-            ours = '"step":' in f.readline() or not os.path.getsize(path)
-        if not ours:
-            raise DataError(f"{path}: not the log of a training run, and it would be written over; choose another --out")
-    return file
+    if cfg.resume:
+        return
+    if there := [name for name in names if CHECKPOINT.fullmatch(name)]:
+        raise DataError(f"{cfg.out} holds {', '.join(there)}: continue with --resume, or choose another --out, or delete it")
+    if "log.jsonl" in names:
+        with open(os.path.join(cfg.out, "log.jsonl"), "rb") as f:
+            line = f.readline()
+        if line and not ROW.match(line):
+            raise DataError(f"{cfg.out}/log.jsonl: not the log of a training run, and it would be written over; choose another --out")
 
 
 def room(cfg, model, trained):
@@ -435,7 +474,7 @@ def room(cfg, model, trained):
     weights, moments = 4 * sum(p.numel() for p in model.parameters()), 8 * sum(p.numel() for p in trained)
     needed, free = weights + moments, shutil.disk_usage(cfg.out).free
     if needed > free:
-        raise DataError(f"--out {cfg.out!r}: a checkpoint takes {needed / 1e9:.2f} GB, and {free / 1e9:.2f} GB are free; a new one is complete before "
+        raise DataError(f"--out {quote(cfg.out)}: a checkpoint takes {needed / 1e9:.2f} GB, and {free / 1e9:.2f} GB are free; a new one is complete before "
                         "the one in its place is removed. Make room, or choose another --out")
 
 
@@ -468,6 +507,11 @@ def main(argv):
     curriculum = check(cfg, world)
     if cfg.resume:
         checkpoint_in(cfg.out)
+    with only_run(cfg, say) if rank == 0 and not cfg.dry_run else nullcontext():
+        return train(cfg, given, argv, curriculum, device, dtype, world, rank, say)
+
+
+def train(cfg, given, argv, curriculum, device, dtype, world, rank, say):
     torch.manual_seed(cfg.seed)
 
     # data and curriculum
@@ -483,7 +527,6 @@ def main(argv):
         dist.all_gather_object(seen := [None] * world, (len(pairs), pairs.digest))
         if different := [f"rank {r}: {n} pairs, {h}" for r, (n, h) in enumerate(seen) if (n, h) != seen[0]]:
             raise DataError(f"--data {cfg.data!r} is not the same file everywhere: rank 0: {seen[0][0]} pairs, {seen[0][1]}; {'; '.join(different[:4])}")
-    taken = lock(cfg, say) if rank == 0 and not cfg.dry_run else None
 
     # model and optimizer
     model = build_model(cfg, given, pairs, device)
@@ -495,10 +538,10 @@ def main(argv):
     optimizer = torch.optim.AdamW(parameter_groups(model, cfg.weight_decay, cfg.vision_lr), lr=cfg.lr, betas=(0.9, 0.95), fused=True)
     config = dict(asdict(cfg), pairs=pairs.digest)
     start, kept, progress = 0, [], Progress(curriculum, steps, cfg.seed)
-    if taken:
+    if rank == 0 and not cfg.dry_run:
         room(cfg, model, trained)
     if cfg.resume:
-        state = torch.load(os.path.join(checkpoint_in(cfg.out), "train_state.pt"), map_location="cpu", weights_only=True, mmap=True)
+        state = read_state(checkpoint_in(cfg.out))
         check_resume(state["config"], config)
         load_optimizer_state(optimizer, state["optimizer"])
         if state["ranks"] != world:
@@ -553,7 +596,7 @@ def main(argv):
                       cut=batch["cut"], bad=len(batch["bad"]), stop=stop.asked > 0)
         metrics = reduce_mean(dict(parts, norm=norm, **{k: world * float(n) for k, n in counts.items()}), device)
         if not math.isfinite(metrics["loss"] + metrics["norm"]):
-            raise DataError(f"step {step}, data set {batch['dataset']!r}: loss {metrics['loss']}, gradient norm {metrics['norm']}. Nothing was "
+            raise DataError(f"step {step}, data set {quote(batch['dataset'])}: loss {metrics['loss']}, gradient norm {metrics['norm']}. Nothing was "
                             f"written since {f'step {saved}' if saved else 'the start'}; lower --lr, or look at this data set's records")
         if metrics.pop("firsts"):
             progress.observe(step, metrics["first"])
@@ -705,8 +748,12 @@ def ablate(cfg, given):
     results = dict(config=base, settings={name: flags for name, (flags, _) in ABLATIONS.items()}, cores=os.cpu_count(),
                    torch=torch.__version__, runs=[])
     if os.path.exists(cfg.ablations):
-        with open(cfg.ablations) as f:
-            then = json.load(f)
+        try:
+            with open(cfg.ablations) as f:
+                then = json.load(f)
+            then["config"], then["settings"], then["runs"]
+        except (ValueError, LookupError, TypeError) as e:
+            raise DataError(f"{cfg.ablations}: not a file that --ablations writes: {reason(e)}; choose another name") from e
         if changed := [k for k in ("config", "settings") if then[k] != results[k]]:
             raise DataError(f"{cfg.ablations} holds runs of another {changed[0]} ({then[changed[0]]}); choose another file, or the same flags")
         results = then
@@ -773,10 +820,9 @@ def open_log(cfg, start):
     """log.jsonl, without rows of steps that a resumed run does again."""
     path, rows = os.path.join(cfg.out, "log.jsonl"), []
     if cfg.resume and os.path.exists(path):
-        with open(path) as f:
-            number = re.compile(r'\{"step": (\d+),')
-            rows = [line for line in f if line.endswith("\n") and not ((m := number.match(line)) and int(m[1]) >= start)]
-    with writing(path) as f:
+        with open(path, "rb") as f:
+            rows = [line for line in f if line.endswith(b"\n") and not ((row := ROW.match(line)) and int(row[1]) >= start)]
+    with writing(path, "wb") as f:
         f.writelines(rows)
     return open(path, "a")
 
