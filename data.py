@@ -105,7 +105,7 @@ def write_errors(file):
 
 @contextlib.contextmanager
 def writing(path, mode="w"):
-    """A new file that becomes `path` when the block ends well.  Its name is this call's own: nothing else is overwritten."""
+    """A new file that becomes `path` when the block ends well.  Its name is this call's own: nothing else is lost."""
     path = os.path.realpath(path)
     if os.path.exists(path) and not os.path.isfile(path):  # /dev/stdout
         with open(path, mode) as f:
@@ -133,7 +133,7 @@ Image.init()
 IMAGE_FORMATS = [f for f in ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF") if f in Image.OPEN]  # others can start programs (EPS)
 IMAGE_SUFFIXES = tuple(suffix for suffix, name in Image.registered_extensions().items() if name in IMAGE_FORMATS)
 PICTURE = (Image.Image, np.ndarray, bytes, bytearray, memoryview, io.IOBase)  # what a picture may be, besides a path
-VIDEO_SUFFIXES = (".mp4", ".mkv", ".webm", ".mov", ".avi", ".m4v", ".mpg", ".mpeg")  # only for a hint; any file may be a clip
+VIDEO_SUFFIXES = (".mp4", ".mkv", ".webm", ".mov", ".avi", ".m4v", ".mpg", ".mpeg")  # for a hint; any file may be a clip
 VIDEO_OPTIONS = {"protocol_whitelist": "file",  # a playlist must not open other files or addresses
                  "format_whitelist": "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,gif,mpeg,mpegts,mpegvideo,flv,asf,ogg,h264,hevc,ivf,y4m"}
 
@@ -164,7 +164,8 @@ def as_image(source):
         raise DataError(f"needs a path, Pillow image, array, bytes or open file, got {type(source).__name__}")
     if isinstance(source, np.ndarray):
         if source.dtype != np.uint8 or source.ndim != 3 or source.shape[2] not in (3, 4) or not source.size:
-            raise DataError(f"an array of {source.dtype} with the shape {source.shape}; a picture is uint8, (height, width, 3 or 4)")
+            raise DataError(f"an array of {source.dtype} with the shape {source.shape}; a picture is uint8, (height, "
+                            "width, 3 or 4)")
         return Image.fromarray(source)
     if isinstance(source, io.IOBase):
         with LOADING:  # the same file may be given twice
@@ -258,8 +259,8 @@ def decode_frames(source, count):
         if width * height > MAX_PIXELS:
             raise DataError(f"frames of {width}x{height} pixels, the limit is {MAX_PIXELS:,}")
         shape = display_size(width, height, stream.sample_aspect_ratio)
-        # first pass, headers only: when is each frame shown?  What is in front of the first key frame, in the file or on the
-        # screen, hangs on frames that are not there.  (Empty packets flush; discarded ones are decoded and never shown.)
+        # First pass, headers only: when is each frame shown?  What is in front of the first key frame, in the file or
+        # on the screen, hangs on frames that are not there.  (Empty packets flush; discarded ones are never shown.)
         packets = [(p.pts, p.duration or 0, p.is_keyframe, p.is_discard) for p in container.demux(stream) if p.size]
         first = next((n for n, (_, _, key, _) in enumerate(packets) if key), 0)
         start = packets[first][0] if packets else None
@@ -283,7 +284,7 @@ def decode_frames(source, count):
         return to_rgb(image.rotate(frame.rotation, expand=True))  # phones store frames sideways
 
     with av.open(source, options=VIDEO_OPTIONS) as container:
-        encoded = (p for p in container.demux(container.streams[index]) if p.size or p.dts is None)  # the last one flushes
+        encoded = (p for p in container.demux(container.streams[index]) if p.size or p.dts is None)  # the last flushes
         decoded = (frame for packet in itertools.islice(encoded, first, None) for frame in packet.decode())
         for i, frame in enumerate(decoded):
             stamp = frame.pts if timed and frame.pts is not None else i
@@ -306,7 +307,8 @@ def display_size(width, height, aspect):
     """Size at which stored frames are shown.  aspect: of one pixel, width : height, or None; the smaller side grows."""
     aspect = float(aspect or 1)
     if not 1 / 200 < aspect < 200 or width * height * max(aspect, 1 / aspect) > MAX_PIXELS:
-        raise DataError(f"frames of {width}x{height} pixels, each {aspect:g} times as wide as it is high: too large when shown")
+        raise DataError(f"frames of {width}x{height} pixels, each {aspect:g} times as wide as it is high: too large when "
+                        "shown")
     return (round(width * aspect), height) if aspect >= 1 else (width, round(height / aspect))
 
 
@@ -417,10 +419,11 @@ def parse_side(raw, root, where):
 
 
 def place(text, media, root, where, disc=False):
-    """Text with markers -> parts: each <image>, <video> takes the next of its kind in media; disc: <disc_emb> is one too.
+    """Text with markers -> parts: each <image>, <video> takes the next of its kind in media.
 
-    A line break directly behind a medium's marker belongs to the marker: published records have one there, an item that
-    is {"image", "text"} has none, and both give the same parts.  In front of <disc_emb> it is the prompt's.
+    disc: <disc_emb> is a marker, too.  A line break directly behind a medium's marker belongs to the marker: published
+    records have one there, an item that is {"image", "text"} has none, and both give the same parts.  In front of
+    <disc_emb> it is the prompt's.
     """
     kinds = "|".join(media)
     text = re.sub(rf"(<(?:{kinds})>)\r?\n(?!<disc_emb>)", r"\1", text)
@@ -462,9 +465,9 @@ def parse_target(text, where):
 def parse_item(item, root="", where="item"):
     """An item to embed -> Side.  item: a string, a picture, or {"text"?, "image"?, "video"?}.
 
-    image: a path, Pillow image, array (height, width, 3 or 4) of uint8, the bytes of a file or an open file, or a list of
-    these; video: a path, a folder of frames, or a list of frames, each as an image.  A bare Pillow image, Path or array is
-    a picture.  Media stand in front of the text, unless the text says where with one <image> (<video>) for each.
+    image: a path, Pillow image, array (height, width, 3 or 4) of uint8, the bytes of a file or an open file, or a list
+    of these; video: a path, a folder of frames, or a list of frames, each as an image.  A bare Pillow image, Path or
+    array is a picture.  Media stand in front of the text, unless the text says where with one <image> (<video>) for each.
     """
     if isinstance(item, (Image.Image, np.ndarray, os.PathLike)):
         item = {"image": item}
@@ -641,7 +644,8 @@ PLUME_TOKENS = ("<gen_emb>", "<disc_emb>", "<bot>", "<eot>", "<ct>")  # <ct> is 
 # The chat template: everything that stands around an item.  A checkpoint carries its own in the `plume` block.
 TEMPLATE = dict(
     system="You are a helpful assistant.",
-    turns="<|im_start|>system\n{system}<|im_end|>\n<|im_start|>user\n{item}<|im_end|>\n<|im_start|>assistant\n<think><bot>",
+    turns="<|im_start|>system\n{system}<|im_end|>\n<|im_start|>user\n{item}<|im_end|>\n"
+          "<|im_start|>assistant\n<think><bot>",
     anchor="\n<disc_emb>\n{prompt}",  # ends the item, unless a record writes <disc_emb> itself; the prompt follows it
     closing="</think>\n",  # between <eot> and <gen_emb>, which end the thought and the whole
     answer="<answer>{answer}</answer>\n",  # behind the closing, as long as the curriculum writes it
@@ -651,7 +655,8 @@ NEEDED = dict(turns=("{item}", "<bot>"), anchor=("<disc_emb>",), answer=("{answe
 
 def fixed_strings(template):
     """What a template writes around every item, between special tokens and places that are filled in."""
-    text = template["turns"].replace("{system}", template["system"]) + "{}" + template["closing"] + "{}" + template["answer"]
+    turns = template["turns"].replace("{system}", template["system"])
+    text = "{}".join([turns, template["closing"], template["answer"]])
     return [piece for piece in re.split(r"<\|\w+\|>|<bot>|\{\w*\}", text) if piece.strip()]
 
 
@@ -683,9 +688,8 @@ class Limits:
     max_len: int = 8192  # tokens in one sequence: prefix and suffix, in training also the latent steps
 
     def __post_init__(self):
-        token = (PATCH * MERGE) ** 2
-        for name, least in dict(min_pixels=1, max_pixels=token, video_min_pixels=1, video_max_pixels=token, num_frames=1, max_len=1).items():
-            value = vars(self)[name]
+        for name, value in vars(self).items():
+            least = (PATCH * MERGE) ** 2 if name in ("max_pixels", "video_max_pixels") else 1  # one token
             if type(value) is not int or value < least:
                 raise DataError(f"{name} {quote(value)}: needs a whole number of at least {least}")
         for low, high in (("min_pixels", "max_pixels"), ("video_min_pixels", "video_max_pixels")):
@@ -703,15 +707,19 @@ class Processor:
             if wrong := [piece for piece in needed if template[name].count(piece) != 1]:
                 raise DataError(f"the template's {name!r} must have {wrong[0]!r} once, it is {quote(template[name])}")
         if not template["turns"].endswith("<bot>"):
-            raise DataError(f"the template's 'turns' must end in '<bot>', where the thought begins: {quote(template['turns'])}")
-        self.before, self.behind = (part.replace("{system}", template["system"]) for part in template["turns"].split("{item}"))
+            raise DataError("the template's 'turns' must end in '<bot>', where the thought begins: "
+                            + quote(template["turns"]))
+        before, behind = template["turns"].split("{item}")
+        self.before = before.replace("{system}", template["system"])
+        self.behind = behind.replace("{system}", template["system"])
         # a copy that reads special tokens in a user's text as plain characters; ours are added by id
         self.backend = tokenizers.Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
         self.backend.encode_special_tokens = True
         self.known = {}
         self.id = {t: self.backend.token_to_id(t) for t in QWEN_TOKENS + PLUME_TOKENS}
         if missing := [t for t, i in self.id.items() if i is None]:
-            raise DataError(f"the tokenizer has no {' '.join(missing)}; PLUME needs all of {' '.join(QWEN_TOKENS + PLUME_TOKENS)}")
+            needed = " ".join(QWEN_TOKENS + PLUME_TOKENS)
+            raise DataError(f"the tokenizer has no {' '.join(missing)}; PLUME needs all of {needed}")
 
     def __reduce__(self):  # the copy's setting does not survive pickling to a worker: make it anew there
         return Processor, (self.tokenizer, self.prompt, self.limits, self.white_image, self.template)
@@ -744,8 +752,8 @@ class Processor:
     def render(self, side, stage=None, curriculum=None):
         """The one prompt of training, evaluation and `encode`: a Side -> ids, positions, pixels, suffix.
 
-        Without a stage the suffix is inference's, <eot>, the template's closing, <gen_emb>.  With one, it is the curriculum's text for
-        that stage; a rationale too long for `max_len` loses its end (counted in "cut"), and nothing else ever does.
+        Without a stage the suffix is inference's: <eot>, the template's closing, <gen_emb>.  With one, it is the
+        curriculum's text for that stage; a rationale too long for `max_len` loses its end (counted in "cut"), and nothing else ever does.
         Raises DataError when question and media alone are too long, or a medium cannot be read.
         """
         t, parts = self.id, list(side.parts)
@@ -1020,7 +1028,8 @@ def read_task(root, name):
         raise DataError(f"{path}: it judges none of the queries")
     ids = list(query_row)
     about = dict(not_judged=len(queries) - len(kept))
-    return Task(name, [queries[row] for row in kept], corpus, relevant, candidates, [ids[row] for row in kept], about=about)
+    queries, ids = [queries[row] for row in kept], [ids[row] for row in kept]
+    return Task(name, queries, corpus, relevant, candidates, ids, about=about)
 
 
 def read_qrels(path, query_row, corpus_row):
@@ -1029,17 +1038,21 @@ def read_qrels(path, query_row, corpus_row):
     with open(path, encoding="utf-8-sig", errors="replace") as f:
         columns = [cell.strip().lower().replace("_", "-") for cell in f.readline().split("\t")]
         if sorted(columns) != sorted(needed):
-            raise DataError(f"{path}: line 1 must be a header with the columns {', '.join(needed)}, got {quote(columns)}")
+            raise DataError(f"{path}: line 1 must be a header with the columns {', '.join(needed)}, got "
+                            + quote(columns))
         for n, line in enumerate(f, 2):
             if not line.strip():
                 continue
             cells = dict(zip(columns, line.rstrip("\r\n").split("\t")))
             query, doc, gain = (cells.get(name, "") for name in needed)
-            if line.count("\t") != 2 or query not in query_row or doc not in corpus_row or not re.fullmatch(r"-?\d+", gain):
-                raise DataError(f"{path}: line {n}: needs a known query id, a known corpus id and a whole-number score, got {quote(cells)}")
+            known = query in query_row and doc in corpus_row and line.count("\t") == 2
+            if not known or not re.fullmatch(r"-?\d+", gain):
+                raise DataError(f"{path}: line {n}: needs a known query id, a known corpus id and a whole-number score, got "
+                                + quote(cells))
             gains = judged.setdefault(query_row[query], {})
             if gains.setdefault(corpus_row[doc], int(gain)) != int(gain):
-                raise DataError(f"{path}: line {n}: {quote(query)}, {quote(doc)} was judged {gains[corpus_row[doc]]} before")
+                before = gains[corpus_row[doc]]
+                raise DataError(f"{path}: line {n}: {quote(query)}, {quote(doc)} was judged {before} before")
     return judged
 
 
@@ -1092,12 +1105,16 @@ def image_texts(tree, row):
 
 
 def pictures(row, name):
-    """The candidates of a row: pictures, with captions when the first has one.  name: makes one of path and caption; the first to bear it counts."""
+    """The candidates of a row: pictures, with captions when the first has one.
+
+    name: makes one of path and caption; the first to bear it counts.
+    """
     named, paths, instruction = {}, row.texts("tgt_img_path"), row["tgt_inst"] or ""
     captions = [caption or "" for caption in row["tgt_text"] or [""] * len(paths)]
     captioned = bool(captions and captions[0].strip())
     for path, caption in zip(paths, captions, strict=True):
-        named.setdefault(name(path, caption), (say_of_picture(instruction, caption if captioned else ""), "image", path))
+        text = say_of_picture(instruction, caption if captioned else "")
+        named.setdefault(name(path, caption), (text, "image", path))
     return named, [*named][:1]
 
 
@@ -1106,7 +1123,8 @@ def image_pictures(tree, row):
 
 
 def image_pairs(tree, row):  # several captions may share a picture
-    return (image_query(row), "image", row["qry_img_path"]), *pictures(row, lambda path, caption: f"{path}:{caption.strip(QUOTE)}")
+    candidates = pictures(row, lambda path, caption: f"{path}:{caption.strip(QUOTE)}")
+    return (image_query(row), "image", row["qry_img_path"]), *candidates
 
 
 def video_classes(tree, row):  # the corpus is the list of classes
@@ -1137,7 +1155,8 @@ def lettered(texts):
     return [f"({chr(65 + i)}) {text}" for i, text in enumerate(texts)]
 
 
-def unlettered(texts):  # "A. a text." -> "a text"; as in VLM2Vec, of a text without ". " only the last character stays
+def unlettered(texts):
+    """"A. a text." -> "a text"; as in VLM2Vec, of a text without ". " only the last character stays."""
     return [t[t.find(". ") :].strip(". ") for t in texts]
 
 
@@ -1466,7 +1485,8 @@ class Tree:
             files = {}
             for where, name in names:
                 if (other := files.setdefault(self.page_file(name), name)) != name:
-                    raise DataError(f"{where}: the pages {quote(other)} and {quote(name)} have one file name, {quote(self.page_file(name))}; rename one in corpus and qrels")
+                    raise DataError(f"{where}: the pages {quote(other)} and {quote(name)} have one file name, "
+                                    f"{quote(self.page_file(name))}; rename one in corpus and qrels")
             # pages of a data set that has versions are those of its rows: an archive does not say which version it has
             trusted = [p for p in self.places if p == self.own or not self.task.versions]
             missing = files.keys() - {n for place in trusted for n in os.listdir(place)}

@@ -610,7 +610,8 @@ def one_by_one(model, batch, steps):
     pos = int(batch["positions"].max()) + 1 if model.settings["latent_positions"] == "mrope" else batch["ids"].shape[1]
     inner.rope_deltas = None
     cache = DynamicCache(config=lm.config)
-    h = inner(**as_transformers(model, batch), position_ids=batch["positions"], past_key_values=cache, use_cache=True).last_hidden_state[0]
+    inputs = dict(as_transformers(model, batch), position_ids=batch["positions"])
+    h = inner(**inputs, past_key_values=cache, use_cache=True).last_hidden_state[0]
     run = lambda x, start: lm(inputs_embeds=x, past_key_values=cache, use_cache=True, position_ids=torch.arange(
         start, start + x.shape[1], device=x.device).expand(3, 1, -1)).last_hidden_state[0]
     anchor, z = h[batch["disc"]], h[-1:]
@@ -911,8 +912,10 @@ def main(argv):
     if not os.path.exists(cfg.ckpt) and cfg.ckpt == Config.ckpt:
         raise DataError(f"{cfg.ckpt}: no checkpoint there yet; train one with: python train.py, or name one with --ckpt")
     device = f"cuda:{local}" if world > 1 and cfg.device in ("", "cuda") and torch.cuda.is_available() else cfg.device
-    as_released = {k: RELEASED[k] for k in ("latent_positions", "white_image", "prompt", "template")} if released else {}
-    as_released |= {"limits": RELEASED["limits"] | {"num_frames": 64}} if released else {}  # all frames that the readers give
+    as_released = {}
+    if released:
+        as_released = {k: RELEASED[k] for k in ("latent_positions", "white_image", "prompt", "template")}
+        as_released["limits"] = RELEASED["limits"] | {"num_frames": 64}  # all frames that the readers give
     model, begun = Plume.from_pretrained(cfg.ckpt, device or None, cfg.dtype or None, **as_released), time.time()
     if published:
         make = lambda name: read_published(cfg.data, name.split("/")[1], released, cfg.skip_bad)

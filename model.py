@@ -13,6 +13,7 @@ import itertools
 import json
 import operator
 import os
+import re
 import secrets
 import shutil
 import time
@@ -39,9 +40,10 @@ from transformers.utils import logging as transformers_logging
 from transformers.vision_utils import get_vision_position_ids
 
 from adapter import MAX_STEPS, TransitionAdapter, from_released, to_released
-from data import (IMAGE_SUFFIXES, MERGE, PATCH, PLUME_TOKENS, TEMPLATE, TEMPORAL, VIDEO_SUFFIXES, DataError, Limits, Processor, Side,
-                  collate, fixed_strings, nearest, only_keys, parse_item, parse_json, quote, reason, to_device, train_tokenizer,
-                  write_errors)
+from data import (
+    IMAGE_SUFFIXES, MERGE, PATCH, PLUME_TOKENS, TEMPLATE, TEMPORAL, VIDEO_SUFFIXES, DataError, Limits, Processor, Side,
+    collate, fixed_strings, nearest, only_keys, parse_item, parse_json, quote, reason, to_device, train_tokenizer,
+    write_errors)
 from latent import Prefix, at, at_least_float32, greedy, rollout, single_pass
 
 RELEASED_PROMPT = (
@@ -49,19 +51,25 @@ RELEASED_PROMPT = (
     "thinking process in <think> </think> tags and then summarize the entire input in a word or sentence. Finally, use "
     "the <gen_emb> tag to represent the entire input.")
 RELEASED_ADAPTER, OUR_ADAPTER = "latent_moe_transition.", "adapter."  # their names in the safetensors
-FORMAT = 2  # of a checkpoint.  In format 1 a line break stood behind pictures and clips: the same weights embedded otherwise
+FORMAT = 2  # of a checkpoint.  In format 1 a line break stood behind pictures and clips: other vectors
 MODES = ("latent", "single", "cot")
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
-FILES = ("config.json", WEIGHTS, "preprocessor_config.json", "tokenizer.json", "tokenizer_config.json", "train_state.pt")  # of a checkpoint of ours
+# What transformers raises for a configuration that makes no sense
+CONFIG_ERRORS = (OSError, ValueError, TypeError, LookupError, RuntimeError, AttributeError, ArithmeticError,
+                 StrictDataclassError)
+# What a checkpoint of ours consists of
+FILES = ("config.json", WEIGHTS, "preprocessor_config.json", "tokenizer.json", "tokenizer_config.json", "train_state.pt")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 SPECIAL_IDS = dict(image_token_id="image_pad", video_token_id="video_pad", vision_start_token_id="vision_start", vision_end_token_id="vision_end")
 
-# What a checkpoint says about itself; `limits` is data.Limits, `adapter` TransitionAdapter's keywords, `template` data.TEMPLATE.
+# What a checkpoint says about itself: `limits` is data.Limits, `template` data.TEMPLATE, `adapter` TransitionAdapter's
+# keywords.
 ADAPTER = dict(kind="moe", experts=4, top_k=2, shared_expert=True, anchor=True, step_embedding=True, router_bias=False)
-DEFAULTS = dict(latent_steps=8, latent_positions="mrope", prompt=RELEASED_PROMPT, white_image=False, template=TEMPLATE, adapter=ADAPTER,
-                limits=asdict(Limits()))
+DEFAULTS = dict(latent_steps=8, latent_positions="mrope", prompt=RELEASED_PROMPT, white_image=False,
+                template=TEMPLATE, adapter=ADAPTER, limits=asdict(Limits()))
 # What the released layout implies and does not say; the pixels and tokens of its evaluation.
-RELEASED = dict(DEFAULTS, latent_positions="cache", white_image=True, limits=asdict(Limits(min_pixels=784, max_pixels=2359296, max_len=11288)))
+RELEASED = dict(DEFAULTS, latent_positions="cache", white_image=True,
+                limits=asdict(Limits(min_pixels=784, max_pixels=2359296, max_len=11288)))
 
 # Shapes of models with new random weights.  tiny: 1.5 million parameters, plus 128 for each token; a laptop trains it.
 # Qwen2-VL's own 0.02 as the standard deviation of new weights is made for a width of 1536: here pictures would not be read
@@ -97,22 +105,26 @@ class Plume(nn.Module):
         self.settings = checked(settings, DEFAULTS, "settings (the plume block of config.json)")
         text, vision = backbone.config.text_config, backbone.config.vision_config
         sizes = vision.patch_size, vision.spatial_merge_size, vision.temporal_patch_size
-        rope = text.rope_parameters or {}
-        axes, half = rope.get("mrope_section"), text.hidden_size // text.num_attention_heads // 2
-        three_axes = isinstance(axes, list) and [type(n) for n in axes] == [int] * 3 and min(axes) >= 0 and sum(axes) == half
-        if sizes != (PATCH, MERGE, TEMPORAL) or rope.get("rope_type") != "default" or not three_axes or text.use_sliding_window:
-            raise DataError(f"this backbone is not a plain Qwen2-VL: needs patch size 14, merge 2, temporal patch 2, default rotary "
-                            f"embedding with an mrope_section of 3 numbers that sum to {half}, no sliding window; has {sizes}, {quote(rope)}")
+        rope, half = text.rope_parameters or {}, text.hidden_size // text.num_attention_heads // 2
+        axes = rope.get("mrope_section")
+        known = isinstance(axes, list) and [type(n) for n in axes] == [int] * 3 and min(axes) >= 0 and sum(axes) == half
+        known = known and rope.get("rope_type") == "default" and not text.use_sliding_window
+        if sizes != (PATCH, MERGE, TEMPORAL) or not known:
+            raise DataError(
+                "this backbone is not a plain Qwen2-VL: needs patch size 14, merge 2, temporal patch 2, default rotary "
+                f"embedding with an mrope_section of 3 numbers that sum to {half}, no sliding window; has {sizes}, "
+                f"{quote(rope)}")
         self.backbone = backbone
         if not 0 <= self.settings["latent_steps"] <= MAX_STEPS or self.settings["latent_positions"] not in ("mrope", "cache"):
-            raise DataError(f"latent_steps {self.settings['latent_steps']}, latent_positions {quote(self.settings['latent_positions'])}: "
-                            f"needs 0..{MAX_STEPS}, 'mrope' or 'cache'")
+            raise DataError(f"latent_steps {self.settings['latent_steps']}, latent_positions "
+                            f"{quote(self.settings['latent_positions'])}: needs 0..{MAX_STEPS}, 'mrope' or 'cache'")
         limits = Limits(**self.settings["limits"])
         try:
             self.adapter = TransitionAdapter(text.hidden_size, **self.settings["adapter"])
         except (ValueError, RuntimeError) as e:
             raise DataError(f"settings: adapter: {reason(e)}") from e
-        self.processor = Processor(tokenizer, self.settings["prompt"], limits, self.settings["white_image"], self.settings["template"])
+        self.processor = Processor(tokenizer, self.settings["prompt"], limits, self.settings["white_image"],
+                                   self.settings["template"])
         self.checkpointing = False  # activation checkpointing around every decoder layer
         self.graphs = None  # latent.Graphs(): what comes behind the prefix is replayed as CUDA graphs in `encode`
 
@@ -172,7 +184,8 @@ class Plume(nn.Module):
         r = rollout(self.lm, self.adapter, prefix, steps, self.lm.embed_tokens(batch["suffix"]), rule, graphs=self.graphs)
         return unit(at(r.suffix, batch["gen"])), none
 
-    def encode(self, items, mode="latent", steps=None, batch_size=16, progress=False, limit=512, took=None, workers=4, bad=None):
+    def encode(self, items, mode="latent", steps=None, batch_size=16, progress=False, limit=512, took=None,
+               workers=4, bad=None):
         """Embed items -> float32 array (N, D), unit rows, in the order in which `items` gives them.
 
         items: a list, or anything else that can be iterated, of strings, pictures or {"text"?, "image"?, "video"?}; see
@@ -184,9 +197,11 @@ class Plume(nn.Module):
         such item raises DataError, which names it.  An embedding that is not finite is always a DataError.
         """
         none = np.empty((0, self.lm.config.hidden_size), np.float32)
-        return np.concatenate([none, *self.encoding(items, mode, steps, batch_size, progress, limit, took, workers, bad=bad)])
+        windows = self.encoding(items, mode, steps, batch_size, progress, limit, took, workers, bad=bad)
+        return np.concatenate([none, *windows])
 
-    def encoding(self, items, mode="latent", steps=None, batch_size=16, progress=False, limit=512, took=None, workers=4, sort=True, bad=None):
+    def encoding(self, items, mode="latent", steps=None, batch_size=16, progress=False, limit=512, took=None,
+                 workers=4, sort=True, bad=None):
         """`encode` in windows of 8 batches: yields the embeddings of the next items as an array.
 
         sort: the rows of a window are batched by length; False: batches are neighbours as given.
@@ -211,10 +226,11 @@ class Plume(nn.Module):
         def window():
             return [pool.submit(read, i, item) for i, item in itertools.islice(numbered, size)]
 
-        size = 8 * batch_size  # items of a window: sorted by length, a batch has little padding; the media of two windows are in memory
+        # Items of a window: sorted by length, a batch has little padding.  The media of two windows are in memory.
+        size = 8 * batch_size
         was_training, pool = self.training, ThreadPoolExecutor(workers)
-        bar = tqdm(total=total, desc=progress if isinstance(progress, str) else f"encode ({mode})",
-                   unit="item", disable=not progress)
+        label = progress if isinstance(progress, str) else f"encode ({mode})"
+        bar = tqdm(total=total, desc=label, unit="item", disable=not progress)
         self.eval()
         try:
             ahead = window()
@@ -255,10 +271,13 @@ class Plume(nn.Module):
         if len(wrong) > 10:
             names += f" and {len(wrong) - 10} more"
         dtype = self.lm.norm.weight.dtype
-        why = "the weights are finite, so it is something in these items" if dtype == torch.float32 else f"the weights are finite; it was computed in {dtype}, try float32"
         broken = [name for name, p in self.named_parameters() if not p.isfinite().all()]
         if broken:
             why = f"the weights are not finite either ({len(broken)} tensors, the first {broken[0]}): the checkpoint is broken"
+        elif dtype == torch.float32:
+            why = "the weights are finite, so it is something in these items"
+        else:
+            why = f"the weights are finite; it was computed in {dtype}, try float32"
         raise DataError(f"{names}: the embedding is not finite; {why}")
 
     # ------------------------------------------------------------------------------------------------- making, loading
@@ -293,26 +312,28 @@ class Plume(nn.Module):
             try:
                 path = huggingface_hub.snapshot_download(path, allow_patterns=["*.json", "*.safetensors", "*.txt"])
             except (OSError, ValueError) as e:  # no such name, or no network
-                raise FileNotFoundError(f"{quote(path)}: no such checkpoint folder, and the Hugging Face hub says: {reason(e)}") from e
+                raise FileNotFoundError(
+                    f"{quote(path)}: no such checkpoint folder, and the Hugging Face hub says: {reason(e)}") from e
         if not os.path.exists(os.path.join(path, "config.json")):
             raise FileNotFoundError(f"{path!r}: no config.json in this folder; a checkpoint has config.json, *.safetensors and a tokenizer")
         device, dtype = pick_device(device, dtype)
         raw = read_json(os.path.join(path, "config.json"))
         if raw.get("model_type") != "qwen2_vl":
-            raise DataError(f"{path}: config.json: model_type {quote(raw.get('model_type'))}; PLUME builds on 'qwen2_vl'")
+            there = quote(raw.get("model_type"))
+            raise DataError(f"{path}: config.json: model_type {there}; PLUME builds on 'qwen2_vl'")
         tensors, block = read_weights(path), raw.get("plume")
         if block is None and any(name.startswith(OUR_ADAPTER) for name in tensors):
-            raise DataError(f"{path}: config.json has no 'plume' block, which says how these weights were trained; take config.json from the "
-                            "checkpoint that train.py or save_pretrained wrote")
+            raise DataError(f"{path}: config.json has no 'plume' block, which says how these weights were trained; take "
+                            "config.json from the checkpoint that train.py or save_pretrained wrote")
         prefix = RELEASED_ADAPTER if block is None else OUR_ADAPTER
         adapter = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
         rest = {k: v for k, v in tensors.items() if not k.startswith(prefix)}
         try:
             config = Qwen2VLConfig.from_pretrained(path)
             fits_in_memory(config, rest)
-            backbone, info = quietly(Qwen2VLForConditionalGeneration.from_pretrained, None, config=config, state_dict=rest, dtype=dtype,
-                                     output_loading_info=True, ignore_mismatched_sizes=True)
-        except (OSError, ValueError, TypeError, LookupError, RuntimeError, AttributeError, ArithmeticError, StrictDataclassError) as e:
+            backbone, info = quietly(Qwen2VLForConditionalGeneration.from_pretrained, None, config=config, state_dict=rest,
+                                     dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True)
+        except CONFIG_ERRORS as e:
             raise DataError(f"{path}: config.json describes no Qwen2-VL that can be built: {reason(e)}") from e
         wrong = [*info["missing_keys"], *info["unexpected_keys"]]
         for name, there, needed in info["mismatched_keys"]:
@@ -326,7 +347,8 @@ class Plume(nn.Module):
             try:
                 state, keywords = from_released(adapter)
             except (LookupError, RuntimeError) as e:
-                raise DataError(f"{path}: its adapter's tensors are incomplete or do not fit each other: {reason(e)}") from e
+                raise DataError(
+                    f"{path}: its adapter's tensors are incomplete or do not fit each other: {reason(e)}") from e
             block = dict(RELEASED, adapter=keywords, limits=stored_limits(path, RELEASED["limits"]))
         else:  # (c)
             block = dict(limits=stored_limits(path, DEFAULTS["limits"]))
@@ -466,7 +488,8 @@ def iterate(items):
             raise TypeError
         iterator = iter(items)
     except TypeError:
-        raise TypeError(f"items must be a list or another iterable of items, got {type(items).__name__}; put a single item into [ ]") from None
+        raise TypeError(f"items must be a list or another iterable of items, got {type(items).__name__}; put a single "
+                        "item into [ ]") from None
     if isinstance(items, Iterable):
         return iterator
     return itertools.islice(iterator, length_hint(items))  # of the older kind: [0], [1], ... as far as it says
@@ -483,12 +506,12 @@ def length_hint(items):
 
 def told_of_file_names(items):
     """The items as they come; the first string that is the name of a picture or clip gives a warning."""
-    told = False
+    told, suffixes = False, IMAGE_SUFFIXES + VIDEO_SUFFIXES
     for item in items:
-        if not told and isinstance(item, str) and item.lower().endswith(IMAGE_SUFFIXES + VIDEO_SUFFIXES) and os.path.isfile(item):
+        if not told and isinstance(item, str) and item.lower().endswith(suffixes) and os.path.isfile(item):
             told = True
-            warnings.warn("a string that is the name of a file is embedded as text; for the picture or clip itself give "
-                          f"{{'image': ...}} or {{'video': ...}}.  The first is {quote(item)}")
+            warnings.warn("a string that is the name of a file is embedded as text; for the picture or clip itself "
+                          f"give {{'image': ...}} or {{'video': ...}}.  The first is {quote(item)}")
         yield item
 
 
@@ -503,12 +526,14 @@ def checked(given, defaults, where, complete=False):
     out = {}
     for key, default in defaults.items():
         if complete and key not in given:
-            raise DataError(f"{where}: lacks {key!r}: how it was trained must be said, nothing is assumed; take config.json from the checkpoint "
-                            "that train.py or save_pretrained wrote, or train it again")
+            raise DataError(f"{where}: lacks {key!r}: how it was trained must be said, nothing is assumed; take "
+                            "config.json from the checkpoint that train.py or save_pretrained wrote, or train it again")
         value = given.get(key, default)
         if type(value) is not type(default):
             raise DataError(f"{where}: {key!r} must be of type {type(default).__name__}, got {quote(value)}")
-        out[key] = checked(value, default, f"{where}: {key}", complete) if isinstance(default, dict) else value
+        if isinstance(default, dict):
+            value = checked(value, default, f"{where}: {key}", complete)
+        out[key] = value
     return out
 
 
@@ -516,9 +541,10 @@ def current_format(block, path):
     """The settings in a checkpoint's `plume` block, which must be complete and of this format."""
     there = block.get("format", 1) if isinstance(block, dict) else block
     if there != FORMAT:
-        raise DataError(f"{path}: a checkpoint of format {quote(there)}, this version reads format {FORMAT}. The formats embed the same item "
-                        "differently (1 has a line break behind pictures and clips, and other positions behind clips), so its vectors would "
-                        "be wrong: train it again with this version, or use the version of PLUME that wrote it")
+        raise DataError(
+            f"{path}: a checkpoint of format {quote(there)}, this version reads format {FORMAT}. The formats embed the "
+            "same item differently (1 has a line break behind pictures and clips, and other positions behind clips), so "
+            "its vectors would be wrong: train it again with this version, or use the version of PLUME that wrote it")
     settings = {key: value for key, value in block.items() if key != "format"}
     return checked(settings, DEFAULTS, f"{path}: config.json: plume", complete=True)
 
@@ -545,7 +571,7 @@ def pointer(file):
 
 
 def weight_files(path):
-    """-> {file: names of its tensors, None for all}: the weights of a checkpoint folder, the files that transformers reads."""
+    """-> {file: names of its tensors, None for all}: the weights of a checkpoint, from the files that transformers reads."""
     index = os.path.join(path, INDEX)
     if os.path.isfile(os.path.join(path, WEIGHTS)):
         return {os.path.join(path, WEIGHTS): None}
@@ -553,7 +579,7 @@ def weight_files(path):
         raise FileNotFoundError(f"{path}: neither {WEIGHTS} nor {INDEX} in this folder; other weight formats are not read")
     places = read_json(index).get("weight_map")
     names = list(places.values()) if isinstance(places, dict) else []
-    if not names or not all(isinstance(name, str) and name == os.path.basename(name) and name.endswith(".safetensors") for name in names):
+    if not names or not all(isinstance(name, str) and re.fullmatch(r"[^/\\]+\.safetensors", name) for name in names):
         raise DataError(f"{index}: its 'weight_map' must name a .safetensors file of this folder for each weight")
     files = {}
     for tensor, name in places.items():
@@ -574,10 +600,12 @@ def read_weights(path):
         except (SafetensorError, OSError) as e:
             raise DataError(f"{file}: not a whole safetensors file: {reason(e)}{pointer(file)}") from e
         if names is not None and names != found.keys():
-            raise DataError(f"{file}: does not hold what {INDEX} says; one of them has {min(names ^ found.keys())!r}, the other has not")
+            odd = quote(min(names ^ found.keys()))
+            raise DataError(f"{file}: does not hold what {INDEX} says; one of them has {odd}, the other has not")
         for name, tensor in found.items():
             if tensor.dtype not in floats:
-                raise DataError(f"{file}: {name} is stored as {tensor.dtype}; weights must be floating-point numbers of 16 bits or more")
+                raise DataError(f"{file}: {name} is stored as {tensor.dtype}; weights are floating-point numbers of 16 "
+                                "bits or more")
         tensors |= found
     return tensors
 
@@ -593,12 +621,12 @@ def fits_in_memory(config, tensors):
 
 def read_tokenizer(path):
     """The tokenizer of a checkpoint folder."""
-    needed, more = os.path.join(path, "tokenizer.json"), ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+    needed = os.path.join(path, "tokenizer.json")
     if not os.path.isfile(needed) and not os.path.isfile(os.path.join(path, "vocab.json")):
         raise FileNotFoundError(f"{needed}: no such file; a checkpoint has its tokenizer beside it")
-    for file in (needed, *(os.path.join(path, name) for name in more)):
-        if os.path.isfile(file):
-            read_json(file)  # an error names the file
+    for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"):
+        if os.path.isfile(os.path.join(path, name)):
+            read_json(os.path.join(path, name))  # an error names the file
     try:
         return AutoTokenizer.from_pretrained(path)
     except Exception as e:  # the tokenizers library raises nothing narrower
@@ -655,13 +683,15 @@ def replaceable(path):
     if not os.path.isdir(path):
         raise FileExistsError(f"{path}: exists and is not a folder; choose another name")
     if os.path.join(os.path.realpath("."), "").startswith(os.path.join(path, "")):
-        raise FileExistsError(f"{path}: is the current folder, which cannot be replaced; start elsewhere, or choose another name")
-    names = checkpoint_files(path)
-    if names:
+        raise FileExistsError(f"{path}: is the current folder, which cannot be replaced; start elsewhere, or choose "
+                              "another name")
+    if checkpoint_files(path):
         with contextlib.suppress(DataError, FileNotFoundError):
-            if read_json(os.path.join(path, "config.json")).get("model_type") == "qwen2_vl" and weight_files(path):
+            config = read_json(os.path.join(path, "config.json"))
+            if config.get("model_type") == "qwen2_vl" and weight_files(path):
                 return
-        raise FileExistsError(f"{path}: holds {quote(sorted(os.listdir(path)))}, which is no checkpoint of a Qwen2-VL; choose another name")
+        names = quote(sorted(os.listdir(path)))
+        raise FileExistsError(f"{path}: holds {names}, which is no checkpoint of a Qwen2-VL; choose another name")
 
 
 @contextlib.contextmanager
@@ -686,7 +716,7 @@ def replacing(path, keep=None):
         yield temporary
         new = set(os.listdir(temporary))
         if clash := [name for name in sorted(new) if os.path.isdir(os.path.join(path, name))]:
-            raise FileExistsError(f"{path}: holds a folder {clash[0]!r}, which is the name of a checkpoint's file; move it away")
+            raise FileExistsError(f"{path}: holds a folder {clash[0]!r}, the name of a checkpoint's file; move it away")
         if there:
             os.rename(path, old)
         os.rename(temporary, path)
@@ -703,7 +733,8 @@ def replacing(path, keep=None):
             except OSError as e:  # the new checkpoint stands, nothing is lost
                 stuck.append(f"{name} ({reason(e)})")
         if stuck:
-            warnings.warn(f"{path} is written, but these files that stood there could not be moved and are in {old}: {', '.join(stuck)}")
+            warnings.warn(f"{path} is written, but these files that stood there could not be moved and are in {old}: "
+                          + ", ".join(stuck))
         if not keep:
             remove_checkpoint(old, mine)
 

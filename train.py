@@ -48,7 +48,9 @@ from tqdm import tqdm
 
 from adapter import MAX_STEPS, TransitionAdapter, balance_loss
 from curriculum import Curriculum, Progress
-from data import Batches, DataError, Pairs, Schedule, StepSampler, World, nearest, parse_flags, quote, reason, said, to_device, write_errors, writing
+from data import (
+    Batches, DataError, Pairs, Schedule, StepSampler, World, nearest, parse_flags, quote, reason, said, to_device,
+    write_errors, writing)
 from model import LiveBytes, Plume, checkpoint_files, pick_device, pointer, remove_checkpoint, replacing
 
 # -------------------------------------------------------------------------------------------------------------- config
@@ -128,7 +130,7 @@ PRESETS = {"qwen2vl_2b": dict(init="Qwen/Qwen2-VL-2B-Instruct", freeze_vision="t
                               segments=4, steps_per_segment=2, last_stage=0.5, gate=0.0, replay=0.0, global_batch=1024, epochs=1.0, lr=1e-5, decay=1.0, vision_lr=1.0, scale=50.0,
                               w_disc=1.0, w_read=0.0, dtype="bfloat16", checkpointing=True)}
 
-# Names in --out: the checkpoint, what --keep keeps of earlier ones, and what a run leaves that is killed while it replaces one.
+# Names in --out: the checkpoint, what --keep keeps of earlier ones, and what a run that is killed between two renames leaves
 CHECKPOINT = re.compile(r"checkpoint(-\d+(\.[0-9a-f]{8})?|\.[0-9a-f]{8}\.old)?")
 ROW = re.compile(rb'\{"step": (\d+), "reached": ')  # of log.jsonl
 LEFT_OVER = re.compile(r"checkpoint\.[0-9a-f]{8}\.(old|writing)|log\.jsonl\.[0-9a-f]{8}\.writing")
@@ -257,10 +259,14 @@ def build_model(cfg, given, pairs, device):
 def checkpoints_in(out):
     """The run's checkpoints, the newest first.  Usually that is `checkpoint`; if the run died between two renames it is the
     one that stood there before, under the name it had just got."""
-    names = [name for name in (os.listdir(out) if os.path.isdir(out) else ()) if CHECKPOINT.fullmatch(name)]
-    states = [state for state in (os.path.join(out, name, "train_state.pt") for name in names) if os.path.exists(state)]
-    states.sort(key=lambda state: (os.path.basename(os.path.dirname(state)) != "checkpoint", -os.stat(state).st_mtime))
-    return [os.path.dirname(state) for state in states]
+    if not os.path.isdir(out):
+        return []
+    age = {}  # the last one written is the youngest, and `checkpoint` goes before all others
+    for name in os.listdir(out):
+        state = os.path.join(out, name, "train_state.pt")
+        if CHECKPOINT.fullmatch(name) and os.path.exists(state):
+            age[os.path.join(out, name)] = (name != "checkpoint", -os.stat(state).st_mtime)
+    return sorted(age, key=age.get)
 
 
 def checkpoint_in(out):
@@ -270,9 +276,9 @@ def checkpoint_in(out):
 
 
 def save(cfg, model, weights, state, saved, kept):
-    """Writes OUT/checkpoint -> the names of the earlier ones that --keep has kept; `saved` is the step of the one that stands there.
+    """Writes OUT/checkpoint -> the names of the earlier ones that --keep has kept.
 
-    Only what this run has kept under such a name is ever removed.
+    saved: the step of the one that stands there now.  Only what this run has kept is ever removed.
     """
     path, keep, gone = os.path.join(cfg.out, "checkpoint"), None, []
     if cfg.keep and os.path.exists(path):
@@ -290,8 +296,9 @@ def save(cfg, model, weights, state, saved, kept):
     except OSError as e:
         there = f"the checkpoint of step {saved} is still there" if os.path.exists(path) else "there is none yet"
         raise OSError(f"{path}: the checkpoint of step {state['step']} could not be written, {there}: {e}") from e
-    for folder in (os.path.join(cfg.out, name) for name in gone):
-        if os.path.isdir(folder):
+    for name in gone:
+        folder = os.path.join(cfg.out, name)
+        if os.path.isdir(folder):  # some tokenizers have a chat template of their own
             remove_checkpoint(folder, checkpoint_files(folder) | {"chat_template.jinja"} & set(os.listdir(folder)))
     return kept
 
@@ -400,7 +407,8 @@ def check(cfg, world):
              (cfg.latent_positions in ("mrope", "cache"), f"--latent_positions {cfg.latent_positions!r}: needs mrope or cache"),
              (cfg.segments * cfg.steps_per_segment <= MAX_STEPS,
               f"--segments {cfg.segments} x --steps_per_segment {cfg.steps_per_segment}: at most {MAX_STEPS} latent steps"),
-             (cfg.steps > 0 or cfg.steps == 0 < cfg.epochs < math.inf, f"--steps {cfg.steps}, --epochs {cfg.epochs}: one of them must be above 0 and finite"),
+             (cfg.steps > 0 or cfg.steps == 0 < cfg.epochs < math.inf,
+              f"--steps {cfg.steps}, --epochs {cfg.epochs}: one of them must be above 0 and finite"),
              (min(cfg.save_every, cfg.log_every) >= 1 and min(cfg.workers, cfg.eval_every, cfg.keep) >= 0,
               "--save_every and --log_every must be at least 1, --workers, --eval_every and --keep at least 0"),
              (not cfg.wandb or ((spec := importlib.util.find_spec("wandb")) and spec.origin),
@@ -429,14 +437,17 @@ def only_run(cfg, say):
         os.makedirs(cfg.out, exist_ok=True)
         file = open(path, "a+")
     except OSError as e:
-        raise DataError(f"--out {quote(cfg.out)}: nothing can be written there: {reason(e)}; choose another folder") from e
+        raise DataError(
+            f"--out {quote(cfg.out)}: nothing can be written there: {reason(e)}; choose another folder") from e
     with file:
         try:
             if fcntl:
                 fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError) as e:
             file.seek(0)
-            raise DataError(f"--out {quote(cfg.out)}: another run is at work there ({file.read().strip()[:200]}); wait for it, or choose another --out") from e
+            who = file.read().strip()[:200]
+            raise DataError(f"--out {quote(cfg.out)}: another run is at work there ({who}); wait for it, or choose "
+                            "another --out") from e
         except OSError as e:
             say(f"warning: {cfg.out} cannot be locked ({reason(e)}); see to it that no other run writes there")
         with write_errors(path):
@@ -454,19 +465,21 @@ def only_run(cfg, say):
 
 
 def untouched(cfg, say):
-    """Raises DataError for an --out with something in it that this run would write over; names what a killed one left there."""
+    """Raises DataError for an --out with something in it that this run would write over; names what a killed one left."""
     names = sorted(os.listdir(cfg.out))
     if left := [name for name in names if LEFT_OVER.fullmatch(name)]:
-        say(f"{cfg.out} holds what a killed run left behind, and you may delete it when nobody needs it: {', '.join(left)}")
+        say(f"{cfg.out} holds what a killed run left behind, and you may delete it when nobody needs it:", *left)
     if cfg.resume:
         return
     if there := [name for name in names if CHECKPOINT.fullmatch(name)]:
-        raise DataError(f"{cfg.out} holds {', '.join(there)}: continue with --resume, or choose another --out, or delete it")
+        raise DataError(f"{cfg.out} holds {', '.join(there)}: continue with --resume, or choose another --out, or "
+                        "delete it")
     if "log.jsonl" in names:
         with open(os.path.join(cfg.out, "log.jsonl"), "rb") as f:
             line = f.readline()
         if line and not ROW.match(line):
-            raise DataError(f"{cfg.out}/log.jsonl: not the log of a training run, and it would be written over; choose another --out")
+            raise DataError(f"{cfg.out}/log.jsonl: not the log of a training run, and it would be written over; choose "
+                            "another --out")
 
 
 def room(cfg, model, trained):
@@ -474,8 +487,9 @@ def room(cfg, model, trained):
     weights, moments = 4 * sum(p.numel() for p in model.parameters()), 8 * sum(p.numel() for p in trained)
     needed, free = weights + moments, shutil.disk_usage(cfg.out).free
     if needed > free:
-        raise DataError(f"--out {quote(cfg.out)}: a checkpoint takes {needed / 1e9:.2f} GB, and {free / 1e9:.2f} GB are free; a new one is complete before "
-                        "the one in its place is removed. Make room, or choose another --out")
+        raise DataError(
+            f"--out {quote(cfg.out)}: a checkpoint takes {needed / 1e9:.2f} GB, and {free / 1e9:.2f} GB are free; a new one "
+            "is complete before the one in its place is removed. Make room, or choose another --out")
 
 
 def check_resume(then, now):
@@ -634,7 +648,8 @@ def train(cfg, given, argv, curriculum, device, dtype, world, rank, say):
         if last or (step + 1) % cfg.save_every == 0 or progress.place(step + 1) != progress.place(step):
             weights, moments = gathered(model.state_dict(), rank == 0), optimizer_state(optimizer, rank == 0)
             if rank == 0:
-                kept = save(cfg, model, weights, dict(step=step + 1, ranks=world, optimizer=moments, progress=progress.state(), config=config), saved, kept)
+                state = dict(step=step + 1, ranks=world, optimizer=moments, progress=progress.state(), config=config)
+                kept = save(cfg, model, weights, state, saved, kept)
             del weights, moments
             saved, clock = step + 1, time.perf_counter()
         if last:
@@ -753,7 +768,8 @@ def ablate(cfg, given):
                 then = json.load(f)
             then["config"], then["settings"], then["runs"]
         except (ValueError, LookupError, TypeError) as e:
-            raise DataError(f"{cfg.ablations}: not a file that --ablations writes: {reason(e)}; choose another name") from e
+            raise DataError(
+                f"{cfg.ablations}: not a file that --ablations writes: {reason(e)}; choose another name") from e
         if changed := [k for k in ("config", "settings") if then[k] != results[k]]:
             raise DataError(f"{cfg.ablations} holds runs of another {changed[0]} ({then[changed[0]]}); choose another file, or the same flags")
         results = then
@@ -821,7 +837,11 @@ def open_log(cfg, start):
     path, rows = os.path.join(cfg.out, "log.jsonl"), []
     if cfg.resume and os.path.exists(path):
         with open(path, "rb") as f:
-            rows = [line for line in f if line.endswith(b"\n") and not ((row := ROW.match(line)) and int(row[1]) >= start)]
+            for line in f:
+                row = ROW.match(line)
+                again = row is not None and int(row[1]) >= start
+                if line.endswith(b"\n") and not again:
+                    rows.append(line)
     with writing(path, "wb") as f:
         f.writelines(rows)
     return open(path, "a")
