@@ -7,11 +7,9 @@
     python eval.py --data MMEB-V2 --task video_ret --ckpt DIR     the real benchmark: see README, "MMEB-V2"
     python eval.py --data MMEB-V2 --check                         what of it is there; encodes nothing
     torchrun --nproc_per_node=8 eval.py --data ... as above       the same scores on 8 GPUs
-    python eval.py --compare compare.png                          all modes and 0..K steps, accuracy against latency
     python eval.py --compare a.json b.json                        two score files, task by task
-    python eval.py --task speed --preset mid --prefix 40,160      one pass, latent steps, written rationales: time, memory, floor
 
-A folder with rows/, image-tasks/, video-tasks/ or visdoc-tasks/ is a copy of MMEB-V2 (data.MMEB has its 78 tasks); in any other
+A folder with rows/, image-tasks/, video-tasks/ or visdoc-tasks/ is a copy of MMEB-V2 (tasks/mmeb.py has its 78 tasks); in any other
 DIR/<meta-task>/<dataset>/ holds corpus.jsonl ({"_id", "text"?, "image"?, "video"?}), queries.jsonl (the same keys, and
 perhaps "candidates": [ids], to be ranked only against those) and qrels.tsv (query-id, corpus-id, score; a header line).
 
@@ -24,7 +22,6 @@ import datetime
 import functools
 import glob
 import hashlib
-import inspect
 import json
 import math
 import os
@@ -40,16 +37,19 @@ import PIL
 import torch
 import torch.distributed as dist
 import transformers
-from PIL import Image, ImageDraw, ImageFont
-from torch.utils.flop_counter import FlopCounterMode
+from PIL import Image
 from tqdm import tqdm
-from transformers import DynamicCache
 
-from data import (META, MMEB, DataError, Side, World, collate, copies, download, frame_files, list_tasks, modality, nearest, parse_flags,
-                  read_published, read_task, target_size, to_device, video_classes, world_tasks, writing)
-from latent import Graphs, greedy
-from model import MODES, RELEASED, SHAPES, LiveBytes, Plume, pick_device
+from data import DataError, frame_files, nearest, parse_flags, target_size, writing
+from model import MODES, RELEASED, Plume
+from tasks.beir import list_tasks, read_task
+from tasks.mmeb import MMEB, modality, read_published
+from tasks.mmeb_report import check, differences, leaderboard, paper_table
+from tasks.turtle import world_tasks
 
+HERE = os.path.dirname(os.path.abspath(__file__))
+# what an embedding comes from: kept ones are used again only while all of these are the same
+SOURCES = ("adapter.py", "curriculum.py", "latent.py", "data.py", "model.py", "tasks/beir.py", "tasks/mmeb.py", "tasks/turtle.py")
 TIE = 1e-6  # cosines closer than this are a tie: more than float32 rounding, less than any difference that means something
 
 
@@ -57,11 +57,11 @@ TIE = 1e-6  # cosines closer than this are a tie: more than float32 rounding, le
 class Config:
     # what
     data: str = ""  # folder of the tasks; media paths are relative to it; default: turtle world
-    task: str = "all"  # all, image, video, visdoc, a meta-task (video_ret) or data set (MSVD), several with commas between; or speed
+    task: str = "all"  # all, image, video, visdoc, a meta-task (video_ret) or data set (MSVD), several with commas between
     ckpt: str = "out/checkpoint"  # checkpoint folder or hub name
     # how
     mode: str = "latent"  # latent, single (one pass) or cot (writes its rationale)
-    compare: tuple = ()  # one PNG: all modes, and latent with 0..K steps, drawn into it; two JSON files of scores: their differences
+    compare: tuple = ()  # two JSON files of scores: their differences, and nothing else is done
     steps: int = -1  # latent steps 0..32; -1: the checkpoint's own
     limit: int = 512  # tokens a rationale may have in mode cot
     batch_size: int = 32  # items encoded together; does not change the result
@@ -70,16 +70,6 @@ class Config:
     skip_bad: bool = False  # leave out what cannot be read, name it in the score file, and mark the score as partial
     device: str = ""  # cuda, mps or cpu; default: the best there is
     dtype: str = ""  # float32 or bfloat16; default: bfloat16 where it is fast
-    # --task speed
-    preset: str = ""  # random weights in this shape instead of --ckpt: tiny, mid, qwen2vl_2b
-    batch_sizes: str = "1,8,32"  # queries a batch
-    prefix: str = "160"  # tokens of a query of text, with commas between
-    image: str = ""  # WIDTHxHEIGHT: a query is a picture instead
-    frames: int = 0  # a query is a clip of so many frames of the size of --image
-    tokens: int = 403  # of a written rationale; the paper's mean
-    repeats: int = 5  # timed rounds; what takes over 5 s is timed twice
-    training: bool = True  # also a training step
-    growth: str = ""  # instead: draw into this PNG how cost grows with prefix, steps and batch
     # report
     scores: str = ""  # folder for a JSON a task, tables, and the embeddings with which a stopped run goes on; for MMEB-V2: out/scores
     json: str = ""  # also write the scores, and the rank of every query, to this file
@@ -209,7 +199,7 @@ class Embedder:
         self.model, self.cfg, self.how = model, cfg, (mode, steps)
         self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         self.record = np.dtype([("key", "V16"), ("vector", "<f4", (model.lm.config.hidden_size,))])
-        code = [inspect.getsource(sys.modules[name]) for name in ("adapter", "latent", "model", "data")]
+        code = [open(os.path.join(HERE, name), encoding="utf-8").read() for name in SOURCES]
         self.about = dict(checkpoint_hash=checkpoint_hash or fingerprint(model), code_hash=short_hash(*code), mode=mode, steps=steps,
                           limit=cfg.limit if mode == "cot" else None, protocol=cfg.protocol, dtype=str(model.lm.norm.weight.dtype),
                           device=model.device.type, torch=torch.__version__, transformers=transformers.__version__, pillow=PIL.__version__, av=av.__version__)
@@ -414,439 +404,7 @@ def read_score(path):
     return value if isinstance(value, dict) else {}
 
 
-# ------------------------------------------------------------------------------------------------------------- MMEB-V2
-
-# Means over the image, video and document tasks and over all 78, as the PLUME paper (arXiv 2604.02073) prints them.
-PAPER = {"PLUME, paper": (66.3, 44.1, 67.5, 61.6), "UME-R1, paper": (66.6, 42.2, 63.9, 60.1), "VLM2Vec-V2, paper": (64.9, 34.9, 65.4, 58.0)}
-PARTS = ("image", "video", "visdoc")
-
-
-def paper_rows(results, ours):
-    """-> the paper's table as rows of strings, the header first: per cent, the mean over the tasks of a column; * some are missing or partial."""
-    header, row, missing = ["model"], [ours], False
-
-    def mean(chosen):
-        nonlocal missing
-        there = [results[t.full_name] for t in chosen if t.full_name in results]
-        short = len(there) < len(chosen) or any(r["partial"] for r in there)
-        missing |= short
-        return f"{100 * np.mean([r[r['metric']] for r in there]):.1f}{'*' * short}" if there else "-"
-
-    for part in PARTS:
-        columns = {column: [t for t in MMEB.values() if t.meta == meta] for meta, column in META.items() if modality(meta) == part}
-        columns[part] = sum(columns.values(), [])
-        header += columns
-        row += map(mean, columns.values())
-    rows = [header + ["all"], row + [mean(MMEB.values())]]
-    for name, (*means, overall) in PAPER.items():
-        rows.append([name, *(cell for m in means for cell in ["-"] * 4 + [f"{m:.1f}"]), f"{overall:.1f}"])
-    return rows, missing
-
-
-def paper_table(results, ours, markdown=False):
-    rows, missing = paper_rows(results, ours)
-    note = "\n* of a part of its tasks, or of tasks where something was left out" * missing
-    if markdown:
-        return "\n".join("| " + " | ".join(row) + " |" for row in [rows[0], ["---"] * len(rows[0]), *rows[1:]]) + "\n" + note
-    wide = [max(len(row[0]) for row in rows)] + [7] * (len(rows[0]) - 1)
-    return "\n".join("".join(f"{cell:{w}}" if i == 0 else f"{cell:>{w}}" for i, (cell, w) in enumerate(zip(row, wide))) for row in rows) + note
-
-
-def leaderboard(results, ours, model):
-    """The scores in the format of the MMEB leaderboard, its names of data sets and metrics."""
-    metrics = {part: {} for part in PARTS}
-    for t in MMEB.values():
-        if r := results.get(t.full_name):
-            name = f"{t.name}-fixed" if t.versions and r["version"] == "fixed" and t.is_document else t.name
-            metrics[modality(t.meta)][name] = {**{m: r[m] for m in ("hit@1", "hit@5", "hit@10")}, "ndcg_linear@5": r["ndcg@5"], "num_pred": r["queries"],
-                                               "num_data": r["rows"]}
-    metadata = dict(model_name=ours, model_backbone="qwen2_vl", model_size=round(sum(p.numel() for p in model.parameters()) / 1e9, 3),
-                    embedding_dimension=model.lm.config.hidden_size, max_length_tokens=model.processor.limits.max_len, model_release_date="",
-                    data_source="Self-Reported", url="", report_generated_date=time.strftime("%Y-%m-%d"),
-                    incomplete=[t.name for t in MMEB.values() if results.get(t.full_name, dict(partial=True))["partial"]])
-    return dict(metadata=metadata, metrics=metrics)
-
-
-def check(root, names, released):
-    """-> (one line a task: what is there of what was published, and commands that get the rest; number of tasks with problems)."""
-    lines, hubs, wrong = [f"{'task':58}{'queries':>14}{'candidates':>14}{'media':>18}  version   problems"], {}, 0
-    of = lambda n, published: f"{n:,}" + (f" / {published:,}" if published else "")
-    for name in tqdm(names, desc="looking at the files", leave=False):
-        published = MMEB[name.split("/")[1]]
-        try:
-            task = read_published(root, published.name, released, skip_bad=True, extract=False)
-            about, corpus, bad = task.about, len(task.corpus), task.bad
-        except DataError as e:
-            about, corpus, bad = dict(rows=0, version="", media=0, media_wanted=0), 0, [str(e)]
-        short = about["rows"] != published.queries or published.corpus and corpus != published.corpus
-        if published.read is video_classes:  # its corpus is not in the repository
-            short = not any(map(os.path.isdir, copies(root, published.hub)))
-        if short or about["version"] == "original":
-            hubs[published.hub] = download(root, published.hub)
-        wrong += bool(bad)
-        counts = f"{of(about['rows'], published.queries):>14}{of(corpus, published.corpus):>14}{of(about['media'], about['media_wanted']):>18}"
-        lines.append((f"{name:58}{counts}  {about['version']:8}" + (f"  {len(bad)}, the first: {bad[0]}" if bad else "")).rstrip())
-    lines += ["", "rows that are not there, not all there, or not the mended ones:", *hubs.values()] if hubs else []
-    return "\n".join(lines), wrong
-
-
-def main_scores(path):
-    """A file that --json wrote, or one in the leaderboard's format -> {"video/MSVD": the task's own metric}."""
-    try:
-        with open(path) as f:
-            raw = json.load(f)
-        if "tasks" in raw:
-            ours = {t.full_name: f"{modality(t.meta)}/{t.name}" for t in MMEB.values()}
-            return {ours.get(name, name): r[r["metric"]] for name, r in raw["tasks"].items()}
-        return {f"{part}/{name.removesuffix('-fixed')}": r["ndcg_linear@5" if part == "visdoc" else "hit@1"]
-                for part, found in raw["metrics"].items() for name, r in found.items()}
-    except (ValueError, LookupError, TypeError, AttributeError) as e:
-        raise DataError(f"{path}: neither a file that --json writes nor a leaderboard.json: {type(e).__name__} {e}") from e
-
-
-def differences(paths):
-    """Two score files -> a table of the tasks that both have, the biggest difference first."""
-    a, b = map(main_scores, paths)
-    both = sorted(a.keys() & b.keys(), key=lambda t: (-abs(b[t] - a[t]), t))
-    if not both:
-        raise DataError(f"{paths[0]} and {paths[1]}: no task is in both")
-    wide = max(map(len, [*both, "mean"])) + 2
-    line = lambda name, x, y: f"{name:{wide}}{x:8.1%}{y:8.1%}{100 * (y - x):+8.1f}"
-    lines = [f"{'task':{wide}}{'a':>8}{'b':>8}{'b - a':>8}", *(line(t, a[t], b[t]) for t in both)]
-    lines.append(line("mean", *(float(np.mean([x[t] for t in both])) for x in (a, b))))
-    for name, path, only in (("a", paths[0], a.keys() - b.keys()), ("b", paths[1], b.keys() - a.keys())):
-        lines += [f"only in {name} ({path}): {', '.join(sorted(only))}"] if only else []
-    return "\n".join(lines)
-
-
-def compare(model, tasks, cfg):
-    """One row for each mode, and for each number of latent steps up to the checkpoint's K."""
-    rows, checkpoint_hash = [], fingerprint(model)
-    for mode, steps in [("single", None), *(("latent", k) for k in range(model.settings["latent_steps"] + 1)), ("cot", None)]:
-        model.encode(tasks[0].queries[: cfg.batch_size], mode, steps, cfg.batch_size, limit=cfg.limit)  # the first call is slower
-        took = {"queries": 0, "seconds": 0.0, "tokens": 0}
-        results = dict(score(Embedder(model, cfg, mode, steps, "", checkpoint_hash), [(t.name, lambda t=t: t) for t in tasks], took=took))
-        rows.append(dict(mode=mode, steps=steps, tokens=took["tokens"] / took["queries"], ms=1e3 * took["seconds"] / took["queries"],
-                         hits={t: r["hit@1"] for t, r in results.items()}, mean=float(np.mean([r["hit@1"] for r in results.values()]))))
-    return rows
-
-
-def compare_table(rows, tasks):
-    """`compare`'s rows as text, with the chance level below."""
-    short = {t.name: t.name.replace("/turtle_hard", "*").replace("/turtle", "") for t in tasks}
-    wide = {n: max(8, len(label) + 2) for n, label in short.items()}
-    lines = [f"{'mode':8}{'steps':>7}{'tokens':>8}{'ms/query':>10}{'hit@1':>8}  " + "".join(f"{short[n]:>{w}}" for n, w in wide.items())]
-    for r in rows:
-        steps = "" if r["steps"] is None else r["steps"]
-        lines.append(f"{r['mode']:8}{steps:>7}{r['tokens']:8.1f}{r['ms']:10.2f}{r['mean']:8.1%}  " + "".join(f"{r['hits'][n]:{w}.1%}" for n, w in wide.items()))
-    chance = {t.name: float(np.mean([len(g) / (len(t.corpus) if c is None else len(c)) for g, c in zip(t.relevant, t.candidates)])) for t in tasks}
-    lines.append(f"{'chance':33}{np.mean(list(chance.values())):8.1%}  " + "".join(f"{chance[n]:{w}.1%}" for n, w in wide.items()))
-    return "\n".join(lines) + "\n* ranked against hard candidates only" * any(label.endswith("*") for label in short.values())
-
-
-def draw_comparison(rows, path, title):
-    """Mean hit@1 (0..1, upwards) against milliseconds per query (logarithmic) as a PNG: a point for each row of `compare`."""
-    W, H, left, right, top, bottom = 1000, 620, 90, 60, 60, 80
-    image = Image.new("RGB", (W, H), "white")
-    draw, font, small = ImageDraw.Draw(image), ImageFont.load_default(20), ImageFont.load_default(16)
-    low, high = math.log(min(r["ms"] for r in rows) / 1.3), math.log(max(r["ms"] for r in rows) * 1.3)
-    place = lambda r: (left + (math.log(r["ms"]) - low) / (high - low) * (W - left - right), H - bottom - r["mean"] * (H - top - bottom))
-    for i in range(0, 11, 2):
-        y = H - bottom - i / 10 * (H - top - bottom)
-        draw.line((left, y, W - right, y), fill="#dddddd")
-        draw.text((left - 12, y), f"{i * 10}%", fill="black", font=small, anchor="rm")
-    for ms in (m * 10**e for e in range(-2, 6) for m in (1, 2, 5)):
-        if low <= math.log(ms) <= high:
-            x = place(dict(ms=ms, mean=0))[0]
-            draw.line((x, H - bottom, x, H - bottom + 6), fill="black")
-            draw.text((x, H - bottom + 10), f"{ms:g}", fill="black", font=small, anchor="mt")
-    draw.line((left, H - bottom, W - right, H - bottom), fill="black")
-    draw.text(((left + W - right) / 2, H - 20), "milliseconds per query", fill="black", font=font, anchor="mb")
-    draw.text((left, 18), f"hit@1, {title}", fill="black", font=font, anchor="lt")
-    draw.line([place(r) for r in rows if r["mode"] == "latent"], fill="#1f77b4", width=2)
-    for r in rows:
-        (x, y), colour = place(r), {"single": "#d62728", "latent": "#1f77b4", "cot": "#2ca02c"}[r["mode"]]
-        draw.ellipse((x - 6, y - 6, x + 6, y + 6), fill=colour)
-        label = str(r["steps"]) if r["mode"] == "latent" else f"cot, {r['tokens']:.0f} tokens" if r["mode"] == "cot" else "single pass"
-        above = r["mode"] == "latent"
-        draw.text((x, y - 10 if above else y + 10), label, fill=colour, font=small, anchor="mb" if above else "mt")
-    with writing(path, "wb") as f:
-        image.save(f, "PNG")
-
-
-# --------------------------------------------------------------------------------------------------------------- speed
-
-
-def speed_batch(model, cfg, prefix, size):
-    """`size` equal queries: text of exactly `prefix` tokens, or a picture or clip of noise."""
-    width, height = map(int, cfg.image.split("x")) if cfg.image else (224, 224)
-    noise = np.random.default_rng(0).integers(0, 256, (max(cfg.frames, 1), height, width, 3), np.uint8)
-    media = [Image.fromarray(frame) for frame in noise]
-    if cfg.frames or cfg.image:
-        item = Side([("video", media) if cfg.frames else ("image", media[0]), ("text", " forward")])
-    else:
-        item = lambda words: Side([("text", " forward" * words)])
-        bare = len(model.processor.render(item(0))["ids"])
-        if prefix <= bare:
-            raise DataError(f"--prefix {prefix}: this checkpoint's prompt alone has {bare} tokens")
-        item = item(prefix - bare)
-    samples = [model.processor.render(item)] * size
-    return dict(to_device(collate(samples, model.processor), model.device), samples=samples)
-
-
-def as_transformers(model, batch):
-    """A batch of equally long queries, with pictures or with clips, as the inputs of transformers' own model."""
-    kinds = (batch["ids"] == model.processor.id["<|image_pad|>"]).int() + 2 * (batch["ids"] == model.processor.id["<|video_pad|>"]).int()
-    inputs = dict(input_ids=batch["ids"], attention_mask=torch.ones_like(batch["ids"]))
-    if batch["pixels"] is not None:
-        pixels, grid = ("pixel_values_videos", "video_grid_thw") if (kinds == 2).any() else ("pixel_values", "image_grid_thw")
-        inputs |= {pixels: batch["pixels"], grid: batch["grid"].to(model.device), "mm_token_type_ids": kinds}
-    return inputs
-
-
-def one_by_one(model, batch, steps):
-    """The latent embedding of a batch of one query through transformers' modules and cache: how it can be done without latent.py."""
-    inner, lm = model.backbone.model, model.lm
-    pos = int(batch["positions"].max()) + 1 if model.settings["latent_positions"] == "mrope" else batch["ids"].shape[1]
-    inner.rope_deltas = None
-    cache = DynamicCache(config=lm.config)
-    inputs = dict(as_transformers(model, batch), position_ids=batch["positions"])
-    h = inner(**inputs, past_key_values=cache, use_cache=True).last_hidden_state[0]
-    run = lambda x, start: lm(inputs_embeds=x, past_key_values=cache, use_cache=True, position_ids=torch.arange(
-        start, start + x.shape[1], device=x.device).expand(3, 1, -1)).last_hidden_state[0]
-    anchor, z = h[batch["disc"]], h[-1:]
-    for k in range(steps):
-        z = run(model.adapter(z, k, anchor)[0][:, None], pos + k)
-    return torch.nn.functional.normalize(run(lm.embed_tokens(batch["suffix"]), pos + steps)[batch["gen"]].float(), dim=-1)
-
-
-def replayed(model, batch, graphs):
-    """The latent embedding with K = 8, what comes behind the prefix as one graph."""
-    model.graphs = graphs
-    try:
-        return model.embed(batch, "latent", 8)
-    finally:
-        model.graphs = None
-
-
-def speed_methods(model, batch, cfg):
-    """{name: (function, decoder passes behind the prefill)}"""
-    gen, head = model.processor.id["<gen_emb>"], model.backbone.lm_head
-    rows = [to_device(collate([sample], model.processor), model.device) for sample in batch["samples"]]
-    at = torch.tensor([gen], device=model.device)
-    endless = lambda h: head(h).index_fill(-1, at, -math.inf)  # never ends early
-    methods = {"single": (lambda: model.embed(batch, "single"), 0)}
-    methods |= {f"latent, K = {k}": (lambda k=k: model.embed(batch, "latent", k), max(1, k)) for k in (0, 4, 6, 8)}
-    if model.device.type == "cuda":
-        methods["latent graph, K = 8"] = (functools.partial(replayed, model, batch, Graphs()), 8)
-    methods["one by one, K = 8"] = (lambda: [one_by_one(model, row, 8) for row in rows], 9)
-    methods[f"cot, {cfg.tokens} tokens"] = (lambda: greedy(
-        model.lm, model.lm.embed_tokens, endless, model.prefix(batch), gen, cfg.tokens), cfg.tokens)
-    methods["cot, transformers"] = (lambda: model.backbone.generate(
-        **as_transformers(model, batch), max_new_tokens=cfg.tokens, min_new_tokens=cfg.tokens, do_sample=False), cfg.tokens - 1)
-    return methods
-
-
-def clock(function, device):
-    """Seconds of one call."""
-    wait = {"cuda": torch.cuda.synchronize, "mps": torch.mps.synchronize}.get(device.type, lambda: None)
-    wait()
-    begun = time.perf_counter()
-    function()
-    wait()
-    return time.perf_counter() - begun
-
-
-def peak_bytes(function, device):
-    """The most memory that one call takes, beside what is there before: by CUDA's allocator, or all tensors alive."""
-    if device.type != "cuda":
-        with LiveBytes() as live:
-            function()
-        return live.peak
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    function()
-    return torch.cuda.max_memory_allocated() - before
-
-
-def rounds(functions, repeats, device):
-    """{name: seconds of each call}, the functions by turns, so that all of them meet the same noise."""
-    times = {name: [] for name in functions}
-    for i in tqdm(range(repeats), desc="timed rounds", leave=False):
-        for name, function in functions.items():
-            if i < 2 or times[name][0] < 5:
-                times[name].append(clock(function, device))
-    return times
-
-
-def peak_rates(device, dtype):
-    """What the device gives now: FLOP a second in a large matrix product, bytes a second read by a large sum."""
-    n, size = (8192, 1 << 33) if device.type == "cuda" else (1536, 1 << 28)
-    a, long = torch.randn(n, n, device=device, dtype=dtype), torch.zeros(size // 4, device=device)
-    times = rounds({"mm": lambda: a @ a, "sum": long.sum}, 6, device)
-    return 2 * n**3 / min(times["mm"]), size / min(times["sum"])
-
-
-# the attention kernel that torch's counter does not know: two products of q's rows with all keys
-CPU_ATTENTION = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, *a, **kw: 4 * math.prod(q) * k[-2]}
-
-
-@torch.no_grad()
-def measure_speed(model, batch, cfg, rates):
-    """-> rows of the speed table for one batch: every method's time, work and memory, and the least time that work takes."""
-    methods, device, size, work = speed_methods(model, batch, cfg), model.device, len(batch["ids"]), {}
-    for name, (function, _) in methods.items():  # also the warm-up
-        with FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION) as flops:
-            peak = peak_bytes(function, device)
-        if name.startswith("latent graph"):
-            peak = peak_bytes(function, device)  # the second call records, and takes the places that stay
-        work[name] = flops.get_total_flops(), peak
-    times = rounds({name: function for name, (function, _) in methods.items()}, cfg.repeats, device)
-    middle = {name: float(np.median(t)) for name, t in times.items()}
-    # bytes that must be read: in every pass the decoder's weights and the keys and values so far, once the vision tower's
-    size_of = lambda module: sum(p.numel() * p.element_size() for p in module.parameters())
-    lm, vision = model.lm, size_of(model.backbone.model.visual) if batch["pixels"] is not None else 0
-    weights, key = size_of(lm.layers), lm.layers[0].self_attn.k_proj.out_features * lm.norm.weight.element_size()
-    column = 2 * key * len(lm.layers)  # of one token's keys and values
-    rows, (single, _) = [], work["single"]
-    for name, (_, passes) in methods.items():
-        t, (flops, peak) = middle[name], work[name]
-        again = size if name.startswith("one by one") else 1  # each query reads all weights by itself
-        adapted = int(name.split()[-1]) if name.startswith(("latent", "one")) else 0
-        cache = column * (batch["ids"].numel() + size * passes / 2) / again
-        each = weights + cache + size_of(lm.embed_tokens) * name.startswith("cot")
-        steps = (each * passes + size_of(model.adapter) * adapted) * again
-        floor = max(single / rates[0], (weights + vision) * again / rates[1]) + max((flops - single) / rates[0], steps / rates[1])
-        row = dict(method=name, batch=size, prefix=batch["ids"].shape[1], queries_per_s=size / t, gflop=flops / 1e9 / size,
-                   ms=1e3 * t / size, low=1e3 * min(times[name]) / size, high=1e3 * max(times[name]) / size,
-                   to_single=t / middle["single"], cot_to_this=middle[f"cot, {cfg.tokens} tokens"] / t,
-                   transformers_cot_to_this=middle["cot, transformers"] / t, gbytes=((weights + vision) * again + steps) / 1e9,
-                   floor=t / floor, peak_mib=peak / 2**20)
-        if name.startswith("latent, K"):
-            suffix = (middle["latent, K = 0"] - middle["single"]) / t
-            row["shares"] = [middle["single"] / t, 1 - middle["single"] / t - suffix, suffix]
-        rows.append(row)
-    return rows
-
-
-COLUMNS = (  # title, width, format, key
-    ("ms/query", 10, ".2f", "ms"), ("lowest", 9, ".2f", "low"), ("highest", 9, ".2f", "high"), ("queries/s", 11, ".1f", "queries_per_s"),
-    ("x single", 10, ".2f", "to_single"), ("cot/this", 10, ".1f", "cot_to_this"), ("transformers cot/this", 23, ".1f", "transformers_cot_to_this"),
-    ("GFLOP/query", 13, ".2f", "gflop"), ("GB/batch", 10, ".2f", "gbytes"), ("x floor", 9, ".1f", "floor"), ("peak MiB", 10, ".0f", "peak_mib"))
-
-
-def speed_table(rows):
-    lines = [f"{'method':20}" + "".join(f"{title:>{width}}" for title, width, _, _ in COLUMNS) + "   prefill  steps  suffix"]
-    for r in rows:
-        shares = "  ".join(f"{x:6.0%}" for x in r.get("shares", ()))
-        lines.append((f"{r['method']:20}" + "".join(f"{r[key]:{width}{form}}" for _, width, form, key in COLUMNS) + f"   {shares}").rstrip())
-    return "\n".join(lines)
-
-
-def training_step(model, batch, cfg):
-    """Queries a second of forward, backward and AdamW with K = 8, as we do it and one query at a time -> a row."""
-    rows = [to_device(collate([sample], model.processor), model.device) for sample in batch["samples"]]
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, fused=True)
-
-    def step(embed):
-        vectors = embed()
-        (10 * vectors @ vectors.T).logsumexp(-1).mean().backward()  # every vector depends on all, as in a contrastive loss
-        optimizer.step()
-        optimizer.zero_grad()
-
-    ways = {"ours": lambda: step(lambda: model(batch, 8)["gen"]),
-            "one by one": lambda: step(lambda: torch.cat([one_by_one(model, row, 8) for row in rows]))}
-    for way in ways.values():
-        way()
-    rate = {name: len(rows) / float(np.median(t)) for name, t in rounds(ways, min(cfg.repeats, 3), model.device).items()}
-    print(f"a training step: {rate['ours']:.1f} queries/s, one by one {rate['one by one']:.1f}: {rate['ours'] / rate['one by one']:.1f} times faster")
-    return dict(method="training", batch=len(rows), prefix=batch["ids"].shape[1], ours=rate["ours"], one_by_one=rate["one by one"])
-
-
-def speed(cfg, given):
-    if "ckpt" in given and "preset" in given or cfg.preset not in ("", *SHAPES):
-        raise DataError(f"--preset {cfg.preset!r}: one of {', '.join(SHAPES)}, and without --ckpt")
-    try:
-        sizes, prefixes = ([int(n) for n in text.split(",")] for text in (cfg.batch_sizes, cfg.prefix))
-        side = [int(n) for n in cfg.image.split("x")] if cfg.image else [224, 224]
-        if min(*sizes, *prefixes, *side, cfg.repeats, cfg.tokens) < 1 or len(side) != 2 or cfg.frames < 0:
-            raise ValueError
-    except ValueError:
-        raise DataError(f"--batch_sizes {cfg.batch_sizes!r}, --prefix {cfg.prefix!r}: needs numbers with commas between; --image {cfg.image!r}: as 448x448; "
-                        f"--repeats {cfg.repeats}, --tokens {cfg.tokens}: at least 1; --frames {cfg.frames}: at least 0") from None
-    if "ckpt" in given:
-        model = Plume.from_pretrained(cfg.ckpt, cfg.device or None, cfg.dtype or None)
-    else:
-        device, dtype = pick_device(cfg.device or None, cfg.dtype or None)
-        shape = cfg.preset or "tiny"
-        texts = [*World("test").texts(), *[SHAPES[shape]["prompt"]] * 20]  # so that the prompt has tokens of whole words
-        model = Plume.random(texts, shape, device=device).to(dtype)
-    limits = model.processor.limits
-    limits.max_pixels = limits.video_max_pixels = max(limits.max_pixels, side[0] * side[1])
-    limits.num_frames, limits.max_len = max(cfg.frames, limits.num_frames), 1 << 20
-    model.eval()
-    dtype = model.lm.norm.weight.dtype
-    device = torch.cuda.get_device_name() if model.device.type == "cuda" else str(model.device)
-    result = dict(date=time.strftime("%Y-%m-%d"), device=device, dtype=str(dtype), threads=torch.get_num_threads(), torch=torch.__version__,
-                  model=cfg.ckpt if "ckpt" in given else f"random weights, {shape}", image=cfg.image, frames=cfg.frames, rows=[])
-    save = lambda: write_json(cfg.json, result) if cfg.json else None
-    print(f"{result['model']}, {result['device']}, {dtype}, {result['threads']} threads", end="")
-    if cfg.growth:
-        print()
-        with torch.no_grad():
-            result["rows"] = growth(model, cfg)
-        return save()
-    rates = peak_rates(model.device, dtype)
-    result |= dict(flops=rates[0], bytes_per_s=rates[1])
-    print(f"; it gives {rates[0] / 1e12:.2f} TFLOP/s and {rates[1] / 1e9:.0f} GB/s")
-    for prefix in [0] if cfg.image or cfg.frames else prefixes:
-        for size in sizes:
-            batch = speed_batch(model, cfg, prefix, size)
-            rows = measure_speed(model, batch, cfg, rates)
-            patches = 0 if batch["pixels"] is None else len(batch["pixels"]) // size
-            print(f"\n{size} equal queries a batch, prefix of {batch['ids'].shape[1]} tokens, {patches} patches", speed_table(rows), sep="\n")
-            if cfg.training:
-                rows.append(training_step(model, batch, cfg))
-            result["rows"] += rows
-            save()  # after every batch: what is measured is kept
-
-
-GROWTH = dict(prefix=(64, 128, 256, 512, 1024, 2048), K=(0, 2, 4, 8, 16, 32), batch=(1, 2, 4, 8, 16, 32, 64))  # one grows, the others stay
-STAYS = dict(prefix=256, K=8, batch=4)
-
-
-def growth(model, cfg):
-    """Time and memory of the latent embedding of a batch of text, as prefix, latent steps and batch grow -> rows; drawn into --growth."""
-    rows, device = [], model.device
-    for what, values in GROWTH.items():
-        for value in tqdm(values, desc=what, leave=False):
-            now = dict(STAYS, **{what: value})
-            batch = speed_batch(model, cfg, now["prefix"], now["batch"])
-            run = lambda: model.embed(batch, "latent", now["K"])
-            peak = peak_bytes(run, device)
-            seconds = rounds({what: run}, cfg.repeats, device)[what]
-            middle = float(np.median(seconds))
-            rows.append(row := dict(now, grows=what, ms=1e3 * middle, queries_per_s=now["batch"] / middle, peak_mib=peak / 2**20))
-            print(f"{what:7}{value:6}{row['ms']:12.1f} ms a batch{row['queries_per_s']:10.1f} queries/s{row['peak_mib']:10.0f} MiB at most")
-    W, H, top, bottom, font = 420, 420, 60, 60, ImageFont.load_default(16)
-    image = Image.new("RGB", (W * len(GROWTH), H), "white")
-    draw = ImageDraw.Draw(image)
-    for panel, what in enumerate(GROWTH):
-        mine, left = [r for r in rows if r["grows"] == what], panel * W + 30
-        draw.rectangle((left, top, left + W - 60, H - bottom), outline="#bbbbbb")
-        fixed = ", ".join(f"{k} {v}" for k, v in STAYS.items() if k != what)
-        draw.text((left, 12), f"{what} 0 to {mine[-1][what]}\n{fixed}", fill="black", font=font)
-        for key, unit, colour, at in (("ms", "ms a batch", "#1f77b4", 0), ("peak_mib", "MiB at most", "#d62728", 1)):
-            most = max(r[key] for r in mine)
-            points = [(left + r[what] / mine[-1][what] * (W - 60), H - bottom - r[key] / most * (H - top - bottom)) for r in mine]
-            draw.line(points, fill=colour, width=2)
-            for x, y in points:
-                draw.ellipse((x - 3, y - 3, x + 3, y + 3), fill=colour)
-            draw.text((left, H - 48 + 20 * at), f"0 to {most:,.0f} {unit}", fill=colour, font=font)
-    with writing(cfg.growth, "wb") as f:
-        image.save(f, "PNG")
-    return rows
-
+# -------------------------------------------------------------------------------------------------------------- command
 
 def write_json(path, value):
     write_text(path, json.dumps(value, indent=1))
@@ -857,36 +415,36 @@ def write_text(path, text):
         f.write(text)
 
 
+def load(cfg, device="", **settings):
+    """The model of --ckpt."""
+    if not os.path.exists(cfg.ckpt) and cfg.ckpt == Config.ckpt:
+        raise DataError(f"{cfg.ckpt}: no checkpoint there yet; train one with: python train.py, or name one with --ckpt")
+    return Plume.from_pretrained(cfg.ckpt, device or cfg.device or None, cfg.dtype or None, **settings)
+
+
+def writable(file):
+    return not os.path.isdir(file) and os.path.isdir(os.path.dirname(os.path.abspath(file)))
+
+
 def main(argv):
     cfg, given = parse_flags(Config, argv, __doc__)
+    if cfg.task == "speed":
+        raise DataError("--task speed is a command of its own now: python -m tools.speed")
     if cfg.mode not in MODES or not -1 <= cfg.steps <= 32 or (cfg.steps >= 0 and cfg.mode != "latent"):
         raise DataError(f"--mode {cfg.mode!r} --steps {cfg.steps}: mode is one of {MODES}, steps are 0..32 and belong to mode latent")
-    two_files = len(cfg.compare) == 2
-    if len(cfg.compare) > 2 or two_files and (given != {"compare"} or any(f.lower().endswith(".png") for f in cfg.compare)):
-        raise DataError("--compare takes one PNG to draw, or two JSON files of scores and no other flag")
-    if two_files:
+    if cfg.compare:
+        if len(cfg.compare) != 2 or given != {"compare"}:
+            raise DataError("--compare takes two JSON files of scores and no other flag; accuracy against latency as a "
+                            "picture: python -m tools.compare --png compare.png")
         return print(differences(cfg.compare))
-    if cfg.compare and not cfg.compare[0].lower().endswith(".png"):
-        raise DataError(f"--compare {cfg.compare[0]}: one file is a picture to draw and must end in .png; name two JSON files to compare their scores")
-    if cfg.compare and given & {"mode", "steps", "scores", "check", "skip_bad"}:
-        raise DataError("--compare runs every mode: leave out --mode, --steps, --scores, --check and --skip_bad")
     if cfg.protocol not in ("clean", "released"):
         raise DataError(f"--protocol {cfg.protocol!r}: needs clean or released")
-    writable = lambda f: not os.path.isdir(f) and os.path.isdir(os.path.dirname(os.path.abspath(f)))
-    if cfg.batch_size < 1 or cfg.limit < 1 or not all(map(writable, (cfg.json, cfg.growth, *cfg.compare))):
-        raise DataError(f"--batch_size {cfg.batch_size} and --limit {cfg.limit} must be at least 1, --json {cfg.json!r}, --compare {' '.join(cfg.compare)!r} "
-                        f"and --growth {cfg.growth!r} files in folders that exist")
-    of_speed = {"preset", "batch_sizes", "prefix", "image", "frames", "tokens", "repeats", "training", "growth"}
-    of_scores = {"data", "mode", "compare", "steps", "limit", "batch_size", "protocol", "check", "skip_bad", "scores"}
-    if wrong := given & (of_scores if cfg.task == "speed" else of_speed):
-        raise DataError(f"--{' --'.join(sorted(wrong))}: {'not with' if cfg.task == 'speed' else 'only with'} --task speed")
-    if cfg.growth and (wrong := given & {"batch_sizes", "prefix", "image", "frames", "tokens", "training"}):
-        raise DataError(f"--{' --'.join(sorted(wrong))}: not with --growth, which has its own")
+    if cfg.batch_size < 1 or cfg.limit < 1 or not writable(cfg.json):
+        raise DataError(f"--batch_size {cfg.batch_size} and --limit {cfg.limit} must be at least 1, --json {cfg.json!r} a "
+                        "file in a folder that exists")
     world, local = (int(os.environ.get(name, default)) for name, default in (("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
-    if world > 1 and (cfg.task == "speed" or cfg.compare or cfg.check):
-        raise DataError("--task speed, --compare and --check run as one process: python instead of torchrun")
-    if cfg.task == "speed":
-        return speed(cfg, given)
+    if world > 1 and cfg.check:
+        raise DataError("--check runs as one process: python instead of torchrun")
 
     published = any(os.path.isdir(os.path.join(cfg.data, d)) for d in ("rows", "image-tasks", "video-tasks", "visdoc-tasks")) if cfg.data else False
     if not published and (wrong := given & {"check", "protocol"}):
@@ -909,29 +467,16 @@ def main(argv):
             problems = "\n".join(line for line in lines.splitlines() if ", the first: " in line)
             raise DataError(f"{wrong} of {len(names)} tasks have problems; mend them, choose others with --task, or leave out what is bad with "
                             f"--skip_bad\n{problems}")
-    if not os.path.exists(cfg.ckpt) and cfg.ckpt == Config.ckpt:
-        raise DataError(f"{cfg.ckpt}: no checkpoint there yet; train one with: python train.py, or name one with --ckpt")
     device = f"cuda:{local}" if world > 1 and cfg.device in ("", "cuda") and torch.cuda.is_available() else cfg.device
     as_released = {}
     if released:
         as_released = {k: RELEASED[k] for k in ("latent_positions", "white_image", "prompt", "template")}
         as_released["limits"] = RELEASED["limits"] | {"num_frames": 64}  # all frames that the readers give
-    model, begun = Plume.from_pretrained(cfg.ckpt, device or None, cfg.dtype or None, **as_released), time.time()
+    model, begun = load(cfg, device, **as_released), time.time()
     if published:
         make = lambda name: read_published(cfg.data, name.split("/")[1], released, cfg.skip_bad)
     else:
         make = lambda name: turtle[name] if turtle else read_task(cfg.data, name)
-    if cfg.compare:
-        tasks = [make(name) for name in names]
-        rows = compare(model, tasks, cfg)
-        print(f"{cfg.ckpt}: every mode, {model.device}, batches of {cfg.batch_size}, {time.time() - begun:.0f} s; tokens: decoded per query; "
-              "ms/query: the model alone")
-        print(compare_table(rows, tasks))
-        draw_comparison(rows, cfg.compare[0], f"mean of {len(tasks)} tasks")
-        print(f"accuracy against latency: {cfg.compare[0]}")
-        if cfg.json:
-            write_json(cfg.json, dict(ckpt=cfg.ckpt, data=cfg.data, batch_size=cfg.batch_size, device=str(model.device), rows=rows))
-        return
     steps = None if cfg.mode != "latent" else model.settings["latent_steps"] if cfg.steps < 0 else cfg.steps
     root, ours = cfg.scores or ("out/scores" if published else ""), "-".join(os.path.normpath(cfg.ckpt).split(os.sep)[-2:])
     embedder = Embedder(model, cfg, cfg.mode, steps, root and os.path.join(root, "embeddings"))

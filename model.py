@@ -18,7 +18,6 @@ import secrets
 import shutil
 import time
 import warnings
-import weakref
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import asdict
@@ -31,8 +30,6 @@ import torch.nn.functional as F
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers import AutoTokenizer, Qwen2VLConfig, Qwen2VLForConditionalGeneration
@@ -737,27 +734,3 @@ def replacing(path, keep=None):
                           + ", ".join(stuck))
         if not keep:
             remove_checkpoint(old, mine)
-
-
-class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of all tensors made inside: `now` those still alive, `peak` the most at one time."""
-
-    def __init__(self):
-        super().__init__()
-        self.now, self.peak, self.known = 0, 0, set()
-
-    def __torch_dispatch__(self, f, types, args=(), kwargs=None):
-        storages = lambda tree: [t.untyped_storage() for t in tree_leaves(tree) if isinstance(t, torch.Tensor)]
-        given = {id(s) for s in storages((args, kwargs))}  # a view of these is no new memory
-        out = f(*args, **(kwargs or {}))
-        for s in storages(out):
-            if id(s) not in given | self.known:
-                self.known.add(id(s))
-                self.now += s.nbytes()
-                self.peak = max(self.peak, self.now)
-                weakref.finalize(s, self.free, id(s), s.nbytes())
-        return out
-
-    def free(self, key, size):
-        self.known.discard(key)
-        self.now -= size

@@ -3,7 +3,6 @@
     python train.py                                                turtle world, tiny preset, a laptop
     python train.py --data pairs.jsonl                             your pairs, tiny preset, from scratch
     torchrun --nproc_per_node=8 train.py --data pairs.jsonl --preset qwen2vl_2b --micro_batch 8
-    python train.py --ablations ablations.json --steps 600         the paper's ablations in turtle world, a run for each
 
 Writes OUT/checkpoint (for Plume.from_pretrained, eval.py --ckpt and --resume) and OUT/log.jsonl, one object a step.
 Ctrl-C finishes the step, writes a checkpoint and stops.
@@ -21,13 +20,10 @@ import shlex
 import shutil
 import signal
 import socket
-import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, replace
-from unittest import mock
 
 try:
     import fcntl
@@ -44,14 +40,14 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
-from tqdm import tqdm
 
 from adapter import MAX_STEPS, TransitionAdapter, balance_loss
 from curriculum import Curriculum, Progress
 from data import (
-    Batches, DataError, Pairs, Schedule, StepSampler, World, nearest, parse_flags, quote, reason, said, to_device,
+    Batches, DataError, Pairs, Schedule, StepSampler, nearest, parse_flags, quote, reason, said, to_device,
     write_errors, writing)
-from model import LiveBytes, Plume, checkpoint_files, pick_device, pointer, remove_checkpoint, replacing
+from model import Plume, checkpoint_files, pick_device, pointer, remove_checkpoint, replacing
+from tasks.turtle import World
 
 # -------------------------------------------------------------------------------------------------------------- config
 
@@ -109,11 +105,8 @@ class Config:
     # run
     preset: str = ""  # qwen2vl_2b: the paper's settings; other flags win over it
     eval_every: int = 0  # steps between hit@1 on 256 pairs (a tenth at most) that are held out of training; 0: never, none held out
-    dry_run: bool = False  # only print what the run would take: memory and time of the heaviest of 256 pairs, in every stage
     out: str = "out"  # folder for checkpoint and log
     resume: bool = False  # continue the run in --out
-    ablations: str = ""  # run every ablation of the paper with the other flags given, results into this JSON; goes on where it stopped
-    seeds: int = 2  # runs of each ablation
     save_every: int = 500  # steps between checkpoints; there is also one at the end of each stage, at the end, on Ctrl-C
     keep: int = 0  # earlier checkpoints that stay, as OUT/checkpoint-STEP
     log_every: int = 10  # steps between printed lines; log.jsonl has every step
@@ -137,9 +130,12 @@ LEFT_OVER = re.compile(r"checkpoint\.[0-9a-f]{8}\.(old|writing)|log\.jsonl\.[0-9
 
 STATE = {"step", "ranks", "optimizer", "progress", "config", "kept"}  # of train_state.pt
 
+MOVED = dict(ablations="python -m tools.ablations --json FILE", seeds="python -m tools.ablations --seeds N",
+             dry_run="python -m tools.dry_run")  # with the other flags as here
+
 # do not change the result, but for rounding
 FREE_ON_RESUME = ("resume", "out", "media", "workers", "save_every", "keep", "log_every", "wandb", "device", "checkpointing", "micro_batch",
-                  "fsdp", "dry_run")
+                  "fsdp")
 
 
 # ---------------------------------------------------------------------------------------------------------- losses
@@ -394,15 +390,14 @@ def check(cfg, world):
     parent = os.path.abspath(cfg.out)
     while not os.path.exists(parent):
         parent = os.path.dirname(parent)
-    needs = [(cfg.dry_run or os.path.isdir(parent) and os.access(parent, os.W_OK | os.X_OK),
+    needs = [(os.path.isdir(parent) and os.access(parent, os.W_OK | os.X_OK),
               f"--out {quote(cfg.out)}: nothing can be written in {quote(parent)}; choose another folder"),
              (cfg.seed >= 0, f"--seed {cfg.seed}: at least 0"),
              (cfg.global_batch >= 2 and cfg.global_batch % world == 0,
               f"--global_batch {cfg.global_batch} must be at least 2 and divisible by the {world} ranks"),
              (cfg.micro_batch >= 0, f"--micro_batch {cfg.micro_batch}: at least 1 pair, or 0 for a rank's whole share of the global batch"),
-             (world == 1 or not cfg.dry_run, "--dry_run needs no torchrun: it runs one rank's micro-batch; --micro_batch says how many pairs that is"),
-             (cfg.device != "meta" or cfg.dry_run, "--device meta has shapes and no numbers: it is for --dry_run"),
-             (world > 1 or not cfg.fsdp or cfg.dry_run, "--fsdp needs several ranks: start with torchrun --nproc_per_node=N train.py, or leave it out"),
+             (cfg.device != "meta", "--device meta has shapes and no numbers: it is for python -m tools.dry_run"),
+             (world > 1 or not cfg.fsdp, "--fsdp needs several ranks: start with torchrun --nproc_per_node=N train.py, or leave it out"),
              (cfg.freeze_vision in ("auto", "true", "false"), f"--freeze_vision {cfg.freeze_vision!r}: needs auto, true or false"),
              (cfg.latent_positions in ("mrope", "cache"), f"--latent_positions {cfg.latent_positions!r}: needs mrope or cache"),
              (cfg.segments * cfg.steps_per_segment <= MAX_STEPS,
@@ -494,18 +489,23 @@ def room(cfg, model, trained):
 
 def check_resume(then, now):
     """Raises DataError that lists what differs between the run's configuration and this one."""
+    then = asdict(Config()) | then  # a field that is newer than the run had its default
     if changed := [f"{k}: {then.get(k)!r} then, {v!r} now" for k, v in now.items() if k not in FREE_ON_RESUME and then.get(k) != v]:
         raise DataError("--resume with another configuration: " + "; ".join(changed))
 
 
+def with_preset(cfg, given):
+    """The configuration with the values of --preset where no flag was given."""
+    if not cfg.preset:
+        return cfg
+    if cfg.preset not in PRESETS:
+        raise DataError(f"--preset {cfg.preset!r}: there is {', '.join(PRESETS)}.{nearest(cfg.preset, PRESETS)}")
+    return replace(cfg, **{k: v for k, v in PRESETS[cfg.preset].items() if k not in given})
+
+
 def main(argv):
-    cfg, given = parse_flags(Config, argv, __doc__)
-    if cfg.preset:
-        if cfg.preset not in PRESETS:
-            raise DataError(f"--preset {cfg.preset!r}: there is {', '.join(PRESETS)}.{nearest(cfg.preset, PRESETS)}")
-        cfg = replace(cfg, **{k: v for k, v in PRESETS[cfg.preset].items() if k not in given})
-    if cfg.ablations:
-        return ablate(cfg, given)
+    cfg, given = parse_flags(Config, argv, __doc__, MOVED)
+    cfg = with_preset(cfg, given)
     # ranks
     world, rank, local = (int(os.environ.get(k, d)) for k, d in (("WORLD_SIZE", 1), ("RANK", 0), ("LOCAL_RANK", 0)))
     say = print if rank == 0 else lambda *a, **k: None
@@ -521,7 +521,7 @@ def main(argv):
     curriculum = check(cfg, world)
     if cfg.resume:
         checkpoint_in(cfg.out)
-    with only_run(cfg, say) if rank == 0 and not cfg.dry_run else nullcontext():
+    with only_run(cfg, say) if rank == 0 else nullcontext():
         return train(cfg, given, argv, curriculum, device, dtype, world, rank, say)
 
 
@@ -544,7 +544,7 @@ def train(cfg, given, argv, curriculum, device, dtype, world, rank, say):
 
     # model and optimizer
     model = build_model(cfg, given, pairs, device)
-    if cfg.fsdp and not cfg.dry_run:
+    if cfg.fsdp:
         policy = MixedPrecisionPolicy(None if dtype == torch.float32 else dtype, torch.float32)
         fully_shard(model, mesh=init_device_mesh(device.type, (world,)), mp_policy=policy)
         register_fsdp_forward_method(model, "embed")
@@ -552,7 +552,7 @@ def train(cfg, given, argv, curriculum, device, dtype, world, rank, say):
     optimizer = torch.optim.AdamW(parameter_groups(model, cfg.weight_decay, cfg.vision_lr), lr=cfg.lr, betas=(0.9, 0.95), fused=True)
     config = dict(asdict(cfg), pairs=pairs.digest)
     start, kept, progress = 0, [], Progress(curriculum, steps, cfg.seed)
-    if rank == 0 and not cfg.dry_run:
+    if rank == 0:
         room(cfg, model, trained)
     if cfg.resume:
         state = read_state(checkpoint_in(cfg.out))
@@ -564,7 +564,7 @@ def train(cfg, given, argv, curriculum, device, dtype, world, rank, say):
         progress.load(state["progress"])
         del state  # closes the file
     parallel = DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True) if world > 1 and not cfg.fsdp else model
-    mixed = dtype != torch.float32 and not cfg.fsdp and device.type != "meta"
+    mixed = dtype != torch.float32 and not cfg.fsdp 
     autocast = torch.autocast(device.type, dtype) if mixed else nullcontext()
     loader = torch.utils.data.DataLoader(Batches(pairs, model.processor, curriculum, cfg.skip_bad, cfg.micro_batch), batch_size=None,
                                          sampler=StepSampler(schedule, progress, start, rank, world), num_workers=cfg.workers,
@@ -587,9 +587,6 @@ def train(cfg, given, argv, curriculum, device, dtype, world, rank, say):
         if not len(held):
             raise DataError(f"--eval_every {cfg.eval_every}: a tenth of {len(pairs)} pairs leaves none to hold out that can be read; leave it out")
         say(f"{len(held)} pairs are held out; hit@1 by chance {1 / len({pairs[i][1].key() for i in held}):.1%}")
-
-    if cfg.dry_run:
-        return dry_run(cfg, model, pairs, curriculum, autocast, dtype)
 
     # the loop
     stop, log = stop_on_signal(), open_log(cfg, start) if rank == 0 else None
@@ -669,160 +666,6 @@ def train(cfg, given, argv, curriculum, device, dtype, world, rank, say):
     return 0 if done == steps else 130
 
 
-class FusedAttention(torch.autograd.Function):
-    """What a GPU's attention kernel keeps, and no arithmetic: on the device meta."""
-
-    @staticmethod
-    def forward(ctx, q, k, v):
-        out = torch.empty_like(q)
-        ctx.save_for_backward(q, k, v, out)
-        return out
-
-    @staticmethod
-    def backward(ctx, grad):
-        return tuple(torch.empty_like(x) for x in ctx.saved_tensors[:3])
-
-
-def dry_run(cfg, model, pairs, curriculum, autocast, dtype):
-    """What a rank needs: bytes of weights, gradients and moments, and in every stage bytes that one micro-batch adds, made of
-    the heaviest of 256 pairs drawn at random.  On cuda as its allocator counts, else all tensors that are alive."""
-    device, unit = model.device, 2**30
-    meta, cuda = device.type == "meta", device.type == "cuda"
-    size, batches = cfg.micro_batch or cfg.global_batch, Batches(pairs, model.processor, curriculum, cfg.skip_bad)
-    tokens = lambda i: batches[0, curriculum.stages[0], [i]]["micro"][0]["lengths"].sum().item()
-    drawn = np.random.default_rng(cfg.seed).permutation(len(pairs))[: max(256, size)]
-    weight = [tokens(i) for i in tqdm(drawn, desc="pairs drawn", unit="pair")]
-    heavy = drawn[np.argsort(weight, kind="stable")[::-1][:size]]
-    every, trained = (sum(p.numel() for p in model.parameters() if p.requires_grad or all_) for all_ in (True, False))
-    print(f"weights {4 * every / unit:,.3f} GiB, gradients {4 * trained / unit:,.3f} GiB, AdamW's moments {8 * trained / unit:,.3f} GiB, all float32")
-    if meta:
-        model.to(dtype)
-    for p in model.parameters():
-        p.grad = torch.zeros_like(p) if p.requires_grad else None
-    print(f"one micro-batch of {len(heavy)} pairs, the heaviest of {len(drawn)} drawn: for each stage what stays for the backward pass, and the most")
-    print("stage  latent steps  tokens of a side  patches  kept, GiB  peak, GiB" + "  seconds" * (not meta))
-    most = 0
-    for stage in curriculum.stages:
-        part, begun = to_device(batches[0, stage, heavy]["micro"][0], device), time.perf_counter()
-        if cuda:
-            torch.cuda.reset_peak_memory_stats()
-            before = torch.cuda.memory_allocated()
-        attention = mock.patch.object(F, "scaled_dot_product_attention", lambda q, k, v, **kw: FusedAttention.apply(q, k, v))
-        with attention if meta else nullcontext(), nullcontext() if cuda else LiveBytes() as live:
-            with autocast:
-                out = model(part, stage.latent_steps)
-            kept = torch.cuda.memory_allocated() - before if cuda else live.now
-            (out["gen"].sum() + out["ce"].sum() + out["read"].sum() + out["router"].sum()).backward()
-            del out
-        peak = torch.cuda.max_memory_allocated() - before if cuda else live.peak
-        most = max(most, peak)
-        print(f"{stage.index:5d}  {stage.latent_steps:12d}  {part['lengths'].max() if not meta else part['ids'].shape[1]:16d}  "
-              f"{0 if part['pixels'] is None else len(part['pixels']):7d}  {kept / unit:9.3f}  {peak / unit:9.3f}"
-              + f"  {time.perf_counter() - begun:7.2f}" * (not meta))
-    half = dtype == torch.bfloat16
-    state, gathered = 4 * every + 12 * trained, (2 if half else 4) * (every + trained)
-    if meta and half:
-        print("hidden states counted in bfloat16, as with --fsdp; without it they are float32, about twice as many bytes")
-    else:
-        print(f"together {(state + most) / unit:,.2f} GiB a rank")
-    print(f"together with --fsdp on 8 ranks, which gather weights and gradients in a step: {(state / 8 + gathered + most) / unit:,.2f} GiB a rank")
-    return 0
-
-
-# setting: its flags, and the paper's score for it (table of ablations, column All)
-ABLATIONS = {
-    "full": ({}, 61.6),
-    "no latent transition": (dict(adapter="none"), 58.8),
-    "single MLP": (dict(adapter="mlp"), 59.2),
-    "no anchor": (dict(anchor=False), 60.1),
-    "no shared expert": (dict(shared_expert=False), 60.3),
-    "top-1": (dict(top_k=1), 60.8),
-    "no step embedding": (dict(step_embedding=False), 60.4),
-    "no curriculum": (dict(last_stage=1.0, replay=0.0, w_read=0.0), 54.8),  # the read-out loss would show it the rationale
-    "K = 4": (dict(segments=4), 59.9),
-    "K = 6": (dict(segments=6), 61.1),
-    "rest after the thought": (dict(rest_of_rationale="after"), None),
-    "no read-out loss": (dict(w_read=0.0), None),
-    "paper's schedule": (dict(gate=0.0, replay=0.0, last_stage=0.5), None),
-    "no curriculum, but read-out loss": (dict(last_stage=1.0, replay=0.0), None),
-}
-
-
-def ablate(cfg, given):
-    """Train and evaluate every setting with every seed, one process a core; finished runs stay in the JSON, begun ones are resumed."""
-    if wrong := sorted(given & {"data", "init", "seed", "resume", "workers", "preset", "dry_run"}):
-        raise DataError(f"--ablations runs turtle world from scratch with {cfg.seeds} seeds: leave out --{' --'.join(wrong)}")
-    if cfg.seeds < 1 or not os.path.isdir(os.path.dirname(os.path.abspath(cfg.ablations))):
-        raise DataError(f"--seeds {cfg.seeds} must be at least 1, and --ablations {cfg.ablations!r} in a folder that exists")
-    families = World("test", cfg.families).names
-    out_of = lambda name, seed: os.path.join(cfg.out, "ablations", re.sub(r"\W+", "_", f"{name} {seed}"))
-    flags_of = lambda name, seed: asdict(replace(cfg, **ABLATIONS[name][0], ablations="", seed=seed, out=out_of(name, seed), workers=0))
-    for name in ABLATIONS:
-        check(Config(**dict(flags_of(name, 0), resume=True)), 1)
-    base = {k: v for k, v in asdict(cfg).items() if k not in FREE_ON_RESUME + ("ablations", "seeds", "seed")}
-    results = dict(config=base, settings={name: flags for name, (flags, _) in ABLATIONS.items()}, cores=os.cpu_count(),
-                   torch=torch.__version__, runs=[])
-    if os.path.exists(cfg.ablations):
-        try:
-            with open(cfg.ablations) as f:
-                then = json.load(f)
-            then["config"], then["settings"], then["runs"]
-        except (ValueError, LookupError, TypeError) as e:
-            raise DataError(
-                f"{cfg.ablations}: not a file that --ablations writes: {reason(e)}; choose another name") from e
-        if changed := [k for k in ("config", "settings") if then[k] != results[k]]:
-            raise DataError(f"{cfg.ablations} holds runs of another {changed[0]} ({then[changed[0]]}); choose another file, or the same flags")
-        results = then
-    done = {(r["setting"], r["seed"]) for r in results["runs"]}
-    todo = [(name, seed) for seed in range(cfg.seeds) for name in ABLATIONS if (name, seed) not in done]
-    here, usual, running, stopping = os.path.dirname(os.path.abspath(__file__)), asdict(Config()), [], []
-
-    def run(job):
-        out = out_of(*job)
-        os.makedirs(out, exist_ok=True)
-        flags = [f"--{k}={v}" for k, v in flags_of(*job).items() if v != usual[k]]
-        train = ["train.py", *flags, *["--resume"] * bool(checkpoints_in(out))]
-        test = ["eval.py", "--task", ",".join(f"{f}/turtle" for f in families), "--ckpt", os.path.join(out, "checkpoint"),
-                "--json", os.path.join(out, "scores.json")]
-        for script, *rest in (train, test):
-            with open(os.path.join(out, "output.txt"), "a") as log:
-                process = subprocess.Popen([sys.executable, os.path.join(here, script), *rest], stdout=log, stderr=log,
-                                           env=dict(os.environ, OMP_NUM_THREADS="1"))
-            running.append(process)
-            if process.wait() or stopping:
-                return None
-        with open(os.path.join(out, "scores.json")) as f, open(os.path.join(out, "log.jsonl")) as log:
-            hits = {task: r["hit@1"] for task, r in json.load(f)["tasks"].items()}
-            seconds = sum(json.loads(line)["ms"] for line in log) / 1e3
-        return dict(setting=job[0], seed=job[1], hits=hits, mean=sum(hits.values()) / len(hits), seconds=round(seconds))
-
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
-    with ThreadPoolExecutor(os.cpu_count()) as pool, tqdm(total=len(todo), desc="ablations", unit="run") as bar:
-        try:
-            jobs = {pool.submit(run, job): job for job in todo}
-            for future in as_completed(jobs):
-                if (result := future.result()) is None:
-                    raise DataError(f"{jobs[future]} did not finish; see output.txt in {out_of(*jobs[future])}. The same command goes on")
-                results["runs"].append(result)
-                with writing(cfg.ablations) as f:
-                    json.dump(results, f, indent=1)
-                bar.update()
-        except KeyboardInterrupt:
-            print("stopped; the same command goes on")
-            return 130
-        finally:
-            stopping.append(True)
-            pool.shutdown(wait=False, cancel_futures=True)
-            for process in running:  # those that still run write a checkpoint
-                process.terminate()
-    print("setting                           hit@1 mean  (lowest - highest)  paper, MMEB-V2")
-    for name, (_, paper) in ABLATIONS.items():
-        scores = [r["mean"] for r in results["runs"] if r["setting"] == name]
-        print(f"{name:34}{sum(scores) / len(scores):10.1%}  ({min(scores):.1%} - {max(scores):.1%})".ljust(68) + (f"{paper}" if paper else ""))
-    print(f"{len(results['runs'])} runs, {sum(r['seconds'] for r in results['runs']) / 3600:.1f} hours of training on one core each")
-    return 0
-
-
 def reduce_mean(metrics, device):
     """Scalars of this rank -> floats averaged over ranks: the one place in a step where the host waits for the device."""
     values = torch.stack([torch.as_tensor(v, dtype=torch.float32, device=device).detach() for v in metrics.values()])
@@ -878,4 +721,4 @@ if __name__ == "__main__":
         sys.exit(f"error: {said(e)}")
     except torch.OutOfMemoryError as e:
         sys.exit(f"error: out of memory: {str(e).splitlines()[0]} Lower --micro_batch; then try --checkpointing, --fsdp on several ranks, a lower "
-                 "--max_pixels; --dry_run tells what is needed")
+                 "--max_pixels; python -m tools.dry_run tells what is needed")
