@@ -1,16 +1,16 @@
 """The semantic-anchor-guided transition adapter: what turns one latent state into the input of the next step.
 
-Paper, section "transition": the hidden state z_k cannot be fed back as it is, because the decoder's output space is not
-its input space.  One small mixture of experts (one for the whole model, not one per layer) maps it across, and the
-router looks at the *anchor*, a summary of the input taken at <disc_emb>, so that pictures, clips, pages and text may
-take different paths:
+Paper, section "transition": the hidden state z_k cannot be fed back as it is, because the decoder's output
+space is not its input space.  One small mixture of experts (one for the whole model, not one per layer) maps
+it across, and the router looks at the *anchor*, a summary of the input taken at <disc_emb>, so that pictures,
+clips, pages and text may take different paths:
 
-    r  = softmax(W [z + anchor ; step_embedding(k)])            router over E experts
-    z' = z + shared(LN z) + sum_{e in top-k(r)} r_e expert_e(LN z)      weights are NOT renormalised after the top-k
+    r  = softmax(W [z + anchor ; step_embedding(k)])                    router over E experts
+    z' = z + shared(LN z) + sum_{e in top-k(r)} r_e expert_e(LN z)      NOT renormalised after the top-k
 
-Every expert, the shared one too, is Linear(D, 2D) - GELU - Linear(2D, D).  All of them are stored in one tensor and
-run in one batched product, the shared one as expert 0 with weight 1; the top-k only decides the weights.  That computes
-experts which get weight zero, and in exchange never asks the device which ones were chosen.
+Every expert, the shared one too, is Linear(D, 2D) - GELU - Linear(2D, D).  All of them are stored in one
+tensor and run in one batched product, the shared one as expert 0 with weight 1; the top-k only decides the
+weights.  That computes experts which get weight zero, and never asks the device which ones were chosen.
 """
 
 import torch
@@ -23,12 +23,14 @@ MAX_STEPS = 32  # rows of the step table
 class TransitionAdapter(nn.Module):
     """z_k -> the decoder input of latent step k.
 
-    kind: "moe" (the paper), "mlp" (the shared expert alone), "none" (identity: hidden states are fed back as they are).
+    kind: "moe" (the paper), "mlp" (the shared expert alone), "none" (identity: z is fed back as it is).
     experts, top_k, shared_expert, anchor, step_embedding: the paper's ablations, see the formula above.
     router_bias: the formula has none; a checkpoint that stores one is loaded with it.
+    ValueError: another kind, or a top_k that is not 1..experts.
     """
 
-    def __init__(self, dim, kind="moe", experts=4, top_k=2, shared_expert=True, anchor=True, step_embedding=True, router_bias=False):
+    def __init__(self, dim, kind="moe", experts=4, top_k=2, shared_expert=True, anchor=True,
+                 step_embedding=True, router_bias=False):
         super().__init__()
         if kind not in ("moe", "mlp", "none"):
             raise ValueError(f"adapter kind {kind[:40]!r}: needs 'moe', 'mlp' or 'none'")
@@ -39,11 +41,11 @@ class TransitionAdapter(nn.Module):
         self.shared_expert = kind == "mlp" or (kind == "moe" and shared_expert)
         if kind == "none":
             return
-        n = self.experts + self.shared_expert
+        n = self.experts + 1 if self.shared_expert else self.experts
         self.ln = nn.LayerNorm(dim)
         self.w1 = nn.Parameter(torch.randn(n, dim, 2 * dim) * 0.02)
         self.b1 = nn.Parameter(torch.zeros(n, 1, 2 * dim))
-        self.w2 = nn.Parameter(torch.randn(n, 2 * dim, dim) * 1e-3)  # small: a new adapter starts near the identity
+        self.w2 = nn.Parameter(torch.randn(n, 2 * dim, dim) * 1e-3)  # small: starts near the identity
         self.b2 = nn.Parameter(torch.zeros(n, 1, dim))
         if self.experts:
             self.step_embed = nn.Embedding(MAX_STEPS, dim) if step_embedding else None
@@ -51,7 +53,7 @@ class TransitionAdapter(nn.Module):
             nn.init.normal_(self.router.weight, std=0.02)
 
     def forward(self, z, step, anchor):
-        """z, anchor (B, D), step a Python int -> next input (B, D), router probabilities (B, E); E is 0 without a router."""
+        """z, anchor (B, D), step a Python int -> next input (B, D), router probabilities (B, E or 0)."""
         B = z.shape[0]
         if self.kind == "none":
             return z, z.new_zeros(B, 0)
@@ -74,31 +76,61 @@ class TransitionAdapter(nn.Module):
 
 
 def balance_loss(mean_probs):
-    """mean_probs (K, E), r averaged over the batch -> mean_e (mean_b r_e - 1/E)^2, averaged over the K steps (paper)."""
+    """mean_probs (K, E), r averaged over the batch -> mean_e (mean_b r_e - 1/E)^2, mean over K (paper)."""
     K, E = mean_probs.shape
-    return (mean_probs - 1 / E).pow(2).mean() if K and E else mean_probs.new_zeros(())
+    if K == 0 or E == 0:
+        return mean_probs.new_zeros(())
+    return (mean_probs - 1 / E).pow(2).mean()
 
 
-# The released checkpoints keep every expert as two nn.Linear, which store the transpose of our stacked tensors.
+# Released checkpoints keep each expert as two nn.Linear, which store the transpose of our stacked tensors.
+LAYERS = (("fc1", "w1", "b1"), ("fc2", "w2", "b2"))
+SAME_NAMES = ("ln.weight", "ln.bias", "step_embed.weight", "router.weight", "router.bias")
+
+
+def expert_names(experts, shared_expert):
+    """The released names of the experts, in the order in which our tensors stack them."""
+    names = [f"experts.{i}" for i in range(experts)]
+    return ["shared_expert", *names] if shared_expert else names
+
+
 def to_released(state, shared_expert):
-    """Our adapter's state dict -> the released names, without their `latent_moe_transition.` prefix."""
-    out = {k: v for k, v in state.items() if k.split(".")[0] in ("ln", "step_embed", "router")}
-    for i in range(len(state["w1"]) if "w1" in state else 0):
-        name = "shared_expert" if shared_expert and i == 0 else f"experts.{i - shared_expert}"
-        for fc, w, b in (("fc1", "w1", "b1"), ("fc2", "w2", "b2")):
-            out[f"{name}.{fc}.weight"], out[f"{name}.{fc}.bias"] = state[w][i].T.contiguous(), state[b][i, 0]
+    """Our adapter's state dict -> the released names, without their `latent_moe_transition.` prefix.
+
+    ValueError: a tensor that the released layout has no place for; nothing is left out silently.
+    """
+    rest = dict(state)
+    out = {name: rest.pop(name) for name in SAME_NAMES if name in state}
+    for fc, w, b in LAYERS:
+        weights, biases = rest.pop(w, []), rest.pop(b, [])  # (n, ., .), (n, 1, .); kind "none" has neither
+        experts = len(weights) - 1 if shared_expert else len(weights)
+        for name, weight, bias in zip(expert_names(experts, shared_expert), weights, biases, strict=True):
+            out[f"{name}.{fc}.weight"] = weight.T.contiguous()
+            out[f"{name}.{fc}.bias"] = bias[0]
+    refuse(rest)
     return out
 
 
 def from_released(state):
-    """The released names (prefix removed) -> (our state dict, the constructor's keywords that the names imply)."""
-    experts = len({k.split(".")[1] for k in state if k.startswith("experts.")})
-    shared = any(k.startswith("shared_expert.") for k in state)
-    names = ["shared_expert"] * shared + [f"experts.{i}" for i in range(experts)]
-    out = {k: v for k, v in state.items() if k.split(".")[0] in ("ln", "step_embed", "router")}
-    for fc, w, b in (("fc1", "w1", "b1"), ("fc2", "w2", "b2")):
-        out[w] = torch.stack([state[f"{n}.{fc}.weight"].T for n in names]).contiguous()
-        out[b] = torch.stack([state[f"{n}.{fc}.bias"][None] for n in names])
+    """The released names (prefix removed) -> (our state dict, the constructor's keywords they imply).
+
+    ValueError: a tensor of another name.  KeyError, RuntimeError: one is missing or does not fit the others.
+    """
+    experts = len({name.split(".")[1] for name in state if name.startswith("experts.")})
+    shared = any(name.startswith("shared_expert.") for name in state)
+    names, rest = expert_names(experts, shared), dict(state)
+    out = {name: rest.pop(name) for name in SAME_NAMES if name in state}
+    for fc, w, b in LAYERS:
+        out[w] = torch.stack([rest.pop(f"{name}.{fc}.weight").T for name in names]).contiguous()
+        out[b] = torch.stack([rest.pop(f"{name}.{fc}.bias")[None] for name in names])
+    refuse(rest)
     keywords = dict(kind="moe" if experts else "mlp", experts=experts, shared_expert=shared,
                     step_embedding="step_embed.weight" in state, router_bias="router.bias" in state)
     return out, keywords
+
+
+def refuse(rest):
+    if rest:
+        names = ", ".join(sorted(rest)[:5])
+        raise ValueError(f"the released layout has no place for the adapter's {names}; use PLUME's own "
+                         "layout, or say in adapter.py (to_released, from_released) what becomes of it")

@@ -4,7 +4,7 @@
     python eval.py --data DIR --task all                          every task below DIR
     python eval.py --data DIR --task video_ret --mode single      one meta-task, the single-pass embedding
     python eval.py --data DIR --task image_ret/openmoji_t2i --steps 4 --json out.json
-    python eval.py --data MMEB-V2 --task video_ret --ckpt DIR     the real benchmark: see README, "MMEB-V2"
+    python eval.py --data MMEB-V2 --task video_ret --ckpt DIR     the real benchmark: see docs/mmeb_v2.md
     python eval.py --data MMEB-V2 --check                         what of it is there; encodes nothing
     torchrun --nproc_per_node=8 eval.py --data ... as above       the same scores on 8 GPUs
     python eval.py --compare a.json b.json                        two score files, task by task
@@ -65,7 +65,7 @@ class Config:
     steps: int = -1  # latent steps 0..32; -1: the checkpoint's own
     limit: int = 512  # tokens a rationale may have in mode cot
     batch_size: int = 32  # items encoded together; does not change the result
-    protocol: str = "clean"  # clean, or released: as the released checkpoint was scored; see README, "MMEB-V2"
+    protocol: str = "clean"  # clean, or released: as the released checkpoint was scored; see docs/mmeb_v2.md
     check: bool = False  # only look whether rows, media and counts of the tasks are there
     skip_bad: bool = False  # leave out what cannot be read, name it in the score file, and mark the score as partial
     device: str = ""  # cuda, mps or cpu; default: the best there is

@@ -70,7 +70,7 @@ RELEASED = dict(DEFAULTS, latent_positions="cache", white_image=True,
 
 # Shapes of models with new random weights.  tiny: 1.5 million parameters, plus 128 for each token; a laptop trains it.
 # Qwen2-VL's own 0.02 as the standard deviation of new weights is made for a width of 1536: here pictures would not be read
-# at all (see README).  rope_theta: with 10000 and heads of 32, columns of a picture would be all but indistinguishable.
+# at all (docs/log.md).  rope_theta: with 10000 and heads of 32, columns of a picture would be all but indistinguishable.
 # qwen2vl_2b: what Qwen/Qwen2-VL-2B-Instruct's config.json says; for memory and speed, not to be trained from scratch.
 SHAPES = {
     "tiny": dict(
@@ -148,9 +148,12 @@ class Plume(nn.Module):
     def forward(self, batch, steps):
         """One training pass over a collated batch (data.collate) with K = steps.
 
-        -> dict: gen, disc (B, D) unit embeddings; ce (N,) cross-entropy of every labelled token of the suffix; first
-        (n,) that of the first token behind the latents; read (m,) that of the token each latent step replaced, read from the
-        state that the step starts from; router (B, K, E) probabilities.
+        -> dict(per_pair=, per_token=), two dicts of tensors.
+        per_pair, a row for every query, then one for every target: gen, disc (B, D) unit embeddings; router
+        (B, K, E) probabilities.
+        per_token, of any length: ce (N,) cross-entropy of every labelled token of the suffix; first (n,) that
+        of the first token behind the latents; read (m,) that of the token each latent step replaced, read
+        from the state that the step starts from.
         """
         r = rollout(self.lm, self.adapter, self.prefix(batch), steps, self.lm.embed_tokens(batch["suffix"]),
                     self.settings["latent_positions"], self.checkpointing)
@@ -163,8 +166,9 @@ class Plume(nn.Module):
         for module, used in ((self.adapter, steps), (self.backbone.model.visual, batch["pixels"] is not None)):
             if not used:  # its gradient is 0, not missing: all ranks have gradients of the same parameters
                 gen = gen + sum(0 * p.sum() for p in module.parameters() if p.requires_grad)
-        return dict(gen=gen, disc=unit(r.anchor), ce=ce, first=ce[batch["first"]], read=read,
-                    router=r.router)
+        per_pair = dict(gen=gen, disc=unit(r.anchor), router=r.router)
+        per_token = dict(ce=ce, first=ce[batch["first"]], read=read)
+        return dict(per_pair=per_pair, per_token=per_token)
 
     @torch.no_grad()
     def embed(self, batch, mode="latent", steps=None, limit=512):

@@ -9,106 +9,201 @@ import pytest
 
 import data
 from data import DataError, Pairs, parse_item
-from test_plume import HERE, picture, turns, record
+from test_plume import HERE, picture, record, turns
+
+
+def side(text, reply=None, **media):
+    """One side of a record.  media: image=, images=, video= or videos=, as the record has it."""
+    conversations = turns(text) if reply is None else turns(text, reply)
+    return dict(conversations=conversations, **media)
+
+
+def query(text, **media):
+    """A record with this query."""
+    return record(qry=side(text, **media))
+
+
+def target(*conversations):
+    """A record whose target has these turns."""
+    return record(pos=dict(conversations=list(conversations)))
+
+
+def turn(text="x", who="human", **more):
+    return {"from": who, "value": text, **more}
 
 
 def test_all_spellings_of_a_record_mean_the_same(world, tmp_path):
-    chat = ("role", "content", "user", "assistant")
-    variants = [record(), record(qry=dict(conversations=turns("<image>\nwhat?", who=chat), images="red bar.png")),
-                record(qry=[dict(conversations=turns("<image>\nwhat?", "<think>Because. So.</think><answer>yes</answer><gen_emb>"), image="red bar.png")]),
-                record(pos=dict(conversations=turns("yes", "<think>\nBecause. So.\n</think>\n<answer>yes</answer>\n<gen_emb>"), image=[]))]
-    lines, array = tmp_path / "a.jsonl", tmp_path / "a.json"
-    lines.write_text("\n\n".join(json.dumps(v) for v in variants) + "\n", encoding="utf-8")
-    array.write_text(json.dumps([dict(v, dataset_name='a "quoted } brace { \\" é') for v in variants], indent=2, ensure_ascii=False), encoding="utf-8")
-    for path in (lines, array):
+    chat = turns("<image>\nwhat?", who=("role", "content", "user", "assistant"))
+    reply = "<think>Because. So.</think><answer>yes</answer><gen_emb>"
+    spaced = "<think>\nBecause. So.\n</think>\n<answer>yes</answer>\n<gen_emb>"
+    variants = [
+        record(),
+        record(qry=dict(conversations=chat, images="red bar.png")),
+        record(qry=[side("<image>\nwhat?", reply, image="red bar.png")]),
+        record(pos=side("yes", spaced, image=[])),
+    ]
+    odd = 'a "quoted } brace { \\" é'
+    (tmp_path / "a.jsonl").write_text("\n\n".join(map(json.dumps, variants)) + "\n", encoding="utf-8")
+    array = [dict(variant, dataset_name=odd) for variant in variants]
+    (tmp_path / "a.json").write_text(json.dumps(array, indent=2, ensure_ascii=False), encoding="utf-8")
+    for path in (tmp_path / "a.jsonl", tmp_path / "a.json"):
         pairs = Pairs(str(path), str(world))
         assert len(pairs) == 4 and len(set(pairs.target)) == 1
-        for i in range(4):
-            q, p = pairs[i]
-            assert (q.parts, q.rationale, q.answer) == (pairs[0][0].parts, "Because. So.", "yes") and p.parts == [("text", "yes")]
-    video = lambda **kw: data.parse_side(dict(conversations=turns("<video>\nwhat?"), **kw), str(world), "here").parts[0]
-    assert video(video="red bar.mp4") == video(videos=["red bar.mp4"]) == ("video", str(world / "red bar.mp4"))
-    assert video(video=["red bar.png", "blue bar.png"]) == video(videos=[["red bar.png", "blue bar.png"]]) == ("video", [str(world / f"{c} bar.png") for c in ("red", "blue")])
-    assert data.parse_target("just text", "here") == ("", "just text") and data.parse_target("", "here") == ("", "")
+        for q, p in (pairs[i] for i in range(4)):
+            assert (q.parts, q.rationale, q.answer) == (pairs[0][0].parts, "Because. So.", "yes")
+            assert p.parts == [("text", "yes")]
+
+
+def test_a_video_is_a_file_or_a_list_of_frames(world):
+    def video(**media):
+        return data.parse_side(side("<video>\nwhat?", **media), str(world), "here").parts[0]
+
+    clip = ("video", str(world / "red bar.mp4"))
+    assert video(video="red bar.mp4") == video(videos=["red bar.mp4"]) == clip
+    names = ["red bar.png", "blue bar.png"]
+    frames = ("video", [str(world / name) for name in names])
+    assert video(video=names) == video(videos=[names]) == frames
+
+
+def test_a_target_without_tags_is_the_answer():
+    assert data.parse_target("just text", "here") == ("", "just text")
+    assert data.parse_target("", "here") == ("", "")
 
 
 def test_byte_order_mark_line_ends_and_equal_targets(world, tmp_path):
-    rows = [record(pos=dict(conversations=turns(text), **media)) for text, media in (("same", {}), ("same", {}), ("<image>", dict(image=["red bar.png"])), ("<image>", dict(image=["blue bar.png"])))]
-    (tmp_path / "a.jsonl").write_bytes(b"\xef\xbb\xbf" + b"\r\n".join(json.dumps(r).encode() for r in rows) + b"\r\n\r\n")
-    target = Pairs(str(tmp_path / "a.jsonl"), str(world)).target
-    assert len(target) == 4 and target[0] == target[1] and len(set(target)) == 3  # the media count, not the text alone
+    targets = [side("same"), side("same"), side("<image>", image=["red bar.png"]),
+               side("<image>", image=["blue bar.png"])]
+    lines = [json.dumps(record(pos=pos)).encode() for pos in targets]
+    (tmp_path / "a.jsonl").write_bytes(b"\xef\xbb\xbf" + b"\r\n".join(lines) + b"\r\n\r\n")
+    hashes = Pairs(str(tmp_path / "a.jsonl"), str(world)).target
+    assert len(hashes) == 4 and hashes[0] == hashes[1]
+    assert len(set(hashes)) == 3  # the media count, not the text alone
 
 
-@pytest.mark.parametrize("text", ["[R, 7, R]", "[R R]", "[R,]", "[R", "[R] R", "[R][R]", "[[R]]", "[R, \"x\"]", "[}R]", "[1]\nR"])
+@pytest.mark.parametrize("text", [
+    "[R, 7, R]", "[R R]", "[R,]", "[R", "[R] R", "[R][R]", "[[R]]", '[R, "x"]', "[}R]", "[1]\nR", "[,R]",
+    "[R,,R]", '[R, {"a": }]'])
 def test_a_json_array_of_anything_else_is_an_error(world, tmp_path, text):
     (tmp_path / "a.json").write_text(" " * 5000 + text.replace("R", json.dumps(record())))
     with pytest.raises(DataError, match="a.json.*one JSON array of objects"):
         Pairs(str(tmp_path / "a.json"), str(world), skip_bad=True)
 
 
-def test_a_json_array_larger_than_the_read_buffer_is_indexed_by_offset(world, tmp_path):
-    rows = [record(dataset_name=f"d{i % 3}", pos=dict(conversations=turns(f'answer {i} \\" }} é ' + "x" * (i * 37 % 9000)))) for i in range(600)]
-    (tmp_path / "big.json").write_text(json.dumps(rows, ensure_ascii=False), encoding="utf-8")
-    assert os.path.getsize(tmp_path / "big.json") > 2 << 20
-    pairs = Pairs(str(tmp_path / "big.json"), str(world))
-    assert len(pairs) == 600 and pairs.names == ["d0", "d1", "d2"] and len(set(pairs.target)) == 600
+def test_a_large_json_array_is_indexed_by_offset(world, tmp_path):
+    answers = [f'answer {i} \\" }} é ' + "x" * (i * 37 % 9000) for i in range(600)]
+    rows = [record(dataset_name=f"d{i % 3}", pos=side(text)) for i, text in enumerate(answers)]
+    path = tmp_path / "big.json"
+    path.write_text(json.dumps(rows, ensure_ascii=False), encoding="utf-8")
+    assert os.path.getsize(path) > 2 << 20
+    pairs = Pairs(str(path), str(world))
+    assert len(pairs) == 600 and len(set(pairs.target)) == 600
+    assert pairs.names == ["d0", "d1", "d2"]
     for i in (0, 123, 599):
-        assert pairs[i][1].parts[0][1] == rows[i]["pos"]["conversations"][0]["value"]
+        assert pairs[i][1].parts[0][1] == answers[i]
 
 
-BAD = [("{broken", "not JSON"), (json.dumps(dict(qry=1, pos=2)), "no 'dataset_name'"), (json.dumps(record(qry=dict(conversations=turns("<image> <image>"), image=["red bar.png"]))), "2 <image> in the text, 1 image given"),
-       (json.dumps(record(qry=dict(conversations=turns("none"), image=["red bar.png"]))), "0 <image> in the text, 1 image given"), (json.dumps(record(qry=dict(conversations=turns("<image>"), image=["gone.png"]))), "'gone.png' does not exist under"),
-       (json.dumps(record(qry=dict(conversations=turns("x"), imgae=["red bar.png"]))), "unknown key 'imgae'. Did you mean 'image'"), (json.dumps(record(pos=dict(conversations=[{"from": "robot", "value": "x"}]))), "'human' or 'gpt'"),
-       (json.dumps(record(pos=dict(conversations=turns("x", "<think>open")))), "<think> is opened or closed only once"), (json.dumps(record(pos=dict(conversations=[]))), "must be a list of turns"), ("[1]", "needs an object"),
-       (json.dumps(record(qry=dict(conversations=turns("<image>"), image=[["red bar.png"]]))), "image needs a path"), (json.dumps(record(qry=dict(conversations=turns("<image>"), image=5))), "image needs a path"),
-       (json.dumps(record(pos=dict(conversations=turns("x") + turns("y")))), "more than one 'human' turn"), (json.dumps(record(pos=dict(conversations=turns("x", "<answer>a</answer> and more")))), "text outside"),
-       (json.dumps(record(qry=dict(conversations=turns("<image>"), image=["red bar.png"], images=["red bar.png"]))), "both 'image' and 'images'"), (json.dumps(record(pos=dict(conversations=turns("\ud800")))), "not valid Unicode"),
-       ("[" * 100000, "not JSON"), (json.dumps(record(dataset_name=3)), "must be a string"), (json.dumps(record(pos=None)), "needs an object with 'conversations'"),
-       (json.dumps(record(neg=[])), "unknown key 'neg'. Known: dataset_name, qry, pos"), (json.dumps(record(wieght=2)), "unknown key 'wieght'"),
-       (json.dumps(record()).replace('"qry"', '"query"'), "unknown key 'query'. Did you mean 'qry'?"),
-       (json.dumps(record())[:-1] + ', "qry": {}}', "the key 'qry' stands twice"), (json.dumps(record()).replace('"from"', '"value": "x", "from"', 1), "the key 'value' stands twice"),
-       (json.dumps(record(qry=dict(conversations=turns("<image>"), image=[None]))), "image needs a path"), (json.dumps(record(qry=dict(conversations=turns("x"), image=[None]))), "0 <image> in the text, 1 image given"),
-       (json.dumps(record(qry=dict(conversations=turns("<image>"), image=[""]))), "image is an empty path"), (json.dumps(record(qry=dict(conversations=turns("<image>"), image=""))), "image is an empty path"),
-       (json.dumps(record(qry=dict(conversations=turns("<video>"), video=""))), "video is an empty path"), (json.dumps(record(qry=dict(conversations=turns("x"), video=""))), "0 <video> in the text, 1 video given"),
-       (json.dumps(record(qry=dict(conversations=turns("<video>"), video=[""]))), "frame is an empty path"), (json.dumps(record(qry=dict(conversations=turns("<video>"), videos=[None]))), "video needs a path"),
-       (json.dumps(record(qry=dict(conversations=turns("<video>"), video=[None]))), "frame needs a path"),
-       (json.dumps(record(qry=dict(conversations=turns("<image>"), image={"path": "red bar.png"}))), "image needs a path"), (json.dumps(record(qry=dict(conversations=turns("<image>"), image=0))), "image needs a path"),
-       (json.dumps(record(pos=dict(conversations=[{"from": "human", "value": "x", "valeu": "y"}]))), "a turn: unknown key 'valeu'. Did you mean 'value'?"),
-       (json.dumps(record(pos=dict(conversations=[{"from": "human", "role": "user", "value": "x"}]))), "a turn needs 'from'"),
-       (json.dumps(record(pos=dict(conversations=[{"from": "human", "value": "x" * 9999, "content": "y"}]))), "a turn needs 'from'")]
+GOOD = json.dumps(record())
+PATH = dict(path="red bar.png")
+BAD = [  # a record, or its text, and what the error says
+    # the object
+    ("{broken", "not JSON"),
+    ("[" * 100000, "not JSON"),
+    ("[1]", "needs an object"),
+    (dict(qry=1, pos=2), "no 'dataset_name'"),
+    (record(dataset_name=3), "must be a string"),
+    (record(pos=None), "needs an object with 'conversations'"),
+    # keys
+    (record(neg=[]), "unknown key 'neg'. Known: dataset_name, qry, pos"),
+    (record(wieght=2), "unknown key 'wieght'"),
+    (GOOD.replace('"qry"', '"query"'), "unknown key 'query'. Did you mean 'qry'?"),
+    (query("x", imgae=["red bar.png"]), "unknown key 'imgae'. Did you mean 'image'"),
+    (GOOD[:-1] + ', "qry": {}}', "the key 'qry' stands twice"),
+    (GOOD.replace('"from"', '"value": "x", "from"', 1), "the key 'value' stands twice"),
+    # turns
+    (target(), "must be a list of turns"),
+    (target("x"), "a turn: needs an object with 'from', got str"),
+    (target(turn(who="gpt")), "no 'human' turn"),
+    (target(turn(who="robot")), "'human' or 'gpt'"),
+    (target(turn(), turn("y")), "more than one 'human' turn"),
+    (target(turn(valeu="y")), "a turn: unknown key 'valeu'. Did you mean 'value'?"),
+    (target(turn(role="user")), "a turn needs 'from'"),
+    (target(turn("x" * 9999, content="y")), "a turn needs 'from'"),
+    (target(turn("\ud800")), "not valid Unicode"),
+    (record(pos=side("x", "<think>open")), "<think> is opened or closed only once"),
+    (record(pos=side("x", "<answer>a</answer> and more")), "text outside"),
+    # as many media as markers
+    (query("<image> <image>", image=["red bar.png"]), "2 <image> in the text, 1 image given"),
+    (query("none", image=["red bar.png"]), "0 <image> in the text, 1 image given"),
+    (query("x", image=[None]), "0 <image> in the text, 1 image given"),
+    (query("x", video=""), "0 <video> in the text, 1 video given"),
+    (query("<image>", image=["red bar.png"], images=["red bar.png"]), "both 'image' and 'images'"),
+    # what a medium may be
+    (query("<image>", image=["gone.png"]), "'gone.png' does not exist under"),
+    (query("<image>", image=[["red bar.png"]]), "image needs a path"),
+    (query("<image>", image=5), "image needs a path"),
+    (query("<image>", image=0), "image needs a path"),
+    (query("<image>", image=PATH), "image needs a path"),
+    (query("<image>", image=[None]), "image needs a path"),
+    (query("<image>", image=[""]), "image is an empty path"),
+    (query("<image>", image=""), "image is an empty path"),
+    (query("<video>", video=""), "video is an empty path"),
+    (query("<video>", video=[""]), "frame is an empty path"),
+    (query("<video>", video=[None]), "frame needs a path"),
+    (query("<video>", videos=[None]), "video needs a path"),
+]
 
 
-@pytest.mark.parametrize("line, why", BAD, ids=[w for _, w in BAD])
-def test_a_bad_record_is_an_error_with_file_number_and_reason_or_counted(world, tmp_path, line, why):
+@pytest.mark.parametrize("bad, why", BAD, ids=[why for _, why in BAD])
+def test_a_bad_record_is_an_error_with_file_number_and_reason_or_counted(world, tmp_path, bad, why):
     path = tmp_path / "bad.jsonl"
-    path.write_text(json.dumps(record()) + "\n" + line + "\n" + json.dumps(record()) + "\n")
+    line = bad if isinstance(bad, str) else json.dumps(bad)
+    path.write_text(f"{GOOD}\n{line}\n{GOOD}\n")
     with pytest.raises(DataError, match=r"bad.jsonl: record 2.*" + re.escape(why)):
         Pairs(str(path), str(world))
     pairs = Pairs(str(path), str(world), skip_bad=True)
-    assert len(pairs) == 2 and len(pairs.bad) == 1 and why in pairs.bad[0] and pairs[1][1].answer == "yes"
+    assert len(pairs) == 2 and pairs[1][1].answer == "yes"
+    assert len(pairs.bad) == 1 and why in pairs.bad[0]
     assert len(pairs.bad[0]) < 500 + len(str(path)) + len(str(world))
 
 
 def test_what_users_give_is_quoted_with_200_characters_at_most(model, tmp_path):
-    long, many = "x" * 100_000, {f"key {i}": i for i in range(10_000)}
-    assert len(data.quote(long)) <= 200 and len(data.quote(many)) <= 200 and data.quote("a\n") == "'a\\n'" and len(data.quote(b"y" * 100_000)) <= 200
-    for item in ({long: 1}, [long], many, {"text": 3, long: 1}, {"image": long}, {"video": [long]}, 10**300, {"image": {long}}):
+    long = "x" * 100_000
+    many = {f"key {i}": i for i in range(10_000)}
+    assert data.quote("a\n") == "'a\\n'"
+    assert all(len(data.quote(value)) <= 200 for value in (long, many, b"y" * 100_000))
+    items = ({long: 1}, [long], many, {"text": 3, long: 1}, {"image": long}, {"video": [long]}, 10**300,
+             {"image": {long}})
+    for item in items:
         with pytest.raises(DataError, match="item 0") as error:
             model.encode([item])
         assert len(str(error.value)) < 400
-    for kind in ("qry", "pos", "dataset_name", "conversations"):
-        line = json.dumps(record()).replace(f'"{kind}"', json.dumps(long), 1)
-        (tmp_path / "t.jsonl").write_text(line)
+    path = tmp_path / "t.jsonl"
+    for key in ("qry", "pos", "dataset_name", "conversations"):
+        path.write_text(GOOD.replace(f'"{key}"', json.dumps(long), 1))
         with pytest.raises(DataError, match="record 1") as error:
-            Pairs(str(tmp_path / "t.jsonl"))
+            Pairs(str(path))
         assert len(str(error.value)) < 400 + len(str(tmp_path))
 
 
-def test_items_are_checked():
-    for item, why in (({"text": "<image><image>", "image": str(HERE / "model.py")}, "2 <image> in the text, 1 image given"), ({"video": picture("red", "bar")}, "list of frames"), ({"text": None}, "needs a string"),
-                      ({"txt": "a"}, "Did you mean 'text'"), ({}, "needs a string"), (3, "needs a string"), ({"image": "gone.png"}, "'gone.png' does not exist"),
-                      ({"image": []}, "empty list"), ({"text": 3}, "must be a string"), ({"image": 7}, "needs a path"),
-                      ({"video": ""}, "video is an empty path"), ({"image": ""}, "image is an empty path"), ({"image": [None]}, "needs a path"), ({"video": []}, "needs a path"),
-                      ({"video": b"bytes"}, "list of frames"), ({"video": np.zeros((2, 9, 9, 3), np.uint8)}, "list of frames"), (b"bytes", "needs a string")):
-        with pytest.raises(DataError, match=f"item.*{why}"):
-            parse_item(item)
+@pytest.mark.parametrize("item, why", [
+    (3, "needs a string"),
+    ({}, "needs a string"),
+    (b"bytes", "needs a string"),
+    ({"text": None}, "needs a string"),
+    ({"text": 3}, "must be a string"),
+    ({"txt": "a"}, "Did you mean 'text'"),
+    ({"text": "<image><image>", "image": str(HERE / "model.py")}, "2 <image> in the text, 1 image given"),
+    ({"image": "gone.png"}, "'gone.png' does not exist"),
+    ({"image": ""}, "image is an empty path"),
+    ({"image": []}, "empty list"),
+    ({"image": 7}, "needs a path"),
+    ({"image": [None]}, "needs a path"),
+    ({"video": ""}, "video is an empty path"),
+    ({"video": []}, "needs a path"),
+    ({"video": picture("red", "bar")}, "list of frames"),
+    ({"video": b"bytes"}, "list of frames"),
+    ({"video": np.zeros((2, 9, 9, 3), np.uint8)}, "list of frames"),
+])
+def test_items_are_checked(item, why):
+    with pytest.raises(DataError, match=f"item.*{why}"):
+        parse_item(item)

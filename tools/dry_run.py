@@ -1,7 +1,7 @@
 """What a training run would take: memory and time of the heaviest of 256 pairs, in every stage.
 
-    python -m tools.dry_run --data pairs.jsonl --preset qwen2vl_2b --micro_batch 8       train.py's flags
-    python -m tools.dry_run --preset qwen2vl_2b --device meta                            shapes alone, on any machine
+    python -m tools.dry_run --data pairs.jsonl --preset qwen2vl_2b --micro_batch 8  train.py's flags
+    python -m tools.dry_run --preset qwen2vl_2b --device meta               shapes alone, anywhere
 """
 
 import os
@@ -24,6 +24,8 @@ from data import Batches, DataError, Pairs, parse_flags, said, to_device
 from model import pick_device
 from tasks.turtle import World
 
+GIB = 2**30
+
 
 class LiveBytes(TorchDispatchMode):
     """Counts the bytes of all tensors made inside: `now` those still alive, `peak` the most at one time."""
@@ -32,10 +34,9 @@ class LiveBytes(TorchDispatchMode):
         super().__init__()
         self.now, self.peak, self.known = 0, 0, set()
 
-    def __torch_dispatch__(self, f, types, args=(), kwargs=None):
-        storages = lambda tree: [t.untyped_storage() for t in tree_leaves(tree) if isinstance(t, torch.Tensor)]
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         given = {id(s) for s in storages((args, kwargs))}  # a view of these is no new memory
-        out = f(*args, **(kwargs or {}))
+        out = function(*args, **(kwargs or {}))
         for s in storages(out):
             if id(s) not in given | self.known:
                 self.known.add(id(s))
@@ -47,6 +48,30 @@ class LiveBytes(TorchDispatchMode):
     def free(self, key, size):
         self.known.discard(key)
         self.now -= size
+
+
+def storages(tree):
+    return [x.untyped_storage() for x in tree_leaves(tree) if isinstance(x, torch.Tensor)]
+
+
+class CudaBytes:
+    """The same as CUDA's allocator counts them."""
+
+    def __enter__(self):
+        torch.cuda.reset_peak_memory_stats()
+        self.before = torch.cuda.memory_allocated()
+        return self
+
+    def __exit__(self, *error):
+        pass
+
+    @property
+    def now(self):
+        return torch.cuda.memory_allocated() - self.before
+
+    @property
+    def peak(self):
+        return torch.cuda.max_memory_allocated() - self.before
 
 
 class FusedAttention(torch.autograd.Function):
@@ -63,50 +88,68 @@ class FusedAttention(torch.autograd.Function):
         return tuple(torch.empty_like(x) for x in ctx.saved_tensors[:3])
 
 
-def dry_run(cfg, model, pairs, curriculum, autocast, dtype):
-    """What a rank needs: bytes of weights, gradients and moments, and in every stage bytes that one micro-batch adds, made of
-    the heaviest of 256 pairs drawn at random.  On cuda as its allocator counts, else all tensors that are alive."""
-    device, unit = model.device, 2**30
-    meta, cuda = device.type == "meta", device.type == "cuda"
-    size, batches = cfg.micro_batch or cfg.global_batch, Batches(pairs, model.processor, curriculum, cfg.skip_bad)
-    tokens = lambda i: batches[0, curriculum.stages[0], [i]]["micro"][0]["lengths"].sum().item()
+def fused_attention(q, k, v, **keywords):
+    return FusedAttention.apply(q, k, v)
+
+
+def heaviest(cfg, pairs, batches, stage):
+    """The numbers of the pairs of a micro-batch: those with most tokens of 256 drawn at random."""
+    size = cfg.micro_batch or cfg.global_batch
     drawn = np.random.default_rng(cfg.seed).permutation(len(pairs))[: max(256, size)]
-    weight = [tokens(i) for i in tqdm(drawn, desc="pairs drawn", unit="pair")]
-    heavy = drawn[np.argsort(weight, kind="stable")[::-1][:size]]
-    every, trained = (sum(p.numel() for p in model.parameters() if p.requires_grad or all_) for all_ in (True, False))
+    tokens = []
+    for i in tqdm(drawn, desc="pairs drawn", unit="pair"):
+        (part,) = batches[0, stage, [i]]["micro"]
+        tokens.append(part["lengths"].sum().item())
+    heavy = drawn[np.argsort(tokens, kind="stable")[::-1][:size]]
+    print(f"one micro-batch of {len(heavy)} pairs, the heaviest of {len(drawn)} drawn: for each stage what "
+          "stays for the backward pass, and the most")
+    return heavy
+
+
+def dry_run(cfg, model, pairs, curriculum, autocast, dtype):
+    """What a rank needs: bytes of weights, gradients, moments, and what a micro-batch adds in every stage."""
+    meta, cuda = model.device.type == "meta", model.device.type == "cuda"
+    batches = Batches(pairs, model.processor, curriculum, cfg.skip_bad)
+    every = train.size(model.parameters())
+    trained = train.size([p for p in model.parameters() if p.requires_grad])
     print(f"{every:,} parameters, {trained:,} trained")
-    print(f"weights {4 * every / unit:,.3f} GiB, gradients {4 * trained / unit:,.3f} GiB, AdamW's moments {8 * trained / unit:,.3f} GiB, all float32")
+    print(f"weights {4 * every / GIB:,.3f} GiB, gradients {4 * trained / GIB:,.3f} GiB, AdamW's moments "
+          f"{8 * trained / GIB:,.3f} GiB, all float32")
+    heavy = heaviest(cfg, pairs, batches, curriculum.stages[0])
     if meta:
         model.to(dtype)
     for p in model.parameters():
         p.grad = torch.zeros_like(p) if p.requires_grad else None
-    print(f"one micro-batch of {len(heavy)} pairs, the heaviest of {len(drawn)} drawn: for each stage what stays for the backward pass, and the most")
-    print("stage  latent steps  tokens of a side  patches  kept, GiB  peak, GiB" + "  seconds" * (not meta))
+    print("stage  latent steps  tokens of a side  patches  kept, GiB  peak, GiB", "" if meta else "seconds")
+    attention = nullcontext()
+    if meta:
+        attention = mock.patch.object(F, "scaled_dot_product_attention", fused_attention)
     most = 0
     for stage in curriculum.stages:
-        part, begun = to_device(batches[0, stage, heavy]["micro"][0], device), time.perf_counter()
-        if cuda:
-            torch.cuda.reset_peak_memory_stats()
-            before = torch.cuda.memory_allocated()
-        attention = mock.patch.object(F, "scaled_dot_product_attention", lambda q, k, v, **kw: FusedAttention.apply(q, k, v))
-        with attention if meta else nullcontext(), nullcontext() if cuda else LiveBytes() as live:
+        (part,) = batches[0, stage, heavy]["micro"]
+        tokens = part["lengths"].max().item()
+        patches = 0 if part["pixels"] is None else len(part["pixels"])
+        part, begun = to_device(part, model.device), time.perf_counter()
+        with attention, CudaBytes() if cuda else LiveBytes() as live:
             with autocast:
                 out = model(part, stage.latent_steps)
-            kept = torch.cuda.memory_allocated() - before if cuda else live.now
-            (out["gen"].sum() + out["ce"].sum() + out["read"].sum() + out["router"].sum()).backward()
+            kept = live.now
+            sum(x.sum() for x in tree_leaves(out)).backward()
             del out
-        peak = torch.cuda.max_memory_allocated() - before if cuda else live.peak
-        most = max(most, peak)
-        print(f"{stage.index:5d}  {stage.latent_steps:12d}  {part['lengths'].max() if not meta else part['ids'].shape[1]:16d}  "
-              f"{0 if part['pixels'] is None else len(part['pixels']):7d}  {kept / unit:9.3f}  {peak / unit:9.3f}"
-              + f"  {time.perf_counter() - begun:7.2f}" * (not meta))
+        most = max(most, live.peak)
+        took = "" if meta else f"{time.perf_counter() - begun:7.2f}"
+        print(f"{stage.index:5d}  {stage.latent_steps:12d}  {tokens:16d}  {patches:7d}  {kept / GIB:9.3f}  "
+              f"{live.peak / GIB:9.3f}", took)
+
     half = dtype == torch.bfloat16
-    state, gathered = 4 * every + 12 * trained, (2 if half else 4) * (every + trained)
+    state = 4 * every + 12 * trained
     if meta and half:
-        print("hidden states counted in bfloat16, as with --fsdp; without it they are float32, about twice as many bytes")
+        print("hidden states counted in bfloat16, as with --fsdp; without it float32, about twice as much")
     else:
-        print(f"together {(state + most) / unit:,.2f} GiB a rank")
-    print(f"together with --fsdp on 8 ranks, which gather weights and gradients in a step: {(state / 8 + gathered + most) / unit:,.2f} GiB a rank")
+        print(f"together {(state + most) / GIB:,.2f} GiB a rank")
+    gathered = (2 if half else 4) * (every + trained)
+    print("together with --fsdp on 8 ranks, which gather weights and gradients in a step: "
+          f"{(state / 8 + gathered + most) / GIB:,.2f} GiB a rank")
     return 0
 
 
@@ -114,10 +157,10 @@ def main(argv):
     cfg, given = parse_flags(train.Config, argv, __doc__)
     cfg = train.with_preset(cfg, given)
     if "WORLD_SIZE" in os.environ:
-        raise DataError("a dry run needs no torchrun: it runs one rank's micro-batch; --micro_batch says how many pairs")
+        raise DataError("a dry run needs no torchrun: it runs one rank's micro-batch, of --micro_batch pairs")
     if cfg.resume:
         raise DataError("--resume: a dry run starts nothing; give the run's other flags")
-    curriculum = train.check(replace(cfg, device="", fsdp=False, out=os.curdir), 1)
+    curriculum = train.check(replace(cfg, device="", fsdp=False), 1)
     torch.manual_seed(cfg.seed)
     device, dtype = pick_device(cfg.device or None, cfg.dtype or None)
     pairs = Pairs(cfg.data, cfg.media or None, cfg.skip_bad) if cfg.data else World("train", cfg.families)

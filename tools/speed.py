@@ -1,8 +1,25 @@
 """Speed: one pass, latent steps, written rationales: time, memory, and the least time that the work takes.
 
-    python -m tools.speed --preset mid --prefix 40,160       random weights in a shape
+    python -m tools.speed                                    random weights in the tiny shape
+    python -m tools.speed --preset mid --prefix 40,160       in another one, for queries of two lengths
     python -m tools.speed --ckpt out/checkpoint              a checkpoint
     python -m tools.speed --preset mid --growth growth.png   how cost grows with prefix, steps and batch
+
+A table for each batch size and each length, a line for each way to embed the same equal queries:
+
+    single                one pass: the hidden state at <disc_emb>
+    latent, K = 8         prefill, 8 latent steps, suffix; "graph": the same replayed as a CUDA graph
+    one by one, K = 8     the same without latent.py: each query alone through transformers' modules and cache
+    cot, 403 tokens       a written rationale by latent.greedy; "transformers": by generate
+
+    ms/query, lowest, highest   median, least and most of the timed rounds, divided by the batch
+    x single                    time against one pass
+    cot/this                    time of a written rationale against this line's, by greedy and by generate
+    GFLOP/query                 as torch's FlopCounterMode counts: a multiplication and an addition are two
+    GB/batch                    weights, keys and values that have to be read
+    x floor                     time against what the counted work takes at the rates in the first line
+    peak MiB                    the most memory that one call takes beside the model
+    prefill  steps  suffix      shares of the time
 """
 
 import functools
@@ -10,10 +27,12 @@ import math
 import sys
 import time
 from dataclasses import dataclass
+from typing import Callable, NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
+from torch.nn.functional import normalize
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 from transformers import DynamicCache
@@ -25,65 +44,107 @@ from model import SHAPES, Plume, pick_device
 from tasks.turtle import World
 from tools.dry_run import LiveBytes
 
+GRAPH, GENERATED = "latent graph, K = 8", "cot, transformers"  # names of two rows
+
 
 @dataclass
 class Config:
-    ckpt: str = "out/checkpoint"  # checkpoint folder or hub name
-    preset: str = ""  # random weights in this shape instead of --ckpt: tiny, mid, qwen2vl_2b
-    batch_sizes: str = "1,8,32"  # queries a batch
-    prefix: str = "160"  # tokens of a query of text, with commas between
-    image: str = ""  # WIDTHxHEIGHT: a query is a picture instead
-    frames: int = 0  # a query is a clip of so many frames of the size of --image
-    tokens: int = 403  # of a written rationale; the paper's mean
-    repeats: int = 5  # timed rounds; what takes over 5 s is timed twice
-    training: bool = True  # also a training step
-    growth: str = ""  # instead: draw into this PNG how cost grows with prefix, steps and batch
-    json: str = ""  # also write the rows to this file
+    # model
+    ckpt: str = ""  # checkpoint folder or hub name; default: random weights
+    preset: str = "tiny"  # shape of the random weights: tiny, mid, qwen2vl_2b
     device: str = ""  # cuda, mps or cpu; default: the best there is
     dtype: str = ""  # float32 or bfloat16; default: bfloat16 where it is fast
+    # queries
+    batch_sizes: str = "1,8,32"  # queries in a batch, with commas between; fewer if memory is short
+    prefix: str = "160"  # tokens of a query of text, with commas between
+    image: str = ""  # WIDTHxHEIGHT in pixels: a query is a picture instead
+    frames: int = 0  # a query is a clip of so many frames, of the size of --image or 224x224
+    # what is timed
+    tokens: int = 403  # of a written rationale; the default is the paper's mean, 8 gives a quick look
+    repeats: int = 5  # timed rounds; what takes over 5 s is timed twice
+    training: bool = True  # also a training step
+    growth: str = ""  # instead of the table: draw into this PNG how cost grows with prefix, steps and batch
+    json: str = ""  # also write the rows to this file
+
+
+# ------------------------------------------------------------------------------------------ queries
+
+
+def whole_numbers(flag, text, between, example):
+    """"1,8,32" -> [1, 8, 32]"""
+    try:
+        numbers = [int(number) for number in text.split(between)]
+    except ValueError:
+        numbers = [0]
+    if min(numbers) < 1:
+        raise DataError(f"--{flag} {text!r}: needs numbers of at least 1, as {example}")
+    return numbers
+
+
+def image_size(cfg):
+    """-> (width, height) of --image in pixels."""
+    size = whole_numbers("image", cfg.image or "224x224", "x", "448x448")
+    if len(size) != 2:
+        raise DataError(f"--image {cfg.image!r}: needs width and height in pixels, as 448x448")
+    return size
+
+
+def query_side(processor, cfg, prefix):
+    """A query: text that makes `prefix` tokens together with the prompt, or a picture or clip of noise."""
+    if cfg.image or cfg.frames:
+        width, height = image_size(cfg)
+        shape = (max(cfg.frames, 1), height, width, 3)
+        noise = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
+        frames = [Image.fromarray(frame) for frame in noise]
+        media = ("video", frames) if cfg.frames else ("image", frames[0])
+        return Side([media, ("text", " forward")])
+    prompt = len(processor.render(Side([("text", "")]))["ids"])
+    if prefix <= prompt:
+        raise DataError(f"--prefix {prefix}: the model's prompt alone has {prompt} tokens; ask for more")
+    return Side([("text", " forward" * (prefix - prompt))])
 
 
 def speed_batch(model, cfg, prefix, size):
-    """`size` equal queries: text of exactly `prefix` tokens, or a picture or clip of noise."""
-    width, height = map(int, cfg.image.split("x")) if cfg.image else (224, 224)
-    noise = np.random.default_rng(0).integers(0, 256, (max(cfg.frames, 1), height, width, 3), np.uint8)
-    media = [Image.fromarray(frame) for frame in noise]
-    if cfg.frames or cfg.image:
-        item = Side([("video", media) if cfg.frames else ("image", media[0]), ("text", " forward")])
-    else:
-        item = lambda words: Side([("text", " forward" * words)])
-        bare = len(model.processor.render(item(0))["ids"])
-        if prefix <= bare:
-            raise DataError(f"--prefix {prefix}: this checkpoint's prompt alone has {bare} tokens")
-        item = item(prefix - bare)
-    samples = [model.processor.render(item)] * size
+    """`size` equal queries, collated on the model's device; "samples" are the same one by one."""
+    samples = [model.processor.render(query_side(model.processor, cfg, prefix))] * size
     return dict(to_device(collate(samples, model.processor), model.device), samples=samples)
 
 
-def as_transformers(model, batch):
-    """A batch of equally long queries, with pictures or with clips, as the inputs of transformers' own model."""
-    kinds = (batch["ids"] == model.processor.id["<|image_pad|>"]).int() + 2 * (batch["ids"] == model.processor.id["<|video_pad|>"]).int()
-    inputs = dict(input_ids=batch["ids"], attention_mask=torch.ones_like(batch["ids"]))
-    if batch["pixels"] is not None:
-        pixels, grid = ("pixel_values_videos", "video_grid_thw") if (kinds == 2).any() else ("pixel_values", "image_grid_thw")
-        inputs |= {pixels: batch["pixels"], grid: batch["grid"].to(model.device), "mm_token_type_ids": kinds}
-    return inputs
+def batches_of_one(model, samples):
+    """Each sample as a batch on the model's device."""
+    return [to_device(collate([sample], model.processor), model.device) for sample in samples]
 
 
-def one_by_one(model, batch, steps):
-    """The latent embedding of a batch of one query through transformers' modules and cache: how it can be done without latent.py."""
-    inner, lm = model.backbone.model, model.lm
-    pos = int(batch["positions"].max()) + 1 if model.settings["latent_positions"] == "mrope" else batch["ids"].shape[1]
-    inner.rope_deltas = None
-    cache = DynamicCache(config=lm.config)
-    inputs = dict(as_transformers(model, batch), position_ids=batch["positions"])
-    h = inner(**inputs, past_key_values=cache, use_cache=True).last_hidden_state[0]
-    run = lambda x, start: lm(inputs_embeds=x, past_key_values=cache, use_cache=True, position_ids=torch.arange(
-        start, start + x.shape[1], device=x.device).expand(3, 1, -1)).last_hidden_state[0]
-    anchor, z = h[batch["disc"]], h[-1:]
-    for k in range(steps):
-        z = run(model.adapter(z, k, anchor)[0][:, None], pos + k)
-    return torch.nn.functional.normalize(run(lm.embed_tokens(batch["suffix"]), pos + steps)[batch["gen"]].float(), dim=-1)
+# ------------------------------------------------------------------------------- ways to embed them
+
+
+class Method(NamedTuple):
+    """A way to embed a batch, and what it has to read."""
+
+    embed: Callable  # embeds the batch
+    passes: int  # of the decoder, behind the prefill
+    steps: int = 0  # of these with the adapter
+    alone: bool = False  # each query by itself: every one of them reads all weights
+    writes: bool = False  # tokens: every pass also reads the vocabulary's matrix
+
+
+def speed_methods(model, batch, cfg):
+    """-> {name: Method}"""
+    rows = batches_of_one(model, batch["samples"])
+    methods = {"single": Method(functools.partial(model.embed, batch, "single"), passes=0)}
+    for k in (0, 4, 6, 8):  # the last step shares its pass with the suffix
+        methods[f"latent, K = {k}"] = Method(functools.partial(model.embed, batch, "latent", k), max(1, k), k)
+    if model.device.type == "cuda":
+        replay = functools.partial(replayed, model, batch, Graphs())
+        methods[GRAPH] = Method(replay, passes=8, steps=8)
+    alone = functools.partial(all_one_by_one, model, rows, 8)
+    methods["one by one, K = 8"] = Method(alone, passes=9, steps=8, alone=True)
+    write = functools.partial(write_rationale, model, batch, cfg.tokens)
+    methods[f"cot, {cfg.tokens} tokens"] = Method(write, passes=cfg.tokens, writes=True)
+    generate = functools.partial(model.backbone.generate, **as_transformers(model, batch), do_sample=False,
+                                 min_new_tokens=cfg.tokens, max_new_tokens=cfg.tokens)
+    methods[GENERATED] = Method(generate, passes=cfg.tokens - 1, writes=True)
+    return methods
 
 
 def replayed(model, batch, graphs):
@@ -95,44 +156,77 @@ def replayed(model, batch, graphs):
         model.graphs = None
 
 
-def speed_methods(model, batch, cfg):
-    """{name: (function, decoder passes behind the prefill)}"""
-    gen, head = model.processor.id["<gen_emb>"], model.backbone.lm_head
-    rows = [to_device(collate([sample], model.processor), model.device) for sample in batch["samples"]]
-    at = torch.tensor([gen], device=model.device)
-    endless = lambda h: head(h).index_fill(-1, at, -math.inf)  # never ends early
-    methods = {"single": (lambda: model.embed(batch, "single"), 0)}
-    methods |= {f"latent, K = {k}": (lambda k=k: model.embed(batch, "latent", k), max(1, k)) for k in (0, 4, 6, 8)}
-    if model.device.type == "cuda":
-        methods["latent graph, K = 8"] = (functools.partial(replayed, model, batch, Graphs()), 8)
-    methods["one by one, K = 8"] = (lambda: [one_by_one(model, row, 8) for row in rows], 9)
-    methods[f"cot, {cfg.tokens} tokens"] = (lambda: greedy(
-        model.lm, model.lm.embed_tokens, endless, model.prefix(batch), gen, cfg.tokens), cfg.tokens)
-    methods["cot, transformers"] = (lambda: model.backbone.generate(
-        **as_transformers(model, batch), max_new_tokens=cfg.tokens, min_new_tokens=cfg.tokens, do_sample=False), cfg.tokens - 1)
-    return methods
+def write_rationale(model, batch, tokens):
+    """The embedding behind a rationale of exactly `tokens` tokens."""
+    gen = model.processor.id["<gen_emb>"]
+    end = torch.tensor([gen], device=model.device)
+
+    def logits(h):  # never those of <gen_emb>: no row ends early
+        return model.backbone.lm_head(h).index_fill(-1, end, -math.inf)
+
+    return greedy(model.lm, model.lm.embed_tokens, logits, model.prefix(batch), gen, tokens)
+
+
+def as_transformers(model, batch):
+    """A batch of equally long queries, with pictures or with clips, as inputs of transformers' own model."""
+    ids, token = batch["ids"], model.processor.id  # (B, P)
+    images, videos = ids == token["<|image_pad|>"], ids == token["<|video_pad|>"]
+    inputs = dict(input_ids=ids, attention_mask=torch.ones_like(ids))
+    if batch["pixels"] is None:
+        return inputs
+    inputs["mm_token_type_ids"] = images.int() + 2 * videos.int()
+    kind = "_videos" if videos.any() else ""
+    inputs[f"pixel_values{kind}"] = batch["pixels"]
+    inputs["video_grid_thw" if kind else "image_grid_thw"] = batch["grid"].to(model.device)
+    return inputs
+
+
+def one_by_one(model, batch, steps):
+    """The latent embedding of a batch of one query through transformers' modules and cache -> (1, D).
+
+    This is how it can be done without latent.py.
+    """
+    inner, lm = model.backbone.model, model.lm
+    mrope = model.settings["latent_positions"] == "mrope"
+    pos = int(batch["positions"].max()) + 1 if mrope else batch["ids"].shape[1]
+    cache = DynamicCache(config=lm.config)
+
+    def behind(x, start):  # (1, L, D) -> (L, D)
+        positions = torch.arange(start, start + x.shape[1], device=x.device).expand(3, 1, -1)
+        out = lm(inputs_embeds=x, position_ids=positions, past_key_values=cache, use_cache=True)
+        return out.last_hidden_state[0]
+
+    inner.rope_deltas = None  # transformers keeps those of the last call
+    inputs = dict(as_transformers(model, batch), position_ids=batch["positions"])
+    h = inner(**inputs, past_key_values=cache, use_cache=True).last_hidden_state[0]  # (P, D)
+    anchor, z = h[batch["disc"]], h[-1:]  # (1, D)
+    for k in range(steps):
+        x, _ = model.adapter(z, k, anchor)
+        z = behind(x[:, None], pos + k)
+    suffix = behind(model.lm.embed_tokens(batch["suffix"]), pos + steps)  # (T, D)
+    return normalize(suffix[batch["gen"]].float(), dim=-1)
+
+
+def all_one_by_one(model, rows, steps):
+    """Batches of one query -> (B, D)"""
+    return torch.cat([one_by_one(model, row, steps) for row in rows])
+
+
+# ---------------------------------------------------------------------------------- clock and count
+
+
+def wait_for(device):
+    if device.type != "cpu":  # others are still at work when a call returns
+        torch.accelerator.synchronize()
 
 
 def clock(function, device):
     """Seconds of one call."""
-    wait = {"cuda": torch.cuda.synchronize, "mps": torch.mps.synchronize}.get(device.type, lambda: None)
-    wait()
+    wait_for(device)
     begun = time.perf_counter()
     function()
-    wait()
+    wait_for(device)
     return time.perf_counter() - begun
-
-
-def peak_bytes(function, device):
-    """The most memory that one call takes, beside what is there before: by CUDA's allocator, or all tensors alive."""
-    if device.type != "cuda":
-        with LiveBytes() as live:
-            function()
-        return live.peak
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    function()
-    return torch.cuda.max_memory_allocated() - before
 
 
 def rounds(functions, repeats, device):
@@ -145,178 +239,295 @@ def rounds(functions, repeats, device):
     return times
 
 
+def peak_bytes(function, device):
+    """The most memory that one call takes beside what is there before.
+
+    On CUDA as its allocator counts, elsewhere the bytes of all tensors that are alive.
+    """
+    if device.type != "cuda":
+        with LiveBytes() as live:
+            function()
+        return live.peak
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    function()
+    return torch.cuda.max_memory_allocated() - before
+
+
 def peak_rates(device, dtype):
-    """What the device gives now: FLOP a second in a large matrix product, bytes a second read by a large sum."""
+    """What the device gives now: FLOP a second in a large matrix product, bytes a second read by a sum."""
     n, size = (8192, 1 << 33) if device.type == "cuda" else (1536, 1 << 28)
-    a, long = torch.randn(n, n, device=device, dtype=dtype), torch.zeros(size // 4, device=device)
-    times = rounds({"mm": lambda: a @ a, "sum": long.sum}, 6, device)
-    return 2 * n**3 / min(times["mm"]), size / min(times["sum"])
+    a = torch.randn(n, n, device=device, dtype=dtype)
+    long = torch.zeros(size // 4, device=device)
+    times = rounds({"product": functools.partial(torch.mm, a, a), "sum": long.sum}, 6, device)
+    return 2 * n**3 / min(times["product"]), size / min(times["sum"])
 
 
-# the attention kernel that torch's counter does not know: two products of q's rows with all keys
-CPU_ATTENTION = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, *a, **kw: 4 * math.prod(q) * k[-2]}
+def attention_flops(q, k, *others, **more):
+    """Two products of q's rows with all keys; q and k are shapes (B, H, L, d)."""
+    return 4 * math.prod(q) * k[-2]
+
+
+# the attention kernel that torch's counter does not know
+UNKNOWN_TO_TORCH = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attention_flops}
+
+
+def count_work(method, device):
+    """-> FLOP of one call, peak bytes.  It is also the warm-up."""
+    with FlopCounterMode(display=False, custom_mapping=UNKNOWN_TO_TORCH) as flops:
+        peak = peak_bytes(method.embed, device)
+    return flops.get_total_flops(), peak
+
+
+# ---------------------------------------------------------------------------------------- the table
+
+
+def parameter_bytes(module):
+    return sum(p.numel() * p.element_size() for p in module.parameters())
+
+
+def bytes_to_read(model, batch, method):
+    """-> bytes that a method has to read: (in the prefill, behind it)."""
+    lm, size = model.lm, len(batch["ids"])
+    weights = parameter_bytes(lm.layers)
+    vision = 0 if batch["pixels"] is None else parameter_bytes(model.backbone.model.visual)
+    times = size if method.alone else 1
+    # keys and values of one token; half of the passes' columns are there on average
+    column = 2 * len(lm.layers) * lm.layers[0].self_attn.k_proj.out_features * lm.norm.weight.element_size()
+    cached = column * (batch["ids"].numel() + size * method.passes / 2) / times
+    a_pass = weights + cached
+    if method.writes:
+        a_pass += parameter_bytes(lm.embed_tokens)
+    behind = a_pass * method.passes + parameter_bytes(model.adapter) * method.steps
+    return (weights + vision) * times, behind * times
 
 
 @torch.no_grad()
 def measure_speed(model, batch, cfg, rates):
-    """-> rows of the speed table for one batch: every method's time, work and memory, and the least time that work takes."""
-    methods, device, size, work = speed_methods(model, batch, cfg), model.device, len(batch["ids"]), {}
-    for name, (function, _) in methods.items():  # also the warm-up
-        with FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION) as flops:
-            peak = peak_bytes(function, device)
-        if name.startswith("latent graph"):
-            peak = peak_bytes(function, device)  # the second call records, and takes the places that stay
-        work[name] = flops.get_total_flops(), peak
-    times = rounds({name: function for name, (function, _) in methods.items()}, cfg.repeats, device)
-    middle = {name: float(np.median(t)) for name, t in times.items()}
-    # bytes that must be read: in every pass the decoder's weights and the keys and values so far, once the vision tower's
-    size_of = lambda module: sum(p.numel() * p.element_size() for p in module.parameters())
-    lm, vision = model.lm, size_of(model.backbone.model.visual) if batch["pixels"] is not None else 0
-    weights, key = size_of(lm.layers), lm.layers[0].self_attn.k_proj.out_features * lm.norm.weight.element_size()
-    column = 2 * key * len(lm.layers)  # of one token's keys and values
-    rows, (single, _) = [], work["single"]
-    for name, (_, passes) in methods.items():
-        t, (flops, peak) = middle[name], work[name]
-        again = size if name.startswith("one by one") else 1  # each query reads all weights by itself
-        adapted = int(name.split()[-1]) if name.startswith(("latent", "one")) else 0
-        cache = column * (batch["ids"].numel() + size * passes / 2) / again
-        each = weights + cache + size_of(lm.embed_tokens) * name.startswith("cot")
-        steps = (each * passes + size_of(model.adapter) * adapted) * again
-        floor = max(single / rates[0], (weights + vision) * again / rates[1]) + max((flops - single) / rates[0], steps / rates[1])
-        row = dict(method=name, batch=size, prefix=batch["ids"].shape[1], queries_per_s=size / t, gflop=flops / 1e9 / size,
-                   ms=1e3 * t / size, low=1e3 * min(times[name]) / size, high=1e3 * max(times[name]) / size,
-                   to_single=t / middle["single"], cot_to_this=middle[f"cot, {cfg.tokens} tokens"] / t,
-                   transformers_cot_to_this=middle["cot, transformers"] / t, gbytes=((weights + vision) * again + steps) / 1e9,
-                   floor=t / floor, peak_mib=peak / 2**20)
+    """-> a row for each method: time, work and memory for this batch, and the least time that the work takes.
+
+    rates: FLOP and bytes a second, of `peak_rates`.
+    """
+    methods, size = speed_methods(model, batch, cfg), len(batch["ids"])
+    work = {name: count_work(method, model.device) for name, method in methods.items()}
+    if GRAPH in methods:  # its second call records, and takes the places that stay
+        flops, _ = work[GRAPH]
+        work[GRAPH] = flops, peak_bytes(methods[GRAPH].embed, model.device)
+    times = rounds({name: method.embed for name, method in methods.items()}, cfg.repeats, model.device)
+    middle = {name: float(np.median(seconds)) for name, seconds in times.items()}
+    single, written, generated = middle["single"], middle[f"cot, {cfg.tokens} tokens"], middle[GENERATED]
+    prefill_flops, _ = work["single"]
+    rows = []
+    for name, method in methods.items():
+        seconds, (flops, peak) = middle[name], work[name]
+        prefill_bytes, more_bytes = bytes_to_read(model, batch, method)
+        # arithmetic and reading may overlap, the prefill and what waits for it may not
+        prefill_floor = max(prefill_flops / rates[0], prefill_bytes / rates[1])
+        floor = prefill_floor + max((flops - prefill_flops) / rates[0], more_bytes / rates[1])
+        row = dict(
+            method=name, batch=size, prefix=batch["ids"].shape[1],
+            ms=1e3 * seconds / size, low=1e3 * min(times[name]) / size, high=1e3 * max(times[name]) / size,
+            queries_per_s=size / seconds, to_single=seconds / single, cot_to_this=written / seconds,
+            transformers_cot_to_this=generated / seconds, gflop=flops / 1e9 / size,
+            gbytes=(prefill_bytes + more_bytes) / 1e9, floor=seconds / floor, peak_mib=peak / 2**20)
         if name.startswith("latent, K"):
-            suffix = (middle["latent, K = 0"] - middle["single"]) / t
-            row["shares"] = [middle["single"] / t, 1 - middle["single"] / t - suffix, suffix]
+            prefill, suffix = single / seconds, (middle["latent, K = 0"] - single) / seconds
+            row["shares"] = [prefill, 1 - prefill - suffix, suffix]
         rows.append(row)
     return rows
 
 
 COLUMNS = (  # title, width, format, key
-    ("ms/query", 10, ".2f", "ms"), ("lowest", 9, ".2f", "low"), ("highest", 9, ".2f", "high"), ("queries/s", 11, ".1f", "queries_per_s"),
-    ("x single", 10, ".2f", "to_single"), ("cot/this", 10, ".1f", "cot_to_this"), ("transformers cot/this", 23, ".1f", "transformers_cot_to_this"),
-    ("GFLOP/query", 13, ".2f", "gflop"), ("GB/batch", 10, ".2f", "gbytes"), ("x floor", 9, ".1f", "floor"), ("peak MiB", 10, ".0f", "peak_mib"))
+    ("ms/query", 10, ".2f", "ms"),
+    ("lowest", 9, ".2f", "low"),
+    ("highest", 9, ".2f", "high"),
+    ("queries/s", 11, ".1f", "queries_per_s"),
+    ("x single", 10, ".2f", "to_single"),
+    ("cot/this", 10, ".1f", "cot_to_this"),
+    ("transformers cot/this", 23, ".1f", "transformers_cot_to_this"),
+    ("GFLOP/query", 13, ".2f", "gflop"),
+    ("GB/batch", 10, ".2f", "gbytes"),
+    ("x floor", 9, ".1f", "floor"),
+    ("peak MiB", 10, ".0f", "peak_mib"),
+)
 
 
 def speed_table(rows):
-    lines = [f"{'method':20}" + "".join(f"{title:>{width}}" for title, width, _, _ in COLUMNS) + "   prefill  steps  suffix"]
+    """`measure_speed`'s rows as text."""
+    titles = "".join(f"{title:>{width}}" for title, width, _, _ in COLUMNS)
+    lines = [f"{'method':20}{titles}   prefill  steps  suffix"]
     for r in rows:
-        shares = "  ".join(f"{x:6.0%}" for x in r.get("shares", ()))
-        lines.append((f"{r['method']:20}" + "".join(f"{r[key]:{width}{form}}" for _, width, form, key in COLUMNS) + f"   {shares}").rstrip())
+        cells = "".join(f"{r[key]:{width}{form}}" for _, width, form, key in COLUMNS)
+        shares = "  ".join(f"{share:6.0%}" for share in r.get("shares", ()))
+        lines.append(f"{r['method']:20}{cells}   {shares}".rstrip())
     return "\n".join(lines)
 
 
 def training_step(model, batch, cfg):
-    """Queries a second of forward, backward and AdamW with K = 8, as we do it and one query at a time -> a row."""
-    rows = [to_device(collate([sample], model.processor), model.device) for sample in batch["samples"]]
+    """Forward, backward and AdamW with K = 8, as we do it and one by one -> a row, in queries a second."""
+    rows = batches_of_one(model, batch["samples"])
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, fused=True)
 
-    def step(embed):
-        vectors = embed()
-        (10 * vectors @ vectors.T).logsumexp(-1).mean().backward()  # every vector depends on all, as in a contrastive loss
+    def step(vectors):
+        # every vector depends on all, as in a contrastive loss
+        (10 * vectors @ vectors.T).logsumexp(-1).mean().backward()
         optimizer.step()
         optimizer.zero_grad()
 
-    ways = {"ours": lambda: step(lambda: model(batch, 8)["gen"]),
-            "one by one": lambda: step(lambda: torch.cat([one_by_one(model, row, 8) for row in rows]))}
-    for way in ways.values():
-        way()
-    rate = {name: len(rows) / float(np.median(t)) for name, t in rounds(ways, min(cfg.repeats, 3), model.device).items()}
-    print(f"a training step: {rate['ours']:.1f} queries/s, one by one {rate['one by one']:.1f}: {rate['ours'] / rate['one by one']:.1f} times faster")
-    return dict(method="training", batch=len(rows), prefix=batch["ids"].shape[1], ours=rate["ours"], one_by_one=rate["one by one"])
+    def ours():
+        step(model(batch, 8)["per_pair"]["gen"])
+
+    def alone():
+        step(all_one_by_one(model, rows, 8))
+
+    ours()  # the warm-up
+    alone()
+    times = rounds(dict(ours=ours, alone=alone), min(cfg.repeats, 3), model.device)
+    rate = {name: len(rows) / float(np.median(seconds)) for name, seconds in times.items()}
+    print(f"a training step: {rate['ours']:.1f} queries/s, one by one {rate['alone']:.1f}: "
+          f"{rate['ours'] / rate['alone']:.1f} times faster")
+    return dict(method="training", batch=len(rows), prefix=batch["ids"].shape[1], ours=rate["ours"],
+                one_by_one=rate["alone"])
 
 
-def main(argv):
-    cfg, given = parse_flags(Config, argv, __doc__)
-    if not writable(cfg.json) or not writable(cfg.growth):
-        raise DataError(f"--json {cfg.json!r} and --growth {cfg.growth!r} must be files in folders that exist")
-    if cfg.growth and (wrong := given & {"batch_sizes", "prefix", "image", "frames", "tokens", "training"}):
-        raise DataError(f"--{' --'.join(sorted(wrong))}: not with --growth, which has its own")
-    if "ckpt" in given and "preset" in given or cfg.preset not in ("", *SHAPES):
-        raise DataError(f"--preset {cfg.preset!r}: one of {', '.join(SHAPES)}, and without --ckpt")
-    try:
-        sizes, prefixes = ([int(n) for n in text.split(",")] for text in (cfg.batch_sizes, cfg.prefix))
-        side = [int(n) for n in cfg.image.split("x")] if cfg.image else [224, 224]
-        if min(*sizes, *prefixes, *side, cfg.repeats, cfg.tokens) < 1 or len(side) != 2 or cfg.frames < 0:
-            raise ValueError
-    except ValueError:
-        raise DataError(f"--batch_sizes {cfg.batch_sizes!r}, --prefix {cfg.prefix!r}: needs numbers with commas between; --image {cfg.image!r}: as 448x448; "
-                        f"--repeats {cfg.repeats}, --tokens {cfg.tokens}: at least 1; --frames {cfg.frames}: at least 0") from None
-    if "ckpt" in given:
-        model = Plume.from_pretrained(cfg.ckpt, cfg.device or None, cfg.dtype or None)
-    else:
-        device, dtype = pick_device(cfg.device or None, cfg.dtype or None)
-        shape = cfg.preset or "tiny"
-        texts = [*World("test").texts(), *[SHAPES[shape]["prompt"]] * 20]  # so that the prompt has tokens of whole words
-        model = Plume.random(texts, shape, device=device).to(dtype)
-    limits = model.processor.limits
-    limits.max_pixels = limits.video_max_pixels = max(limits.max_pixels, side[0] * side[1])
-    limits.num_frames, limits.max_len = max(cfg.frames, limits.num_frames), 1 << 20
-    model.eval()
-    dtype = model.lm.norm.weight.dtype
-    device = torch.cuda.get_device_name() if model.device.type == "cuda" else str(model.device)
-    result = dict(date=time.strftime("%Y-%m-%d"), device=device, dtype=str(dtype), threads=torch.get_num_threads(), torch=torch.__version__,
-                  model=cfg.ckpt if "ckpt" in given else f"random weights, {shape}", image=cfg.image, frames=cfg.frames, rows=[])
-    save = lambda: write_json(cfg.json, result) if cfg.json else None
-    print(f"{result['model']}, {result['device']}, {dtype}, {result['threads']} threads", end="")
-    if cfg.growth:
-        print()
-        with torch.no_grad():
-            result["rows"] = growth(model, cfg)
-        return save()
-    rates = peak_rates(model.device, dtype)
+def speed_tables(model, cfg, result, save):
+    """Prints a table for each length and batch size, and saves its rows in result["rows"]."""
+    rates = peak_rates(model.device, model.lm.norm.weight.dtype)
     result |= dict(flops=rates[0], bytes_per_s=rates[1])
     print(f"; it gives {rates[0] / 1e12:.2f} TFLOP/s and {rates[1] / 1e9:.0f} GB/s")
-    for prefix in [0] if cfg.image or cfg.frames else prefixes:
-        for size in sizes:
+    lengths = whole_numbers("prefix", cfg.prefix, ",", "40,160")
+    if cfg.image or cfg.frames:
+        lengths = [0]  # a picture has its own
+    for prefix in lengths:
+        for size in whole_numbers("batch_sizes", cfg.batch_sizes, ",", "1,8,32"):
             batch = speed_batch(model, cfg, prefix, size)
             rows = measure_speed(model, batch, cfg, rates)
+            tokens = batch["ids"].shape[1]
             patches = 0 if batch["pixels"] is None else len(batch["pixels"]) // size
-            print(f"\n{size} equal queries a batch, prefix of {batch['ids'].shape[1]} tokens, {patches} patches", speed_table(rows), sep="\n")
+            print(f"\n{size} equal queries a batch, prefix of {tokens} tokens, {patches} patches")
+            print(speed_table(rows))
             if cfg.training:
                 rows.append(training_step(model, batch, cfg))
             result["rows"] += rows
-            save()  # after every batch: what is measured is kept
+            save()
 
 
-GROWTH = dict(prefix=(64, 128, 256, 512, 1024, 2048), K=(0, 2, 4, 8, 16, 32), batch=(1, 2, 4, 8, 16, 32, 64))  # one grows, the others stay
+# ------------------------------------------------------------------------------------------- growth
+
+
+# one grows, the others stay
+GROWTH = dict(
+    prefix=(64, 128, 256, 512, 1024, 2048),
+    K=(0, 2, 4, 8, 16, 32),
+    batch=(1, 2, 4, 8, 16, 32, 64),
+)
 STAYS = dict(prefix=256, K=8, batch=4)
 
 
+@torch.no_grad()
 def growth(model, cfg):
-    """Time and memory of the latent embedding of a batch of text, as prefix, latent steps and batch grow -> rows; drawn into --growth."""
-    rows, device = [], model.device
+    """Time and memory of the latent embedding of text, as prefix, latent steps and batch grow -> rows."""
+    rows = []
     for what, values in GROWTH.items():
         for value in tqdm(values, desc=what, leave=False):
             now = dict(STAYS, **{what: value})
             batch = speed_batch(model, cfg, now["prefix"], now["batch"])
-            run = lambda: model.embed(batch, "latent", now["K"])
-            peak = peak_bytes(run, device)
-            seconds = rounds({what: run}, cfg.repeats, device)[what]
-            middle = float(np.median(seconds))
-            rows.append(row := dict(now, grows=what, ms=1e3 * middle, queries_per_s=now["batch"] / middle, peak_mib=peak / 2**20))
-            print(f"{what:7}{value:6}{row['ms']:12.1f} ms a batch{row['queries_per_s']:10.1f} queries/s{row['peak_mib']:10.0f} MiB at most")
-    W, H, top, bottom, font = 420, 420, 60, 60, ImageFont.load_default(16)
-    image = Image.new("RGB", (W * len(GROWTH), H), "white")
-    draw = ImageDraw.Draw(image)
-    for panel, what in enumerate(GROWTH):
-        mine, left = [r for r in rows if r["grows"] == what], panel * W + 30
-        draw.rectangle((left, top, left + W - 60, H - bottom), outline="#bbbbbb")
-        fixed = ", ".join(f"{k} {v}" for k, v in STAYS.items() if k != what)
-        draw.text((left, 12), f"{what} 0 to {mine[-1][what]}\n{fixed}", fill="black", font=font)
-        for key, unit, colour, at in (("ms", "ms a batch", "#1f77b4", 0), ("peak_mib", "MiB at most", "#d62728", 1)):
-            most = max(r[key] for r in mine)
-            points = [(left + r[what] / mine[-1][what] * (W - 60), H - bottom - r[key] / most * (H - top - bottom)) for r in mine]
-            draw.line(points, fill=colour, width=2)
-            for x, y in points:
-                draw.ellipse((x - 3, y - 3, x + 3, y + 3), fill=colour)
-            draw.text((left, H - 48 + 20 * at), f"0 to {most:,.0f} {unit}", fill=colour, font=font)
-    with writing(cfg.growth, "wb") as f:
-        image.save(f, "PNG")
+            embed = functools.partial(model.embed, batch, "latent", now["K"])
+            peak = peak_bytes(embed, model.device) / 2**20
+            seconds = float(np.median(rounds({what: embed}, cfg.repeats, model.device)[what]))
+            rate = now["batch"] / seconds
+            rows.append(dict(now, grows=what, ms=1e3 * seconds, queries_per_s=rate, peak_mib=peak))
+            print(f"{what:7}{value:6}{1e3 * seconds:12.1f} ms a batch{rate:10.1f} queries/s"
+                  f"{peak:10.0f} MiB at most")
     return rows
+
+
+WIDTH, HEIGHT, MARGIN = 420, 420, 60  # of one panel, in pixels
+
+
+def draw_growth(rows, path):
+    """`growth`'s rows as a PNG: a panel for each of what grows, a line each for time and memory, from 0."""
+    image = Image.new("RGB", (WIDTH * len(GROWTH), HEIGHT), "white")
+    draw, font = ImageDraw.Draw(image), ImageFont.load_default(16)
+    for panel, what in enumerate(GROWTH):
+        left, mine = panel * WIDTH + MARGIN // 2, [r for r in rows if r["grows"] == what]
+        draw.rectangle((left, MARGIN, left + WIDTH - MARGIN, HEIGHT - MARGIN), outline="#bbbbbb")
+        fixed = ", ".join(f"{name} {value}" for name, value in STAYS.items() if name != what)
+        draw.text((left, 12), f"{what} 0 to {mine[-1][what]}\n{fixed}", fill="black", font=font)
+        for key, unit, colour, y in (
+            ("ms", "ms a batch", "#1f77b4", HEIGHT - 48),
+            ("peak_mib", "MiB at most", "#d62728", HEIGHT - 28),
+        ):
+            most, points = max(r[key] for r in mine), []
+            for r in mine:
+                x = left + r[what] / mine[-1][what] * (WIDTH - MARGIN)
+                points.append((x, HEIGHT - MARGIN - r[key] / most * (HEIGHT - 2 * MARGIN)))
+            draw.line(points, fill=colour, width=2)
+            for point in points:
+                draw.circle(point, 3, fill=colour)
+            draw.text((left, y), f"0 to {most:,.0f} {unit}", fill=colour, font=font)
+    with writing(path, "wb") as f:
+        image.save(f, "PNG")
+
+
+# ------------------------------------------------------------------------------------------ command
+
+
+def check(cfg, given):
+    """Raises DataError for flags that cannot be right, before anything is loaded."""
+    if not writable(cfg.json) or not writable(cfg.growth):
+        raise DataError(f"--json {cfg.json!r} and --growth {cfg.growth!r}: name files in folders that exist")
+    wrong = given & {"batch_sizes", "prefix", "image", "frames", "tokens", "training"}
+    if cfg.growth and wrong:
+        raise DataError(f"--{' --'.join(sorted(wrong))}: not with --growth, which has its own; leave it out")
+    if cfg.ckpt and "preset" in given or cfg.preset not in SHAPES:
+        raise DataError(f"--preset {cfg.preset!r}: one of {', '.join(SHAPES)}, and without --ckpt")
+    if min(cfg.repeats, cfg.tokens) < 1 or cfg.frames < 0:
+        raise DataError(f"--repeats {cfg.repeats} and --tokens {cfg.tokens} must be at least 1, "
+                        f"--frames {cfg.frames} at least 0")
+    whole_numbers("batch_sizes", cfg.batch_sizes, ",", "1,8,32")
+    whole_numbers("prefix", cfg.prefix, ",", "40,160")
+    image_size(cfg)
+
+
+def load_model(cfg):
+    """--ckpt, or random weights, with limits that leave the queries as they are."""
+    if cfg.ckpt:
+        model = Plume.from_pretrained(cfg.ckpt, cfg.device or None, cfg.dtype or None)
+    else:
+        device, dtype = pick_device(cfg.device or None, cfg.dtype or None)
+        # the prompt stands there often, so that the tokenizer learns its words as whole tokens
+        texts = [*World("test").texts(), *[SHAPES[cfg.preset]["prompt"]] * 20]
+        model = Plume.random(texts, cfg.preset, device=device).to(dtype)
+    limits, area = model.processor.limits, math.prod(image_size(cfg))
+    limits.max_pixels = limits.video_max_pixels = max(limits.max_pixels, area)
+    limits.num_frames = max(cfg.frames, limits.num_frames)
+    limits.max_len = 1 << 20
+    return model.eval()
+
+
+def main(argv):
+    cfg, given = parse_flags(Config, argv, __doc__)
+    check(cfg, given)
+    model = load_model(cfg)
+    result = dict(
+        date=time.strftime("%Y-%m-%d"),
+        device=torch.cuda.get_device_name() if model.device.type == "cuda" else str(model.device),
+        dtype=str(model.lm.norm.weight.dtype), threads=torch.get_num_threads(), torch=torch.__version__,
+        model=cfg.ckpt or f"random weights, {cfg.preset}", image=cfg.image, frames=cfg.frames, rows=[])
+    print(f"{result['model']}, {result['device']}, {result['dtype']}, {result['threads']} threads", end="")
+
+    def save():
+        if cfg.json:
+            write_json(cfg.json, result)
+
+    if not cfg.growth:
+        return speed_tables(model, cfg, result, save)
+    print()
+    result["rows"] = growth(model, cfg)
+    draw_growth(result["rows"], cfg.growth)
+    print(f"growth of time and memory: {cfg.growth}")
+    save()
 
 
 if __name__ == "__main__":

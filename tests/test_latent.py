@@ -1,0 +1,234 @@
+"""What latent.py does for speed or memory changes no value, nor does the device.
+
+CUDA graphs, products of few rows on a CPU, recomputed activations, a cache that is never copied, bfloat16.
+Without a GPU a stand-in plays the graphs.
+"""
+
+import numpy as np
+import pytest
+import torch
+
+import latent
+import train
+from adapter import TransitionAdapter
+from curriculum import Curriculum
+from data import Batches, Pairs, collate, parse_item, to_device
+from latent import Cache, Prefix, decoder, rollout
+from model import Plume
+from test_plume import FINAL, assert_close, gradients, make_model, mixed_items, our_rollout, rendered, whole
+
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+
+
+# ----------------------------------------------------------------------------------------------------- graphs
+
+
+def run_again(function, device):
+    """As latent.record, without a graph: a replay runs the function on what its fixed places hold then."""
+    outputs = function()
+
+    def replay():
+        for old, new in zip(outputs, function()):
+            old.copy_(new)
+    return replay, outputs
+
+
+def embed_with_and_without(m, graphs, items, K=8):
+    """Asserts that `graphs` gives what no graphs give -> how many shapes are recorded."""
+    batch = to_device(collate(rendered(m, items), m.processor), m.device)
+    plain = m.embed(batch, "latent", K)[0]
+    tol = 0.05 if m.lm.norm.weight.dtype == torch.bfloat16 else 1e-6
+    m.graphs = graphs
+    try:
+        assert_close(m.embed(batch, "latent", K)[0], plain, f"{len(items)} items, K = {K}", tol)
+    finally:
+        m.graphs = None
+    return len(graphs.recorded)
+
+
+def a_shape_is_recorded_when_it_comes_again(m, graphs, items):
+    short, long = [items[0], items[3]], [items[2], items[5]]
+    for given, K, recorded in (
+        (long, 8, 0),
+        (long, 8, 1),
+        (long[::-1], 8, 1),
+        (short, 8, 1),
+        (short, 8, 2),
+        (long, 8, 2),
+        (short, 8, 2),
+        (items[:1], 8, 2),
+        (items[:1], 8, 3),
+        (long, 3, 3),  # no more than `keep`
+        (long, 3, 3),
+        (long, 0, 3),
+        (long, 0, 3),
+        (short, 8, 3),
+    ):
+        assert embed_with_and_without(m, graphs, given, K) == recorded, (given, K)
+
+
+def weights_may_change_in_place_and_when_they_move_all_is_forgotten(m, graphs, items):
+    with torch.no_grad():  # as an optimizer does: in place
+        m.adapter.w2 *= 1.5
+        m.lm.norm.weight *= 1.5
+    assert embed_with_and_without(m, graphs, items) == 3
+    for weight in (m.adapter.w2, m.lm.norm.weight):
+        weight.data = weight.data * 2
+        assert embed_with_and_without(m, graphs, items) == 0, "other weights, other memory"
+        assert embed_with_and_without(m, graphs, items) == 1
+
+
+def a_later_replay_does_not_reach_an_earlier_ones_results(m):
+    graphs, kept = latent.Graphs(), []
+    words = [rendered(m, ["red " * n]) for n in range(18, 0, -1)]  # prefixes of every length
+    for samples in words[:1] + words + [2 * w for w in words]:
+        batch = to_device(collate(samples, m.processor), m.device)
+        with torch.no_grad():
+            suffix = m.lm.embed_tokens(batch["suffix"])
+            args = m.lm, m.adapter, m.prefix(batch), 2, suffix + torch.randn_like(suffix)
+            kept.append((rollout(*args, graphs=graphs), rollout(*args)))
+    assert 3 < len(graphs.recorded) < 8
+    tol = 0.25 if m.lm.norm.weight.dtype == torch.bfloat16 else 1e-6
+    for ours, plain in kept:
+        for name, a, b in zip(ours._fields, ours, plain):
+            assert not a.requires_grad
+            assert_close(a, b, name, tol)
+
+
+def replays_equal_the_plain_rollout(m, items):
+    graphs, short, long = latent.Graphs(keep=3), [items[0], items[3]], [items[2], items[5]]
+    a_shape_is_recorded_when_it_comes_again(m, graphs, items)
+    weights_may_change_in_place_and_when_they_move_all_is_forgotten(m, graphs, short)
+    with torch.autocast(m.device.type, torch.bfloat16):
+        for _ in range(2):
+            assert embed_with_and_without(m, graphs, long) == 1, "recorded under autocast"
+    _, _, _, cache = next(iter(graphs.recorded.values()))
+    for keys, values in cache.prefix:
+        keys.fill_(float("nan"))
+        values.fill_(float("nan"))
+    embed_with_and_without(m, graphs, short)  # nothing of an earlier batch is left in hidden columns
+    a_later_replay_does_not_reach_an_earlier_ones_results(m)
+
+
+def test_graphs_copy_record_and_forget_in_the_right_places(world, monkeypatch):
+    with pytest.raises(ValueError, match="CUDA"):
+        latent.record(list, torch.device("cpu"))
+    monkeypatch.setattr(latent, "record", run_again)
+    replays_equal_the_plain_rollout(make_model(), mixed_items(world))
+
+
+@needs_cuda
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_cuda_graphs_equal_the_plain_rollout(world, dtype):
+    replays_equal_the_plain_rollout(make_model().to("cuda", dtype), mixed_items(world))
+
+
+# ------------------------------------------------------------------------------------------- speed and memory
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_few_rows_on_a_cpu_go_the_other_way_round_to_the_same_values_and_gradients(bias):
+    layer = torch.nn.Linear(6, 10, bias=bias).double()
+
+    def other_way(x):
+        return latent.linear(layer, x)
+
+    for B, L in ((1, 1), (16, 1), (4, 12), (7, 7), (15, 1)):  # 1, 16, 48, 49 and 15 rows
+        x, results = torch.randn(B, L, 6, dtype=torch.float64), []
+        for product in (layer, other_way):
+            layer.zero_grad()
+            leaf = x.clone().requires_grad_()
+            y = product(leaf)
+            y.square().sum().backward()
+            results.append([y, leaf.grad, *(p.grad for p in layer.parameters())])
+        for a, b in zip(*results):
+            assert_close(b, a, f"{B} x {L}", 1e-12)
+
+
+def test_checkpointing_changes_nothing(model, world):
+    samples, grads = rendered(model, mixed_items(world)[:4]), []
+    for checkpointing in (False, True):
+        model.zero_grad()
+        our_rollout(model, samples, 3, checkpointing=checkpointing).suffix.sin().sum().backward()
+        grads.append(gradients(model))
+    plain, recomputed = grads
+    assert plain.keys() == recomputed.keys()
+    for name, g in plain.items():
+        assert_close(g, recomputed[name], name, 1e-10 * max(1.0, g.abs().max().item()))
+
+
+def bytes_kept(m, samples, K):
+    """How many autograd keeps for K steps."""
+    kept = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        kept.setdefault(storage.data_ptr(), storage)
+        return tensor
+
+    def unpack(tensor):
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+        our_rollout(m, samples, K)
+    return sum(storage.nbytes() for storage in kept.values())
+
+
+def test_the_prefix_cache_is_never_copied(model):
+    long = model.processor.render(parse_item("what colour? " * 60))
+    P, per_token = len(long["ids"]), 3 * 2 * 64 * 8  # layers x (k and v) x G*d x float64
+    grown = bytes_kept(model, [long] * 4, 9) - bytes_kept(model, [long] * 4, 1)
+    assert grown / 8 < 0.7 * 4 * P * per_token, "a step keeps a copy of the prefix"
+
+    prefix = model.prefix(collate(rendered(model, ["a red square", "what colour?"]), model.processor))
+    cache = Cache(prefix.lengths, prefix.x.shape[1])
+    decoder(model.lm, prefix.x, prefix.positions, cache)
+    before = [k.data_ptr() for k, _ in cache.prefix]
+    for k in range(3):
+        decoder(model.lm, prefix.x[:, :1], torch.full((2, 1), 50 + k), cache)
+    assert [k.data_ptr() for k, _ in cache.prefix] == before
+    assert [k.shape[2] for k, _ in cache.slots] == [3, 3, 3]
+
+
+# ---------------------------------------------------------------------------------------- numbers and devices
+
+
+def test_rollout_never_asks_the_device_a_question(model):
+    """On the meta device there are no values: anything that looks at one raises."""
+    with torch.device("meta"):
+        lm = type(model.lm)(model.lm.config)
+        adapter = TransitionAdapter(128)
+        positions, row = torch.zeros(3, 3, 10, dtype=torch.long), torch.zeros(3, dtype=torch.long)
+        prefix = Prefix(torch.randn(3, 10, 128), positions, lengths=row, disc=row)
+        for rule in ("mrope", "cache"):
+            r = rollout(lm, adapter, prefix, 4, torch.randn(3, 5, 128), rule)
+    assert r.anchor.shape == r.start.shape == (3, 128)
+    assert (r.latents.shape, r.suffix.shape, r.router.shape) == ((3, 4, 128), (3, 5, 128), (3, 4, 4))
+
+
+def test_bfloat16_is_close_to_float32(world, tmp_path):
+    m, items = make_model().float(), mixed_items(world)
+    m.save_pretrained(tmp_path / "ck")
+    half = Plume.from_pretrained(tmp_path / "ck", "cpu", "bfloat16")
+    assert all(p.dtype == torch.bfloat16 for p in half.parameters())
+    for mode in ("latent", "single"):
+        assert (m.encode(items, mode) * half.encode(items, mode)).sum(1).min() > 0.99
+
+    # and the way of training: float32 weights, bfloat16 compute, recomputed activations
+    losses, pairs = [], Pairs(str(world / "train.jsonl"))
+    batch = whole(Batches(pairs, m.processor, Curriculum())[0, FINAL, np.array([1, 3, 5])])
+    for casts in (False, True):
+        m.zero_grad()
+        m.checkpointing = casts
+        with torch.autocast("cpu", torch.bfloat16, enabled=casts):
+            out = m(batch, 8)
+        losses.append(train.losses(out, batch, train.Config())["loss"])
+        losses[-1].backward()
+        assert all(g.isfinite().all() and g.dtype == torch.float32 for g in gradients(m).values())
+    assert_close(losses[1], losses[0], "loss under autocast", 0.05 * losses[0].item())
+
+
+@needs_cuda
+def test_cuda_equals_cpu(model, world):
+    items, m = mixed_items(world), make_model()
+    assert_close(m.to("cuda").encode(items), model.encode(items), "float64 on CUDA", 1e-5)

@@ -1,0 +1,97 @@
+"""Losses and their gradients in pieces; learning rate, weight decay, what is trained; shards in bfloat16."""
+
+import contextlib
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+import model as plume_model
+import train
+from curriculum import Curriculum
+from data import Batches, DataError, Pairs
+from test_plume import FINAL, GATED, assert_close, gradients, log, make_model, run_ranks, weights
+
+
+def test_chunked_cross_entropy_equals_the_plain_one():
+    h = torch.randn(50, 8, dtype=torch.float64, requires_grad=True)
+    w = torch.randn(30, 8, dtype=torch.float64, requires_grad=True)
+    y, scale = torch.randint(0, 30, (50,)), torch.rand(50, dtype=torch.float64)
+    plain = F.cross_entropy(h @ w.T, y, reduction="none")
+    chunked = plume_model.cross_entropy(h, w, y, elements=30 * 7)
+    expected = torch.autograd.grad((plain * scale).sum(), (h, w))
+    grads = torch.autograd.grad((chunked * scale).sum(), (h, w))
+    assert_close(grads[0], expected[0], "dh", 1e-6)
+    assert_close(grads[1], expected[1], "dW", 1e-6)
+    assert plume_model.cross_entropy(h[:0], w, y[:0]).shape == (0,)
+
+
+def test_micro_batches_replay_their_random_state(world):
+    m, pairs = make_model(), Pairs(str(world / "train.jsonl"))
+    m.adapter.ln.register_forward_hook(lambda module, args, out: F.dropout(out, 0.2))
+    batch = Batches(pairs, m.processor, Curriculum(), micro_batch=2)[1, FINAL, np.arange(5)]
+    assert [len(part["ids"]) for part in batch["micro"]] == [4, 4, 2]
+
+    torch.manual_seed(0)
+    train.backward(m, batch, train.Config(), contextlib.nullcontext())
+    grads = gradients(m)
+
+    m.zero_grad()
+    torch.manual_seed(0)
+    outs = [m(part, 8) for part in batch["micro"]]  # in one graph
+    per_pair, per_token = {}, {}
+    for name in outs[0]["per_pair"]:
+        halves = [out["per_pair"][name].chunk(2) for out in outs]  # queries and targets of each
+        per_pair[name] = torch.cat([q for q, _ in halves] + [p for _, p in halves])
+    for name in outs[0]["per_token"]:
+        per_token[name] = torch.cat([out["per_token"][name] for out in outs])
+    joined = dict(per_pair=per_pair, per_token=per_token)
+    train.losses(joined, batch, train.Config())["loss"].backward()
+    for name, g in gradients(m).items():
+        assert_close(grads[name], g, name, 1e-9 * g.abs().max().item())
+
+
+def test_learning_rate_weight_decay_and_frozen_vision(world, tmp_path):
+    for decay, flat in ((1.0, 10), (0.2, 80)):
+        cfg = train.Config(lr=2.0, warmup=0.1, decay=decay)
+        rates = [train.learning_rate(cfg, s, 100) for s in range(100)]
+        assert rates[0] == pytest.approx(0.2) and rates[9] == rates[flat] == 2.0
+        assert rates[(flat + 100) // 2] == pytest.approx(1.1) and rates[99] == pytest.approx(0.2, abs=0.02)
+
+    ck = str(tmp_path / "ck")
+    make_model(adapter=dict(top_k=1, anchor=False), latent_positions="cache").float().save_pretrained(ck)
+    pairs = Pairs(str(world / "train.jsonl"))
+    cfg = train.Config(init=ck, segments=2, steps_per_segment=2, max_pixels=28 * 28 * 5)
+    m = train.build_model(cfg, {"init"}, pairs, "cpu")
+    adapter = m.settings["adapter"]  # the checkpoint's own
+    assert (adapter["top_k"], adapter["anchor"], m.settings["latent_positions"]) == (1, False, "cache")
+    assert m.settings["latent_steps"] == 4 and m.settings["limits"]["max_pixels"] == 28 * 28 * 5
+    frozen = {n for n, p in m.named_parameters() if not p.requires_grad}
+    assert frozen == {n for n, _ in m.named_parameters() if "model.visual" in n and "merger" not in n}
+
+    groups = train.parameter_groups(m, 0.3, 0.5)
+    for n, p in m.named_parameters():  # each in one group, the frozen in none
+        where = [(g["weight_decay"], g["share"]) for g in groups if any(p is x for x in g["params"])]
+        decay = 0.0 if p.ndim < 2 or n.split(".")[1] in ("b1", "b2", "step_embed") else 0.3
+        share = 0.5 if "model.visual" in n else 1.0
+        assert where == ([] if n in frozen else [(decay, share)]), n
+
+    given = dict(init=ck, top_k=3, anchor=True)
+    m = train.build_model(train.Config(**given), set(given), pairs, "cpu")
+    assert m.settings["adapter"]["top_k"] == 3 and m.settings["adapter"]["anchor"]
+    with pytest.raises(DataError, match="adapter does not fit"):
+        train.build_model(train.Config(init=ck, experts=7), {"init", "experts"}, pairs, "cpu")
+
+
+def test_shards_in_bfloat16_equal_one_process_but_for_rounding(world, tmp_path, monkeypatch):
+    flags = ["--data", world / "train.jsonl", "--steps", 2, "--global_batch", 4, "--workers", 0, "--lr=1e-3",
+             "--checkpointing", *GATED, "--last_stage=1", "--dtype=bfloat16", "--out"]
+    run_ranks(2, "train.py", "--fsdp", *flags, tmp_path / "half shards")
+    monkeypatch.setattr(train.signal, "signal", lambda *a: None)
+    train.main([*map(str, flags), str(tmp_path / "half")])
+    mine, theirs = log(tmp_path / "half"), log(tmp_path / "half shards")
+    for name in ("ce", "gen", "disc", "read"):
+        assert [r[name] for r in mine] == pytest.approx([r[name] for r in theirs], rel=3e-2), name
+    assert mine[0]["K"] == 4
+    assert {v.dtype for v in weights(tmp_path / "half shards").values()} == {torch.float32}
