@@ -973,7 +973,7 @@ class Schedule:
         at = (nth + np.random.default_rng([seed, 0]).random(steps)) / self.counts[which]
         order = np.argsort(at, kind="stable")
         self.which, self.nth = which[order], nth[order]
-        self.lap = functools.lru_cache(2 * len(names))(self.lap)
+        self.lap = functools.lru_cache(2 * len(names))(self.lap)  # a batch may stand across two passes
 
     def lap(self, d, number):
         """The records of a data set in the order of one of its passes."""
@@ -1111,6 +1111,16 @@ def flag_help(config_class):
             elif heading := re.match(r"    # (.*)", line):
                 entries.append([f"\n {heading[1]}", "", ""])
     return [f"{flag:29} {what}{default}".rstrip() for flag, what, default in entries]
+
+
+def command(main):
+    """Runs main(argv) of a script; what a user did wrong ends it with one line instead of a traceback."""
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except (DataError, OSError) as e:
+        sys.exit(f"error: {said(e)}")
+    except KeyboardInterrupt:
+        sys.exit("interrupted")
 
 
 if __name__ == "__main__":

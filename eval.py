@@ -26,10 +26,10 @@ import json
 import math
 import os
 import secrets
-import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import av
 import numpy as np
@@ -40,7 +40,7 @@ import transformers
 from PIL import Image
 from tqdm import tqdm
 
-from data import DataError, frame_files, nearest, parse_flags, target_size, writing
+from data import DataError, command, frame_files, nearest, parse_flags, target_size, writing
 from model import MODES, RELEASED, Plume
 from tasks.beir import list_tasks, read_task
 from tasks.mmeb import MMEB, modality, read_published
@@ -199,7 +199,7 @@ class Embedder:
         self.model, self.cfg, self.how = model, cfg, (mode, steps)
         self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         self.record = np.dtype([("key", "V16"), ("vector", "<f4", (model.lm.config.hidden_size,))])
-        code = [open(os.path.join(HERE, name), encoding="utf-8").read() for name in SOURCES]
+        code = [Path(HERE, name).read_text(encoding="utf-8") for name in SOURCES]
         self.about = dict(checkpoint_hash=checkpoint_hash or fingerprint(model), code_hash=short_hash(*code), mode=mode, steps=steps,
                           limit=cfg.limit if mode == "cot" else None, protocol=cfg.protocol, dtype=str(model.lm.norm.weight.dtype),
                           device=model.device.type, torch=torch.__version__, transformers=transformers.__version__, pillow=PIL.__version__, av=av.__version__)
@@ -519,9 +519,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main(sys.argv[1:]))
-    except (DataError, OSError) as e:
-        sys.exit(f"error: {e}")
-    except KeyboardInterrupt:
-        sys.exit("interrupted")
+    command(main)

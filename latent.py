@@ -255,9 +255,9 @@ def expand_heads(kv, q):
 def linear(layer, x):
     """layer(x), x (B, L, D).  On a CPU the few rows of a latent step are faster as (W x^T)^T, in blocks of 16.
 
-    The products of a step of 16 / 32 / 48 rows take 16 / 29 / 42 ms so and 18 / 35 / 50 the usual way (8
-    layers, D = 512, 2 threads, 2026-11-25; one thread: the same); with fewer or more rows the usual way is
-    not slower.
+    The products of a step of 16 / 32 / 48 rows take 17 / 24 / 38 ms so and 19 / 26 / 45 the usual way (8
+    layers, D = 512, 2 threads, an AMD EPYC, 2026-11-25).  With 8 and 64 rows it was slower on another CPU
+    (docs/log.md).
     """
     rows = x.shape[0] * x.shape[1]
     if x.device.type != "cpu" or type(layer) is not torch.nn.Linear or not 16 <= rows <= 48:

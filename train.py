@@ -45,8 +45,8 @@ from torch.utils._pytree import tree_leaves, tree_map
 from adapter import MAX_STEPS, TransitionAdapter, balance_loss
 from curriculum import Curriculum, Progress
 from data import (
-    Batches, DataError, Pairs, Schedule, StepSampler, nearest, parse_flags, quote, reason, said, to_device,
-    write_errors, writing)
+    Batches, DataError, Pairs, Schedule, StepSampler, command, nearest, parse_flags, quote, reason,
+    to_device, write_errors, writing)
 from model import Plume, checkpoint_files, pick_device, pointer, remove_checkpoint, replacing
 from tasks.turtle import World
 
@@ -194,12 +194,8 @@ def train(cfg, given, curriculum, device, dtype):
 
     # data
     pairs = read_pairs(cfg)
-    held = np.random.default_rng([cfg.seed, 2]).permutation(len(pairs))
-    held = held[: min(256, len(pairs) // 10) if cfg.eval_every else 0]
-    steps = cfg.steps or max(1, round(cfg.epochs * (len(pairs) - len(held)) / cfg.global_batch))
-    dataset = pairs.dataset.copy()
-    dataset[held] = -1  # in no batch
-    schedule = Schedule(dataset, pairs.names, cfg.global_batch, steps, cfg.seed)
+    schedule, held = plan(cfg, pairs)
+    steps = schedule.steps
 
     # model
     model = build_model(cfg, given, pairs, device)
@@ -439,6 +435,16 @@ def read_pairs(cfg):
         raise DataError(f"--data {cfg.data!r} is not the same file everywhere: rank 0: {seen[0]}; "
                         + "; ".join(other[:4]))
     return pairs
+
+
+def plan(cfg, pairs):
+    """-> Schedule of the whole run, numbers of the pairs that are held out of it"""
+    held = np.random.default_rng([cfg.seed, 2]).permutation(len(pairs))
+    held = held[: min(256, len(pairs) // 10) if cfg.eval_every else 0]
+    steps = cfg.steps or max(1, round(cfg.epochs * (len(pairs) - len(held)) / cfg.global_batch))
+    dataset = pairs.dataset.copy()
+    dataset[held] = -1  # in no batch
+    return Schedule(dataset, pairs.names, cfg.global_batch, steps, cfg.seed), held
 
 
 def load(batches, sampler, workers, device):
@@ -735,9 +741,9 @@ def with_preset(cfg, given):
 def check(cfg, world):
     """What can be known to be wrong before anything is loaded -> the curriculum."""
     at_least = dict(seed=0, global_batch=2, micro_batch=0, steps=0, save_every=1, log_every=1, eval_every=0,
-                    keep=0, workers=0, warmup=0, decay=0, vision_lr=0)
+                    keep=0, workers=0, warmup=0, decay=0, vision_lr=0, weight_decay=0)
     for name, least in at_least.items():
-        if getattr(cfg, name) < least:
+        if not getattr(cfg, name) >= least:  # nan is not, either
             raise DataError(f"--{name} {getattr(cfg, name)}: needs at least {least}")
     wandb = importlib.util.find_spec("wandb") if cfg.wandb else None
     latent_steps, most_workers = cfg.segments * cfg.steps_per_segment, Progress.DELAY - 1
@@ -868,9 +874,7 @@ def ignore_interrupts(worker):
 
 if __name__ == "__main__":
     try:
-        sys.exit(main(sys.argv[1:]))
-    except (DataError, OSError) as e:
-        sys.exit(f"error: {said(e)}")
+        command(main)
     except torch.OutOfMemoryError as e:
         sys.exit(f"error: out of memory: {str(e).splitlines()[0]} Lower --micro_batch; then --checkpointing, "
                  "--fsdp on several ranks, a lower --max_pixels; python -m tools.dry_run tells what it takes")

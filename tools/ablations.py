@@ -18,7 +18,7 @@ import torch
 from tqdm import tqdm
 
 import train
-from data import DataError, parse_flags, reason, said, writing
+from data import DataError, command, parse_flags, reason, writing
 from tasks.turtle import World
 
 # setting: its flags, and the paper's score for it (table of ablations, column All)
@@ -176,9 +176,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main(sys.argv[1:]))
-    except (DataError, OSError) as e:
-        sys.exit(f"error: {said(e)}")
-    except KeyboardInterrupt:
-        sys.exit("interrupted")
+    command(main)

@@ -5,7 +5,6 @@
 """
 
 import math
-import sys
 import time
 from dataclasses import dataclass
 
@@ -13,7 +12,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 import eval as evaluation
-from data import DataError, parse_flags, said, writing
+from data import DataError, command, parse_flags, writing
 from eval import Embedder, fingerprint, load, score, select, writable, write_json
 from tasks.beir import list_tasks, read_task
 from tasks.turtle import world_tasks
@@ -108,9 +107,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main(sys.argv[1:]))
-    except (DataError, OSError) as e:
-        sys.exit(f"error: {said(e)}")
-    except KeyboardInterrupt:
-        sys.exit("interrupted")
+    command(main)

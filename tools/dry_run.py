@@ -5,7 +5,6 @@
 """
 
 import os
-import sys
 import time
 import weakref
 from contextlib import nullcontext
@@ -20,9 +19,8 @@ from torch.utils._pytree import tree_leaves
 from tqdm import tqdm
 
 import train
-from data import Batches, DataError, Pairs, parse_flags, said, to_device
+from data import Batches, DataError, command, parse_flags, to_device
 from model import pick_device
-from tasks.turtle import World
 
 GIB = 2**30
 
@@ -112,7 +110,6 @@ def dry_run(cfg, model, pairs, curriculum, autocast, dtype):
     batches = Batches(pairs, model.processor, curriculum, cfg.skip_bad)
     every = train.size(model.parameters())
     trained = train.size([p for p in model.parameters() if p.requires_grad])
-    print(f"{every:,} parameters, {trained:,} trained")
     print(f"weights {4 * every / GIB:,.3f} GiB, gradients {4 * trained / GIB:,.3f} GiB, AdamW's moments "
           f"{8 * trained / GIB:,.3f} GiB, all float32")
     heavy = heaviest(cfg, pairs, batches, curriculum.stages[0])
@@ -163,19 +160,14 @@ def main(argv):
     curriculum = train.check(replace(cfg, device="", fsdp=False), 1)
     torch.manual_seed(cfg.seed)
     device, dtype = pick_device(cfg.device or None, cfg.dtype or None)
-    pairs = Pairs(cfg.data, cfg.media or None, cfg.skip_bad) if cfg.data else World("train", cfg.families)
-    for line in pairs.bad:
-        print("left out:", line)
+    pairs = train.read_pairs(cfg)
+    schedule, _ = train.plan(cfg, pairs)
     model = train.build_model(cfg, given, pairs, device)
+    train.announce(cfg, pairs, schedule, model, curriculum)
     mixed = dtype != torch.float32 and not cfg.fsdp and device.type != "meta"
     autocast = torch.autocast(device.type, dtype) if mixed else nullcontext()
     return dry_run(cfg, model, pairs, curriculum, autocast, dtype)
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main(sys.argv[1:]))
-    except (DataError, OSError) as e:
-        sys.exit(f"error: {said(e)}")
-    except KeyboardInterrupt:
-        sys.exit("interrupted")
+    command(main)

@@ -6,7 +6,6 @@
 
 import functools
 import os
-import sys
 import time
 from dataclasses import dataclass
 
@@ -17,7 +16,8 @@ from tqdm import tqdm
 
 from curriculum import Curriculum
 from data import (
-    Batches, DataError, Limits, Pairs, Processor, load_frames, load_image, parse_flags, said, train_tokenizer, writing)
+    Batches, DataError, Limits, Pairs, Processor, command, load_frames, load_image, parse_flags,
+    train_tokenizer, writing)
 from tasks.turtle import World
 
 
@@ -107,9 +107,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main(sys.argv[1:]))
-    except (DataError, OSError) as e:
-        sys.exit(f"error: {said(e)}")
-    except KeyboardInterrupt:
-        sys.exit("interrupted")
+    command(main)

@@ -24,7 +24,6 @@ A table for each batch size and each length, a line for each way to embed the sa
 
 import functools
 import math
-import sys
 import time
 from dataclasses import dataclass
 from typing import Callable, NamedTuple
@@ -37,7 +36,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 from transformers import DynamicCache
 
-from data import DataError, Side, collate, parse_flags, said, to_device, writing
+from data import DataError, Side, collate, command, parse_flags, to_device, writing
 from eval import writable, write_json
 from latent import Graphs, greedy
 from model import SHAPES, Plume, pick_device
@@ -531,9 +530,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main(sys.argv[1:]))
-    except (DataError, OSError) as e:
-        sys.exit(f"error: {said(e)}")
-    except KeyboardInterrupt:
-        sys.exit("interrupted")
+    command(main)

@@ -27,6 +27,7 @@ def test_dry_run_tells_what_a_run_would_take_and_writes_nothing(world, tmp_path,
         return capsys.readouterr().out
 
     printed = dry("--device=cpu")
+    assert "24 pairs in 2 data sets: t2i 12 (" in printed and "entered by step" in printed  # as a run begins
     plain, recomputed = table(printed), table(dry("--device=cpu", "--checkpointing"))
     shapes = table(dry("--device=meta"))
     assert plain[:, :2].tolist() == [[0, 0], [1, 1], [2, 2], [2, 2]] and not (tmp_path / "none").exists()
