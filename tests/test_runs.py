@@ -286,10 +286,7 @@ def late(cfg, model, optimizer, state, saved, kept):
     return save(cfg, model, optimizer, state, saved, kept)
 
 train.save = late
-try:
-    sys.exit(train.main(sys.argv[1:]))
-except (train.DataError, OSError) as e:
-    sys.exit(f"error: {{train.said(e)}}")
+train.command(train.main)
 """
 
 
