@@ -709,7 +709,7 @@ def test_task_names_of_every_kind():
 
 def test_graded_ndcg_by_hand():
     """Two documents of gain 2 and 1 at ranks 3 and 1, the best order first: (1 + 2 / 2) / (2 + 1 / log2(3))."""
-    assert abs(evaluation.ndcg([(2, 3), (1, 1)], 5, [2, 1]) - 2 / (2 + 1 / math.log2(3))) < 1e-12
+    assert abs(evaluation.ndcg([(2, 3), (1, 1)], 5) - 2 / (2 + 1 / math.log2(3))) < 1e-12
     q, c = torch.eye(3)[:1], torch.tensor([[0.6, 0.8, 0], [0.6, 0, 0.8], [0.6, -0.8, 0], [0, 1, 0.0]])  # the first three tie
     task = Task("t", ["q"], list("abcd"), [{0: 2, 2: 1}], [None], ["q"], "ndcg@5")
     tie = evaluation.evaluate(task, (q, c))  # the wrong one goes first, then the lesser of the right ones

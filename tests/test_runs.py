@@ -20,7 +20,7 @@ import train
 from curriculum import Curriculum, Progress
 from data import DataError, Pairs, Schedule
 from model import Plume
-from tests.test_checkpoints import LFS, half_of
+from tests.test_checkpoints import LFS, cut
 from test_plume import (
     GATED, HERE, PAPER, QUICK, Started, assert_close, call, log, make_model, record, run, run_ranks, turns,
     weights)
@@ -249,11 +249,11 @@ def test_a_damaged_training_state_is_an_error_that_names_it(trained, world, tmp_
     shutil.copytree(trained[0] / "checkpoint", out / "checkpoint")
     file = out / "checkpoint" / "train_state.pt"
     if harm == "cut off":
-        half_of(file)
+        cut(file.parent, file.name)
     elif harm == "empty":
         file.write_bytes(b"")
     elif harm == "pointer":
-        file.write_bytes(LFS)
+        file.write_text(LFS)
     elif harm == "pickle":
         torch.save(dict(step=Fraction(1, 2)), file)
     elif harm == "a list":

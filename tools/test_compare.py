@@ -5,23 +5,41 @@ import re
 
 from PIL import Image
 
-from test_plume import run, call, QUICK
+from test_plume import QUICK, call, run
 
 
 def test_turtle_world_trains_evaluates_and_compares_without_any_data(tmp_path):
     missing = run("eval.py", check=False, cwd=tmp_path)
     assert missing.returncode == 1 and "python train.py" in missing.stderr
-    run("train.py", "--out", tmp_path, "--steps", 6, *QUICK, "--segments=2", "--families=visdoc_ret,image_qa")
-    base = ["eval.py", "--ckpt", tmp_path / "checkpoint"]
-    assert re.search(r"visdoc_ret/turtle.*1\.6%\s+400\s+64", call(*base, "--task", "visdoc_ret", "--mode", "single").stdout)
-    printed = call("tools.compare", *base[1:], "--task", "image_qa", "--png", tmp_path / "c.png", "--json", tmp_path / "c.json", "--limit", 12).stdout
+    families = "--families=visdoc_ret,image_qa"
+    run("train.py", "--out", tmp_path, "--steps", 6, *QUICK, "--segments=2", families)
+    ckpt = ["--ckpt", tmp_path / "checkpoint"]
+    printed = call("eval.py", *ckpt, "--task", "visdoc_ret", "--mode", "single").stdout
+    assert re.search(r"visdoc_ret/turtle.*1\.6%\s+400\s+64", printed)
+
+    files = ["--png", tmp_path / "c.png", "--json", tmp_path / "c.json"]
+    printed = call("tools.compare", *ckpt, "--task", "image_qa", *files, "--limit", 12).stdout
+    assert "hard candidates" in printed
+    assert Image.open(tmp_path / "c.png").size == (1000, 620)
     rows = json.loads((tmp_path / "c.json").read_text())["rows"]
-    assert [(r["mode"], r["steps"]) for r in rows] == [("single", None), ("latent", 0), ("latent", 1), ("latent", 2), ("cot", None)]
-    assert [r["tokens"] for r in rows[:4]] == [0] * 4 and 0 < rows[4]["tokens"] <= 12 and all(r["ms"] > 0 for r in rows)
-    assert "hard candidates" in printed and Image.open(tmp_path / "c.png").size == (1000, 620)
-    call(*base, "--task", "image_qa", "--steps", 1, "--json", tmp_path / "one.json")
+    assert [(r["mode"], r["steps"]) for r in rows] == [
+        ("single", None),
+        ("latent", 0),
+        ("latent", 1),
+        ("latent", 2),
+        ("cot", None),
+    ]
+    assert [r["tokens"] for r in rows[:4]] == [0, 0, 0, 0]
+    assert 0 < rows[4]["tokens"] <= 12
+    assert all(r["ms"] > 0 for r in rows)
+
+    call("eval.py", *ckpt, "--task", "image_qa", "--steps", 1, "--json", tmp_path / "one.json")
     scores = json.loads((tmp_path / "one.json").read_text())["tasks"]
-    assert {t: r["hit@1"] for t, r in scores.items()} == rows[2]["hits"]
-    for flags, why in ((["--png", tmp_path / "c.jpg"], "must end in .png"), (["--batch_size=0"], "at least 1"), (["--task", "image_qa,vidoe_ret"], "Did you mean 'video_ret'")):
-        failed = call("tools.compare", *base[1:], *flags, check=False)
+    assert {name: r["hit@1"] for name, r in scores.items()} == rows[2]["hits"]
+    for flags, why in (
+        (["--png", tmp_path / "c.jpg"], "must end in .png"),
+        (["--batch_size=0"], "at least 1"),
+        (["--task", "image_qa,vidoe_ret"], "Did you mean 'video_ret'"),
+    ):
+        failed = call("tools.compare", *ckpt, *flags, check=False)
         assert failed.returncode == 1 and why in failed.stderr, failed.stderr
