@@ -4,12 +4,13 @@
     pixels     patchify                    Qwen2-VL's resize rule and patch layout
     records    Pairs, parse_side           training JSONL, indexed by byte offset
     prompt     Processor.render            the one place where text, media and special tokens become ids
-    batches    collate, Schedule, Batches  left-padded tensors; which records make which step
+    batches    collate, Schedule, Batches  padded tensors; which records make which step
 
 Nothing here is skipped, replaced or cut silently: what cannot be used raises DataError, which names the file,
 the record and the reason.
 """
 
+import bisect
 import contextlib
 import difflib
 import functools
@@ -28,7 +29,7 @@ import threading
 import warnings
 from array import array
 from collections import namedtuple
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import av
 import numpy as np
@@ -45,8 +46,8 @@ from curriculum import segment
 
 PATCH, MERGE, TEMPORAL = 14, 2, 2  # Qwen2-VL: pixels a patch, patches a token side, frames a temporal patch
 TOKEN = (PATCH * MERGE) ** 2  # pixels of a token
-MEAN = np.array([0.48145466, 0.4578275, 0.40821073], np.float32)  # CLIP's, used by Qwen2-VL
-STD = np.array([0.26862954, 0.26130258, 0.27577711], np.float32)
+MEAN = (0.48145466, 0.4578275, 0.40821073)  # CLIP's, used by Qwen2-VL
+STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 class DataError(ValueError):
@@ -255,47 +256,53 @@ def load_frames(source, count):
 
 
 def decode_frames(source, count):
-    """The headers say when each frame is shown; then all are decoded and those nearest to the times kept."""
+    """The headers say when each frame is shown; those nearest to `count` evenly spaced times are decoded.
+
+    What lies between two of them is jumped over where a key frame stands there.  Where the frames then do not
+    come at the times of their headers, all are decoded.
+    """
     with av.open(source, options=VIDEO_OPTIONS) as container:
         stream = container.streams.best("video")
         if stream is None or stream.codec_context is None:
             raise DataError("no video track in this file")
-        index, size = stream.index, (stream.codec_context.width, stream.codec_context.height)
+        size = stream.codec_context.width, stream.codec_context.height
         shape = display_size(*size, stream.sample_aspect_ratio)
-        first, start, times = read_times(container, stream, source)
-    if len(times) > count:
-        times = np.linspace(times[0], times[-1], count)
+        track = read_headers(container, stream, source)
+    wanted = track.times
+    if len(wanted) > count:
+        wanted = np.linspace(wanted[0], wanted[-1], count)
 
-    def take(frame):
+    def shown(frame):
         image = frame.to_image()
         if shape != size:
             image = image.resize(shape, Image.BICUBIC)
         return to_rgb(image.rotate(frame.rotation, expand=True))  # phones store frames sideways
 
-    chosen, last = [], None  # last: (time, frame) decoded before this one
-    with av.open(source, options=VIDEO_OPTIONS) as container:
-        for time, frame in timed_frames(container, index, first, start):
-            while len(chosen) < len(times) and time >= times[len(chosen)]:
-                wanted = times[len(chosen)]
-                earlier_is_nearer = last is not None and wanted - last[0] < time - wanted
-                chosen.append(take(last[1] if earlier_is_nearer else frame))
-            last = time, frame
-            if len(chosen) == len(times):
-                return chosen
-    if last is None:
-        raise DataError("no frames could be decoded")
-    missing = len(times) - len(chosen)  # times behind the last decoded frame: that one
-    return chosen + [take(last[1])] * missing
+    if len(track.keys) > 1:
+        with contextlib.suppress(*DECODER_ERRORS):  # among them: DataError
+            return [shown(frame) for frame in nearest_frames(source, track, wanted)]
+    through = replace(track, keys=[])
+    return [shown(frame) for frame in nearest_frames(source, through, wanted)]
 
 
-Header = namedtuple("Header", "time duration is_key is_discarded")  # of a packet; times in the track's unit
+@dataclass
+class Track:
+    """What the headers of a video track say; times in its own unit."""
+
+    index: int  # of the track in the file
+    first: int  # number of its first key frame's packet
+    start: int | None  # that one's time; None where a header lacks its time: then frames are counted
+    times: list  # of all frames that are shown, sorted
+    keys: list  # of the key frames among them, sorted
 
 
-def read_times(container, stream, source):
-    """The headers of a track -> number of its first key frame, that one's time, sorted times of all frames.
+Header = namedtuple("Header", "time duration is_key is_discarded")  # of a packet
+
+
+def read_headers(container, stream, source):
+    """The headers of all packets -> Track.
 
     What is in front of the first key frame, in the file or on the screen, hangs on frames that are not there.
-    Where a header lacks its time, the first key frame's is None, and frames are counted instead.
     """
     headers = [Header(p.pts, p.duration or 0, p.is_keyframe, p.is_discard)
                for p in container.demux(stream) if p.size]  # empty packets flush
@@ -303,10 +310,11 @@ def read_times(container, stream, source):
     start = headers[first].time if headers else None
     shown = [header for header in headers[first:] if not header.is_discarded]
     if start is None or any(header.time is None for header in shown):
-        start, times = None, list(range(len(shown)))
+        start, times, keys = None, list(range(len(shown))), []
     else:
         shown = [header for header in shown if header.time >= start]
         times = sorted(header.time for header in shown)
+        keys = sorted(header.time for header in shown if header.is_key)
     if not times:
         raise DataError("no frames in the video track")
     if start is not None and container.duration and not container.streams.audio:
@@ -315,14 +323,55 @@ def read_times(container, stream, source):
         if end < 0.8 * promised:
             warnings.warn(f"{source}: {promised:.1f} s promised, but the frames end after {end:.1f} s "
                           "(cut off?); using these")
-    return first, start, times
+    return Track(stream.index, first, start, times, keys)
 
 
-def timed_frames(container, index, first, start):
-    """Decode a track from packet number `first` on -> (time, frame), without those in front of `start`."""
-    packets = container.demux(container.streams[index])
+def nearest_frames(source, track, wanted):
+    """For each of the sorted times in `wanted` the decoded frame nearest to it; of two the later one."""
+    with av.open(source, options=VIDEO_OPTIONS) as container:
+        frames = timed_frames(container, track)
+        before, now = None, next(frames, None)  # two neighbours, (time, frame) each
+        for time in wanted:
+            if track.keys:
+                right = nearest_time(track.times, time)
+                key = track.keys[bisect.bisect(track.keys, right) - 1]
+                if now is not None and now[0] < key:
+                    frames = timed_frames(container, track, key)
+                    before, now = None, next(frames, None)
+            while now is not None and now[0] < time:
+                before, now = now, next(frames, None)
+            if now is None and before is None:
+                raise DataError("no frames could be decoded")
+            found = now
+            if now is None or (before is not None and time - before[0] < now[0] - time):
+                found = before
+            if track.keys and found[0] != right:
+                raise DataError(f"a frame at {found[0]} instead of {right}")
+            yield found[1]
+
+
+def nearest_time(times, wanted):
+    """The one of the sorted times that is nearest; of two the later one."""
+    n = min(bisect.bisect_left(times, wanted), len(times) - 1)
+    if n > 0 and wanted - times[n - 1] < times[n] - wanted:
+        n -= 1
+    return times[n]
+
+
+def timed_frames(container, track, key=None):
+    """Decode a track -> (time, frame) from its first key frame on, or from the one whose time is `key`."""
+    stream, skip, start = container.streams[track.index], track.first, track.start
+    if key is not None:
+        container.seek(key, stream=stream)
+        skip, start = 0, key
+    packets = container.demux(stream)
     packets = (p for p in packets if p.size or p.dts is None)  # without dts: the last one, which flushes
-    packets = itertools.islice(packets, first, None)
+    packets = itertools.islice(packets, skip, None)
+    if key is not None:
+        packet = next(packets, None)
+        if packet is None or packet.pts != key:
+            raise DataError(f"no packet at {key} where the file was asked for it")
+        packets = itertools.chain([packet], packets)
     for i, frame in enumerate(frame for packet in packets for frame in packet.decode()):
         time = i if start is None or frame.pts is None else frame.pts
         if start is not None and time < start:
@@ -361,7 +410,7 @@ def target_size(width, height, min_pixels, max_pixels):
 
 
 def patchify(frames, min_pixels, max_pixels):
-    """RGB images of a picture (1) or clip (any number) -> patches (t*h*w, 1176) float32, grid (t, h, w).
+    """RGB images of a picture (1) or clip (any number) -> patches (t*h*w, 1176) uint8, grid (t, h, w).
 
     The order is Qwen2-VL's: the four patches of a token stand together; a patch is (3, 2 frames, 14, 14).
     Frames of another size take the first one's; an odd last frame is repeated.
@@ -372,9 +421,18 @@ def patchify(frames, min_pixels, max_pixels):
     t, h, w = len(arrays) // TEMPORAL, size[1] // PATCH, size[0] // PATCH
     x = np.stack(arrays).reshape(t, TEMPORAL, h // MERGE, MERGE, PATCH, w // MERGE, MERGE, PATCH, 3)
     x = x.transpose(0, 2, 5, 3, 6, 8, 1, 4, 7)  # (t, h/2, w/2, 2, 2, 3, 2, 14, 14)
-    x = x.reshape(t * h * w, 3, -1)
-    x = (x.astype(np.float32) * np.float32(1 / 255) - MEAN[:, None]) / STD[:, None]
     return x.reshape(t * h * w, -1), (t, h, w)
+
+
+def normalised(patches):
+    """Patches (n, 1176) uint8 -> float32, as Qwen2-VL's processor gives them.
+
+    They travel as bytes: a quarter of the memory, and of what is copied to a device.
+    """
+    x = patches.view(len(patches), 3, -1).float() * (1 / 255)
+    for channel in range(3):
+        x[:, channel].sub_(MEAN[channel]).div_(STD[channel])
+    return x.flatten(1)
 
 
 # -------------------------------------------------------------------------------------------------- records
@@ -905,28 +963,28 @@ class Processor:
 # -------------------------------------------------------------------------------------------------- batches
 
 
-def padded(rows, value, side):
-    """Arrays or lists (n, ...) -> one tensor (B, largest n, ...), filled up on a side, left or right."""
-    rows = [torch.as_tensor(row) for row in rows]
-    return pad_sequence(rows, batch_first=True, padding_value=value, padding_side=side)
+def padded(rows, value):
+    """Arrays or lists (n, ...) -> one tensor (B, largest n, ...), filled up on the right."""
+    return pad_sequence([torch.as_tensor(row) for row in rows], batch_first=True, padding_value=value)
 
 
 def collate(samples, processor):
-    """Rendered samples -> one batch of tensors, prefixes padded on the left, suffixes on the right.
+    """Rendered samples -> one batch of tensors, prefixes and suffixes padded on the right.
 
     ids (B, P), positions (3, B, P), lengths (B,), disc (B,), suffix (B, T), gen (B,) column of <gen_emb>;
-    media (M,) flat places of the media tokens in (B, P), pixels and grid of all media in that order or None;
+    media (M,) flat places of the media tokens in (B, P), pixels (uint8) and grid of all media in that order
+    or None;
     label_at (N,) flat places in (B, T), labels (N,), first (n,) rows of label_at: the first token that
     can be wrong: of the rationale that is left, or else of the answer, in rows that have a rationale;
     replaced (m, 3): row, latent step and token, where a step stands for a part of the rationale: its first.
     """
     pad = processor.id["<|endoftext|>"]
-    ids = padded([s["ids"] for s in samples], pad, "left")  # (B, P)
-    positions = padded([s["positions"].T for s in samples], 0, "left")  # (B, P, 3)
+    ids = padded([s["ids"] for s in samples], pad)  # (B, P)
+    positions = padded([s["positions"].T for s in samples], 0)  # (B, P, 3)
     positions = positions.permute(2, 0, 1).contiguous()  # (3, B, P)
-    suffix = padded([s["suffix"] for s in samples], pad, "right")  # (B, T)
+    suffix = padded([s["suffix"] for s in samples], pad)  # (B, T)
     lengths = torch.tensor([len(s["ids"]) for s in samples])
-    disc = torch.tensor([s["disc"] for s in samples]) + ids.shape[1] - lengths
+    disc = torch.tensor([s["disc"] for s in samples])
     gen = torch.tensor([len(s["suffix"]) - 1 for s in samples])
     is_media = (ids == processor.id["<|image_pad|>"]) | (ids == processor.id["<|video_pad|>"])
     pixels = [torch.from_numpy(patches) for s in samples for patches in s["pixels"]]

@@ -1,10 +1,11 @@
 """Latent reasoning: a prefix, K continuous steps, a short suffix, all rows of the batch in one tensor program.
 
-Prefixes are padded on the LEFT, so that <bot> of every row sits in the last column and step k of every row
-happens at the same time.  The suffix is padded on the right, where the causal mask hides it.
+Prefixes are padded on the RIGHT: nothing real stands behind padding, so causal attention hides it without a
+mask, which is what the fast kernels want.  Step k of every row happens at the same time, behind the prefix
+columns, where padding is hidden.
 
               prefix (P columns)        latents (K)     suffix (T)
-    row 0   .  .  .  A  B  <bot>     |  z  z  z  z   |  <eot> </think> <gen_emb>
+    row 0   A  B  <bot> .  .  .      |  z  z  z  z   |  <eot> </think> <gen_emb>
     row 1   A  B  C  D  E  <bot>     |  z  z  z  z   |  <eot> </think> <gen_emb>
                anchor ^ = hidden state at <disc_emb>                   ^ embedding
 
@@ -29,7 +30,7 @@ from torch.utils.checkpoint import checkpoint
 
 
 class Prefix(NamedTuple):
-    x: torch.Tensor  # (B, P, D) input embeddings, padded on the left
+    x: torch.Tensor  # (B, P, D) input embeddings, padded on the right
     positions: torch.Tensor  # (3, B, P) M-RoPE positions (temporal, height, width)
     lengths: torch.Tensor  # (B,) tokens without padding
     disc: torch.Tensor  # (B,) column of <disc_emb>
@@ -50,9 +51,8 @@ class Cache:
     """
 
     def __init__(self, lengths, P):
-        column = torch.arange(P, device=lengths.device)
-        self.real = column >= (P - lengths)[:, None]  # (B, P) False on padding
-        hide = torch.zeros(self.real.shape, device=lengths.device).masked_fill_(~self.real, float("-inf"))
+        padding = torch.arange(P, device=lengths.device) >= lengths[:, None]  # (B, P)
+        hide = torch.zeros(padding.shape, device=lengths.device).masked_fill_(padding, float("-inf"))
         self.hide = hide[:, None, None]  # (B, 1, 1, P)
         self.prefix, self.slots = [], []  # a (k, v) for each layer, each (B, G, ., d)
 
@@ -65,7 +65,8 @@ def rollout(lm, adapter, prefix, steps, suffix, rule="mrope", checkpointing=Fals
     """
     cache = Cache(prefix.lengths, prefix.x.shape[1])
     h = decoder(lm, prefix.x, prefix.positions, cache, checkpointing)  # (B, P, D)
-    anchor, z, pos = at(h, prefix.disc), h[:, -1], next_positions(prefix, rule)  # (B, D), (B, D), (B,)
+    anchor, z = at(h, prefix.disc), at(h, prefix.lengths - 1)  # (B, D) each
+    pos = next_positions(prefix, rule)  # (B,)
     if graphs is None:
         behind = steps_and_suffix(lm, adapter, steps, anchor, z, pos, suffix, cache, checkpointing)
     else:
@@ -106,7 +107,7 @@ def greedy(lm, embed, head, prefix, end, limit, rule="mrope"):
     with `end`.  embed, head: token ids -> input embeddings, hidden states -> logits.
     """
     cache = Cache(prefix.lengths, prefix.x.shape[1])
-    h = decoder(lm, prefix.x, prefix.positions, cache)[:, -1]  # (B, D)
+    h = at(decoder(lm, prefix.x, prefix.positions, cache), prefix.lengths - 1)  # (B, D)
     pos, tokens = next_positions(prefix, rule), []
     out, done = torch.zeros_like(h), torch.zeros(len(h), dtype=torch.bool, device=h.device)
     for t in range(limit):
@@ -164,13 +165,10 @@ def decoder(lm, x, positions, cache, checkpointing=False):
 
 
 def mask_of(x, cache):
-    """What L new columns see: in the prefill (B, 1, L, L), True is seen; later of the slots, 0 is seen."""
+    """What L new columns see of the n slots and of themselves: 0 is seen, (L, n + L); None: everything."""
     L = x.shape[1]
-    if not cache.prefix:  # causal and real; a padding column sees itself, so that its softmax is defined
-        eye = torch.eye(L, dtype=torch.bool, device=x.device)
-        return eye | (cache.real[:, None, None] & torch.ones_like(eye).tril())
-    if L == 1:
-        return None  # every slot
+    if not cache.prefix or L == 1:  # the prefill is causal; one column sees every slot
+        return None
     n = cache.slots[0][0].shape[2]  # all old slots and, causally, each other
     return torch.full((L, n + L), float("-inf"), device=x.device).triu(n + 1)
 
@@ -182,7 +180,8 @@ def block(layer, x, cos, sin, mask, past):
     q, k, v = (split_heads(linear(p, h), att.head_dim) for p in (att.q_proj, att.k_proj, att.v_proj))
     q, k = rotate(q, cos, sin), rotate(k, cos, sin)  # (B, H, L, d), (B, G, L, d)
     if past is None:
-        a = F.scaled_dot_product_attention(q, expand_heads(k, q), expand_heads(v, q), attn_mask=mask)
+        keys, values = for_heads(k, q), for_heads(v, q)
+        a = F.scaled_dot_product_attention(q, keys, values, is_causal=True, enable_gqa=True)
         k, v = k.contiguous(), v.contiguous()  # once, so that no later product has to copy them
     else:
         k_prefix, v_prefix, k_slots, v_slots, hide = past
@@ -243,10 +242,15 @@ def split_heads(x, d):
     return x.view(*x.shape[:2], -1, d).transpose(1, 2)  # (B, L, H*d) -> (B, H, L, d)
 
 
-def expand_heads(kv, q):
-    B, G, L, d = kv.shape
-    kv = kv[:, :, None].expand(B, G, q.shape[1] // G, L, d)
-    return kv.reshape(B, -1, L, d)  # (B, G, L, d) -> (B, H, L, d)
+def for_heads(kv, q):
+    """Keys or values (B, G, L, d) as attention takes them: so, or a copy for every head (B, H, L, d).
+
+    torch's flash kernels let a group's heads share them.  The kernel for float32 on CUDA does not, and the one
+    that would run in its place keeps all L x L scores.
+    """
+    if q.device.type == "cpu" or q.dtype in (torch.bfloat16, torch.float16):
+        return kv
+    return kv.repeat_interleave(q.shape[1] // kv.shape[1], 1)
 
 
 # ------------------------------------------------------------ special cases: the same numbers, only faster
@@ -275,7 +279,7 @@ class Graphs:
 
     A latent step of a small batch is hundreds of kernels, each shorter than the time in which Python starts
     it; a graph starts all K steps at once (how much faster: not run).  It reads fixed places in memory: the
-    rollout's inputs are copied there, the prefix's keys and values with hidden columns in front, 7 or 1/16 of
+    rollout's inputs are copied there, the prefix's keys and values with hidden columns behind, 7 or 1/16 of
     its length at most, so that few sizes serve all.  A shape runs as usual when it is first seen and is
     recorded when it comes again; `keep` shapes at most, others always run as usual, and so does everything
     under autocast.  Weights may change in place; when they move, all is forgotten.  Python values
@@ -291,7 +295,7 @@ class Graphs:
         if weights != self.weights:
             self.weights, self.seen, self.recorded = weights, set(), {}
         P = cache.hide.shape[-1]
-        hidden = -P % max(8, 1 << max(0, P.bit_length() - 5))  # columns in front of the prefix
+        hidden = -P % max(8, 1 << max(0, P.bit_length() - 5))  # columns behind the prefix
         shape = (steps, hidden + P, *suffix.shape)
         known = shape in self.recorded or (shape in self.seen and len(self.recorded) < self.keep)
         self.seen.add(shape)
@@ -303,12 +307,12 @@ class Graphs:
         replay, outputs, inputs, fixed = self.recorded[shape]
         for old, new in zip(inputs, given):
             old.copy_(new)
-        fixed.hide[..., :hidden].fill_(float("-inf"))
-        fixed.hide[..., hidden:].copy_(cache.hide)
+        fixed.hide[..., P:].fill_(float("-inf"))
+        fixed.hide[..., :P].copy_(cache.hide)
         for fixed_kv, kv in zip(fixed.prefix, cache.prefix):
             for old, new in zip(fixed_kv, kv):
-                old[:, :, :hidden].zero_()  # to hide is not enough: 0 x NaN of an earlier batch is NaN
-                old[:, :, hidden:].copy_(new)
+                old[:, :, P:].zero_()  # to hide is not enough: 0 x NaN of an earlier batch is NaN
+                old[:, :, :P].copy_(new)
         replay()
         return [t.clone() for t in outputs]
 
@@ -316,7 +320,7 @@ class Graphs:
 def at_fixed_places(usual, given, cache, P):
     """`usual` over copies of its inputs and a cache of P prefix columns -> replay, outputs, inputs, cache."""
     inputs = [t.clone() for t in given]
-    fixed = Cache(cache.real.new_zeros(len(cache.real), dtype=torch.long), P)
+    fixed = Cache(torch.zeros(len(cache.hide), dtype=torch.long, device=cache.hide.device), P)
     for kv in cache.prefix:
         fixed.prefix.append(tuple(t.new_zeros(*t.shape[:2], P, t.shape[3]) for t in kv))
 

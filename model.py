@@ -1,23 +1,27 @@
 """Plume: a Qwen2-VL backbone, the transition adapter and a processor, in one module.
 
     model = Plume.from_pretrained("out/checkpoint")
-    vectors = model.encode(["a red car", {"image": "car.jpg"}, {"text": "what happens here?", "video": "clip.mp4"}])
+    vectors = model.encode(["a red car", {"image": "car.jpg"}, {"text": "why?", "video": "clip.mp4"}])
 
 transformers supplies configuration, weights, tokenizer and the vision tower; the decoder runs in latent.py.
-How a checkpoint was trained is the `plume` block of its config.json, and nothing else has to be known to use it.
+How a checkpoint was trained is the `plume` block of its config.json, and nothing else has to be known to use
+it.
 """
 
 import contextlib
 import copy
 import itertools
 import json
+import math
 import operator
 import os
 import re
 import secrets
 import shutil
+import threading
 import time
 import warnings
+from collections import deque
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import asdict
@@ -38,15 +42,15 @@ from transformers.vision_utils import get_vision_position_ids
 
 from adapter import MAX_STEPS, TransitionAdapter, from_released, to_released
 from data import (
-    IMAGE_SUFFIXES, MERGE, PATCH, PLUME_TOKENS, TEMPLATE, TEMPORAL, VIDEO_SUFFIXES, DataError, Limits, Processor, Side,
-    collate, fixed_strings, nearest, only_keys, parse_item, parse_json, quote, reason, to_device, train_tokenizer,
-    write_errors)
+    IMAGE_SUFFIXES, MERGE, PATCH, PLUME_TOKENS, TEMPLATE, TEMPORAL, VIDEO_SUFFIXES, DataError, Limits,
+    Processor, Side, collate, fixed_strings, nearest, normalised, only_keys, parse_item, parse_json, quote,
+    reason, to_device, train_tokenizer, write_errors)
 from latent import Prefix, at, at_least_float32, greedy, rollout, single_pass
 
 RELEASED_PROMPT = (
-    "Represent the above input text, images, videos, or any combination of the three as embeddings. First output the "
-    "thinking process in <think> </think> tags and then summarize the entire input in a word or sentence. Finally, use "
-    "the <gen_emb> tag to represent the entire input.")
+    "Represent the above input text, images, videos, or any combination of the three as embeddings. First "
+    "output the thinking process in <think> </think> tags and then summarize the entire input in a word or "
+    "sentence. Finally, use the <gen_emb> tag to represent the entire input.")
 RELEASED_ADAPTER, OUR_ADAPTER = "latent_moe_transition.", "adapter."  # their names in the safetensors
 FORMAT = 2  # of a checkpoint.  In format 1 a line break stood behind pictures and clips: other vectors
 MODES = ("latent", "single", "cot")
@@ -55,38 +59,57 @@ WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 CONFIG_ERRORS = (OSError, ValueError, TypeError, LookupError, RuntimeError, AttributeError, ArithmeticError,
                  StrictDataclassError)
 # What a checkpoint of ours consists of
-FILES = ("config.json", WEIGHTS, "preprocessor_config.json", "tokenizer.json", "tokenizer_config.json", "train_state.pt")
+FILES = ("config.json", WEIGHTS, "preprocessor_config.json", "tokenizer.json", "tokenizer_config.json",
+         "train_state.pt")
+AHEAD = 1 << 27  # bytes of media that `encode` holds for a window, and about as many are read ahead
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-SPECIAL_IDS = dict(image_token_id="image_pad", video_token_id="video_pad", vision_start_token_id="vision_start", vision_end_token_id="vision_end")
+SPECIAL_IDS = ("image_pad", "video_pad", "vision_start", "vision_end")  # tokens that a Qwen2-VL config names
 
-# What a checkpoint says about itself: `limits` is data.Limits, `template` data.TEMPLATE, `adapter` TransitionAdapter's
-# keywords.
-ADAPTER = dict(kind="moe", experts=4, top_k=2, shared_expert=True, anchor=True, step_embedding=True, router_bias=False)
+# What a checkpoint says about itself: `limits` is data.Limits, `template` data.TEMPLATE, `adapter`
+# TransitionAdapter's keywords.
+ADAPTER = dict(kind="moe", experts=4, top_k=2, shared_expert=True, anchor=True, step_embedding=True,
+               router_bias=False)
 DEFAULTS = dict(latent_steps=8, latent_positions="mrope", prompt=RELEASED_PROMPT, white_image=False,
                 template=TEMPLATE, adapter=ADAPTER, limits=asdict(Limits()))
 # What the released layout implies and does not say; the pixels and tokens of its evaluation.
 RELEASED = dict(DEFAULTS, latent_positions="cache", white_image=True,
                 limits=asdict(Limits(min_pixels=784, max_pixels=2359296, max_len=11288)))
 
-# Shapes of models with new random weights.  tiny: 1.5 million parameters, plus 128 for each token; a laptop trains it.
-# Qwen2-VL's own 0.02 as the standard deviation of new weights is made for a width of 1536: here pictures would not be read
-# at all (docs/log.md).  rope_theta: with 10000 and heads of 32, columns of a picture would be all but indistinguishable.
-# qwen2vl_2b: what Qwen/Qwen2-VL-2B-Instruct's config.json says; for memory and speed, not to be trained from scratch.
+
+def rope(theta, *sections):
+    return dict(rope_type="default", rope_theta=theta, mrope_section=list(sections))
+
+
+# Shapes of models with new random weights.
 SHAPES = {
+    # 1.5 million parameters, plus 128 for each token; a laptop trains it.
+    # Qwen2-VL's own 0.02 as the standard deviation of new weights is made for a width of 1536: here pictures
+    # would not be read at all (docs/log.md).  With a rope_theta of 10000 and heads of 32, columns of a
+    # picture would be all but indistinguishable.
     "tiny": dict(
-        text=dict(hidden_size=128, intermediate_size=384, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, initializer_range=128**-0.5,
-                  max_position_embeddings=8192, rope_parameters=dict(rope_type="default", rope_theta=100.0, mrope_section=[4, 6, 6])),
-        vision=dict(depth=1, embed_dim=128, hidden_size=128, num_heads=4, mlp_ratio=2, initializer_range=128**-0.5),
+        text=dict(
+            hidden_size=128, intermediate_size=384, num_hidden_layers=3, num_attention_heads=4,
+            num_key_value_heads=2, initializer_range=128**-0.5, max_position_embeddings=8192,
+            rope_parameters=rope(100.0, 4, 6, 6)),
+        vision=dict(
+            depth=1, embed_dim=128, hidden_size=128, num_heads=4, mlp_ratio=2, initializer_range=128**-0.5),
         prompt="Think, then embed.",
-        limits=dict(min_pixels=28 * 28, max_pixels=28 * 28 * 36, video_min_pixels=28 * 28, video_max_pixels=28 * 28 * 9, max_len=512, num_frames=16)),
+        limits=dict(
+            min_pixels=28 * 28, max_pixels=28 * 28 * 36, video_min_pixels=28 * 28,
+            video_max_pixels=28 * 28 * 9, max_len=512, num_frames=16)),
+    # What Qwen/Qwen2-VL-2B-Instruct's config.json says; for memory and speed, not to be trained from scratch
     "qwen2vl_2b": dict(
-        text=dict(hidden_size=1536, intermediate_size=8960, num_hidden_layers=28, num_attention_heads=12, num_key_value_heads=2, vocab_size=151936,
-                  max_position_embeddings=32768, rope_parameters=dict(rope_type="default", rope_theta=1e6, mrope_section=[16, 24, 24])),
+        text=dict(
+            hidden_size=1536, intermediate_size=8960, num_hidden_layers=28, num_attention_heads=12,
+            num_key_value_heads=2, vocab_size=151936, max_position_embeddings=32768,
+            rope_parameters=rope(1e6, 16, 24, 24)),
         vision=dict(depth=32, embed_dim=1280, hidden_size=1536, num_heads=16, mlp_ratio=4),
         prompt=RELEASED_PROMPT, limits={}),
-    "mid": dict(  # for measuring speed on a CPU
-        text=dict(hidden_size=512, intermediate_size=2048, num_hidden_layers=8, num_attention_heads=8, num_key_value_heads=2,
-                  max_position_embeddings=8192, rope_parameters=dict(rope_type="default", rope_theta=1e6, mrope_section=[8, 12, 12])),
+    # For measuring speed on a CPU
+    "mid": dict(
+        text=dict(
+            hidden_size=512, intermediate_size=2048, num_hidden_layers=8, num_attention_heads=8,
+            num_key_value_heads=2, max_position_embeddings=8192, rope_parameters=rope(1e6, 8, 12, 12)),
         vision=dict(depth=8, embed_dim=320, hidden_size=512, num_heads=8, mlp_ratio=4),
         prompt="Think, then embed.", limits={}),
 }
@@ -95,35 +118,26 @@ FRAME = [SHAPES["tiny"]["prompt"], *fixed_strings(TEMPLATE)]
 
 
 class Plume(nn.Module):
-    """backbone: Qwen2VLForConditionalGeneration; tokenizer: with PLUME's tokens; settings: the `plume` block."""
+    """backbone: Qwen2VLForConditionalGeneration; tokenizer: with PLUME's tokens; settings: see DEFAULTS."""
 
     def __init__(self, backbone, tokenizer, settings):
         super().__init__()
         self.settings = checked(settings, DEFAULTS, "settings (the plume block of config.json)")
-        text, vision = backbone.config.text_config, backbone.config.vision_config
-        sizes = vision.patch_size, vision.spatial_merge_size, vision.temporal_patch_size
-        rope, half = text.rope_parameters or {}, text.hidden_size // text.num_attention_heads // 2
-        axes = rope.get("mrope_section")
-        known = isinstance(axes, list) and [type(n) for n in axes] == [int] * 3 and min(axes) >= 0 and sum(axes) == half
-        known = known and rope.get("rope_type") == "default" and not text.use_sliding_window
-        if sizes != (PATCH, MERGE, TEMPORAL) or not known:
-            raise DataError(
-                "this backbone is not a plain Qwen2-VL: needs patch size 14, merge 2, temporal patch 2, default rotary "
-                f"embedding with an mrope_section of 3 numbers that sum to {half}, no sliding window; has {sizes}, "
-                f"{quote(rope)}")
+        check_backbone(backbone.config)
+        steps, rule = self.settings["latent_steps"], self.settings["latent_positions"]
+        if not 0 <= steps <= MAX_STEPS or rule not in ("mrope", "cache"):
+            raise DataError(f"latent_steps {steps}, latent_positions {quote(rule)}: needs 0..{MAX_STEPS}, "
+                            "'mrope' or 'cache'")
         self.backbone = backbone
-        if not 0 <= self.settings["latent_steps"] <= MAX_STEPS or self.settings["latent_positions"] not in ("mrope", "cache"):
-            raise DataError(f"latent_steps {self.settings['latent_steps']}, latent_positions "
-                            f"{quote(self.settings['latent_positions'])}: needs 0..{MAX_STEPS}, 'mrope' or 'cache'")
-        limits = Limits(**self.settings["limits"])
         try:
-            self.adapter = TransitionAdapter(text.hidden_size, **self.settings["adapter"])
+            self.adapter = TransitionAdapter(self.lm.config.hidden_size, **self.settings["adapter"])
         except (ValueError, RuntimeError) as e:
             raise DataError(f"settings: adapter: {reason(e)}") from e
-        self.processor = Processor(tokenizer, self.settings["prompt"], limits, self.settings["white_image"],
-                                   self.settings["template"])
+        self.processor = Processor(
+            tokenizer, self.settings["prompt"], Limits(**self.settings["limits"]),
+            self.settings["white_image"], self.settings["template"])
         self.checkpointing = False  # activation checkpointing around every decoder layer
-        self.graphs = None  # latent.Graphs(): what comes behind the prefix is replayed as CUDA graphs in `encode`
+        self.graphs = None  # latent.Graphs(): `encode` replays what comes behind the prefix as CUDA graphs
 
     @property
     def lm(self):
@@ -133,16 +147,18 @@ class Plume(nn.Module):
     def device(self):
         return self.lm.norm.weight.device
 
-    # ------------------------------------------------------------------------------------------------------ computing
+    # ------------------------------------------------------------------------------------------- computing
 
     def prefix(self, batch):
         """Token embeddings with the pictures' and clips' features in their places -> latent.Prefix."""
         x = self.lm.embed_tokens(batch["ids"])  # (B, P, D)
         if batch["pixels"] is not None:
-            visual = self.backbone.model.visual
-            places = get_vision_position_ids(batch["grid"], MERGE).to(x.device, non_blocking=True)
-            features = visual(batch["pixels"].to(visual.dtype), grid_thw=batch["grid"], position_ids=places).pooler_output  # (M, D)
-            x = x.flatten(0, 1).index_copy(0, batch["media"], features.to(x.dtype)).view_as(x)
+            visual, grid = self.backbone.model.visual, batch["grid"]
+            places = get_vision_position_ids(grid, MERGE).to(x.device, non_blocking=True)
+            pixels = normalised(batch["pixels"]).to(visual.dtype)
+            seen = visual(pixels, grid_thw=grid, position_ids=places)
+            features = seen.pooler_output.to(x.dtype)  # (M, D)
+            x = x.flatten(0, 1).index_copy(0, batch["media"], features).view_as(x)
         return Prefix(x, batch["positions"], batch["lengths"], batch["disc"])
 
     def forward(self, batch, steps):
@@ -155,15 +171,17 @@ class Plume(nn.Module):
         of the first token behind the latents; read (m,) that of the token each latent step replaced, read
         from the state that the step starts from.
         """
-        r = rollout(self.lm, self.adapter, self.prefix(batch), steps, self.lm.embed_tokens(batch["suffix"]),
-                    self.settings["latent_positions"], self.checkpointing)
-        before = torch.cat([r.latents[:, -1:] if steps else r.start[:, None], r.suffix[:, :-1]], 1)  # predicts the suffix
-        ce = cross_entropy(before.flatten(0, 1)[batch["label_at"]], self.backbone.lm_head.weight, batch["labels"])
-        rows, step, tokens = batch["replaced"].unbind(1)
+        head, rule = self.backbone.lm_head.weight, self.settings["latent_positions"]
+        suffix = self.lm.embed_tokens(batch["suffix"])  # (B, T, D)
+        r = rollout(self.lm, self.adapter, self.prefix(batch), steps, suffix, rule, self.checkpointing)
         states = torch.cat([r.start[:, None], r.latents], 1)  # (B, K+1, D) z_0 .. z_K
-        read = cross_entropy(states[rows, step], self.backbone.lm_head.weight, tokens)
+        before = torch.cat([states[:, -1:], r.suffix[:, :-1]], 1)  # (B, T, D) predicts the suffix
+        ce = cross_entropy(before.flatten(0, 1)[batch["label_at"]], head, batch["labels"])
+        rows, step, tokens = batch["replaced"].unbind(1)
+        read = cross_entropy(states[rows, step], head, tokens)
         gen = unit(at(r.suffix, batch["gen"]))
-        for module, used in ((self.adapter, steps), (self.backbone.model.visual, batch["pixels"] is not None)):
+        visual, has_media = self.backbone.model.visual, batch["pixels"] is not None
+        for module, used in ((self.adapter, steps), (visual, has_media)):
             if not used:  # its gradient is 0, not missing: all ranks have gradients of the same parameters
                 gen = gen + sum(0 * p.sum() for p in module.parameters() if p.requires_grad)
         per_pair = dict(gen=gen, disc=unit(r.anchor), router=r.router)
@@ -172,30 +190,34 @@ class Plume(nn.Module):
 
     @torch.no_grad()
     def embed(self, batch, mode="latent", steps=None, limit=512):
-        """A collated batch on the model's device -> (B, D) unit embeddings in float32, (B,) tokens decoded.  See `encode`."""
-        prefix, steps = self.prefix(batch), self.settings["latent_steps"] if steps is None else steps
-        rule = self.settings["latent_positions"]
-        if mode == "cot":
-            gen = self.processor.id["<gen_emb>"]
-            h, tokens = greedy(self.lm, self.lm.embed_tokens, self.backbone.lm_head, prefix, gen, limit, rule)
-            return unit(h), (tokens != gen).sum(1) + 1
+        """A collated batch on the model's device -> (B, D) unit float32, (B,) tokens decoded.  See `encode`.
+        """
+        prefix, rule = self.prefix(batch), self.settings["latent_positions"]
         none = torch.zeros_like(batch["lengths"])
+        if mode == "cot":
+            end = self.processor.id["<gen_emb>"]
+            h, tokens = greedy(self.lm, self.lm.embed_tokens, self.backbone.lm_head, prefix, end, limit, rule)
+            return unit(h), (tokens != end).sum(1) + 1
         if mode == "single":
             return unit(single_pass(self.lm, prefix)), none
-        r = rollout(self.lm, self.adapter, prefix, steps, self.lm.embed_tokens(batch["suffix"]), rule, graphs=self.graphs)
+        steps = self.settings["latent_steps"] if steps is None else steps
+        suffix = self.lm.embed_tokens(batch["suffix"])
+        r = rollout(self.lm, self.adapter, prefix, steps, suffix, rule, graphs=self.graphs)
         return unit(at(r.suffix, batch["gen"])), none
 
     def encode(self, items, mode="latent", steps=None, batch_size=16, progress=False, limit=512, took=None,
                workers=4, bad=None):
         """Embed items -> float32 array (N, D), unit rows, in the order in which `items` gives them.
 
-        items: a list, or anything else that can be iterated, of strings, pictures or {"text"?, "image"?, "video"?}; see
-        data.parse_item.  Kinds may be mixed: rows are batched by length.
-        mode: "latent" (steps = 0..32, default the checkpoint's K), "single" (one pass), "cot" (greedy rationale, until
-        <gen_emb> or `limit` tokens).  progress: a bar, or its label.  took: a dict whose "seconds" (of the model alone) and
-        "tokens" (decoded) are added to.  workers: threads that decode and tokenize beside the model.
-        bad: a dict.  What cannot be read gets its reason there, by its number, and NaN in its row; without it the first
-        such item raises DataError, which names it.  An embedding that is not finite is always a DataError.
+        items: a list, or anything else that can be iterated, of strings, pictures or {"text"?, "image"?,
+        "video"?}; see data.parse_item.  Kinds may be mixed: rows are batched by length.
+        mode: "latent" (steps = 0..32, default the checkpoint's K), "single" (one pass), "cot" (greedy
+        rationale, until <gen_emb> or `limit` tokens).  progress: a bar, or its label.
+        took: a dict whose "seconds" (of the model alone) and "tokens" (decoded) are added to.
+        workers: threads that decode and tokenize beside the model.
+        bad: a dict.  What cannot be read gets its reason there, by its number, and NaN in its row; without it
+        the first such item raises DataError, which names it.  An embedding that is not finite is always a
+        DataError.
         """
         none = np.empty((0, self.lm.config.hidden_size), np.float32)
         windows = self.encoding(items, mode, steps, batch_size, progress, limit, took, workers, bad=bad)
@@ -203,68 +225,101 @@ class Plume(nn.Module):
 
     def encoding(self, items, mode="latent", steps=None, batch_size=16, progress=False, limit=512, took=None,
                  workers=4, sort=True, bad=None):
-        """`encode` in windows of 8 batches: yields the embeddings of the next items as an array.
+        """`encode` in windows: yields the embeddings of the next items as an array.
 
+        A window is 8 batches, or less when their media take AHEAD bytes; about as much is read ahead.
         sort: the rows of a window are batched by length; False: batches are neighbours as given.
         """
-        numbered, total = enumerate(told_of_file_names(iterate(items))), length_hint(items)
         if mode not in MODES:
             raise ValueError(f"mode {quote(mode)}.{nearest(mode, MODES)}")
         if steps is not None and (mode != "latent" or not 0 <= steps <= MAX_STEPS):
-            raise ValueError(f"steps {steps} in mode {mode!r}: steps are 0..{MAX_STEPS} and belong to mode 'latent'")
+            raise ValueError(f"steps {steps} in mode {mode!r}: steps are 0..{MAX_STEPS} and belong to mode "
+                             "'latent'")
         if min(batch_size, limit, workers) < 1:
             raise ValueError(f"batch_size {batch_size}, limit {limit}, workers {workers}: need at least 1")
-
-        def read(i, item):
-            try:
-                side = item if isinstance(item, Side) else parse_item(item, where=f"item {i}")
-                return dict(self.processor.render(side), where=side.where)
-            except DataError as e:
-                if bad is None:
-                    raise
-                bad[i] = str(e)
-
-        def window():
-            return [pool.submit(read, i, item) for i, item in itertools.islice(numbered, size)]
-
-        # Items of a window: sorted by length, a batch has little padding.  The media of two windows are in memory.
-        size = 8 * batch_size
-        was_training, pool = self.training, ThreadPoolExecutor(workers)
         label = progress if isinstance(progress, str) else f"encode ({mode})"
-        bar = tqdm(total=total, desc=label, unit="item", disable=not progress)
+        bar = tqdm(total=length_hint(items), desc=label, unit="item", disable=not progress)
+        items, size = told_of_file_names(iterate(items)), 8 * batch_size if sort else batch_size
+        was_training = self.training
         self.eval()
         try:
-            ahead = window()
-            while ahead:  # the next window is read while the model is at work on this one
-                samples, ahead = [sample.result() for sample in ahead], window()
-                if took is not None:
-                    wait(ahead)  # the model alone is timed
-                order, numbers, done = list(range(len(samples))), [], []
-                if sort:
+            for samples in self.windows(items, size, workers, bad, alone=took is not None):
+                order = list(range(len(samples)))
+                if sort:  # a batch of about equal lengths has little padding
                     order.sort(key=lambda i: len(samples[i]["ids"]) if samples[i] else 0)
-                for a in range(0, len(order), batch_size):
-                    rows = [i for i in order[a : a + batch_size] if samples[i]]
-                    bar.update(len(order[a : a + batch_size]))
-                    if not rows:
-                        continue
-                    batch = to_device(collate([samples[i] for i in rows], self.processor), self.device)
-                    begun = time.perf_counter()
-                    vectors, tokens = self.embed(batch, mode, steps, limit)
-                    numbers += rows
-                    done.append(vectors)
-                    if took is not None:
-                        took["tokens"] += int(tokens.sum())  # waits for the device
-                        took["seconds"] += time.perf_counter() - begun
-                out = np.full((len(samples), self.lm.config.hidden_size), np.nan, np.float32)
-                if numbers:
-                    out[numbers] = torch.cat(done).cpu().numpy()
-                if wrong := [samples[i]["where"] for i in sorted(numbers) if not np.isfinite(out[i]).all()]:
+                out = torch.full((len(samples), self.lm.config.hidden_size), torch.nan, device=self.device)
+                for begin in range(0, len(order), batch_size):
+                    batch = order[begin : begin + batch_size]
+                    bar.update(len(batch))
+                    rows = [i for i in batch if samples[i]]
+                    if rows:
+                        self.embed_rows(out, rows, samples, mode, steps, limit, took)
+                out = out.cpu().numpy()
+                wrong = [s["where"] for s, row in zip(samples, out) if s and not np.isfinite(row).all()]
+                if wrong:
                     self.not_finite(wrong)
                 yield out
         finally:
             self.train(was_training)
             bar.close()
+
+    def windows(self, items, size, workers, bad, alone):
+        """Lists of at most `size` samples, of less when their media take AHEAD bytes; threads read ahead.
+
+        alone: nothing is read while the caller is at work, so that its time can be taken.
+        A window ends every `size` items, too: what is in a batch depends on nothing that came long before.
+        """
+        numbered, pending, left, number = enumerate(items), deque(), size, 0
+        most = math.inf if alone else AHEAD
+        room, pool = Room(2 * most), ThreadPoolExecutor(workers)
+
+        def read(i, item):
+            room.wait(i)
+            sample = self.read(i, item, bad)
+            room.take(media_bytes(sample))
+            return sample
+
+        try:
+            while True:
+                for i, item in itertools.islice(numbered, 2 * size - len(pending)):
+                    pending.append(pool.submit(read, i, item))
+                if not pending:
+                    return
+                samples, held = [], 0
+                while pending and len(samples) < left and held < most:
+                    room.need(number)
+                    samples.append(pending.popleft().result())
+                    held += media_bytes(samples[-1])
+                    number += 1
+                left = left - len(samples) or size
+                if alone:
+                    wait(pending)
+                yield samples
+                samples.clear()
+                room.take(-held)
+        finally:
+            room.need(math.inf)  # nobody waits any more
             pool.shutdown(wait=False, cancel_futures=True)
+
+    def read(self, i, item, bad):
+        """Item i -> a sample for `collate`; or None, and the reason in the dict `bad`, if it is given."""
+        try:
+            side = item if isinstance(item, Side) else parse_item(item, where=f"item {i}")
+            return dict(self.processor.render(side), where=side.where)
+        except DataError as e:
+            if bad is None:
+                raise
+            bad[i] = str(e)
+
+    def embed_rows(self, out, rows, samples, mode, steps, limit, took):
+        """One batch: out[rows] = embeddings of these samples."""
+        batch = to_device(collate([samples[i] for i in rows], self.processor), self.device)
+        begun = time.perf_counter()
+        vectors, tokens = self.embed(batch, mode, steps, limit)
+        if took is not None:
+            took["tokens"] += int(tokens.sum())  # waits for the device
+            took["seconds"] += time.perf_counter() - begun
+        out[torch.tensor(rows, device=out.device)] = vectors.to(out.dtype)
 
     def not_finite(self, wrong):
         """Raises the error for items whose embeddings are not finite."""
@@ -274,14 +329,15 @@ class Plume(nn.Module):
         dtype = self.lm.norm.weight.dtype
         broken = [name for name, p in self.named_parameters() if not p.isfinite().all()]
         if broken:
-            why = f"the weights are not finite either ({len(broken)} tensors, the first {broken[0]}): the checkpoint is broken"
+            why = (f"the weights are not finite either ({len(broken)} tensors, the first {broken[0]}): the "
+                   "checkpoint is broken")
         elif dtype == torch.float32:
             why = "the weights are finite, so it is something in these items"
         else:
             why = f"the weights are finite; it was computed in {dtype}, try float32"
         raise DataError(f"{names}: the embedding is not finite; {why}")
 
-    # ------------------------------------------------------------------------------------------------- making, loading
+    # ------------------------------------------------------------------------------ making, loading, saving
 
     @classmethod
     def random(cls, texts, shape="tiny", seed=0, device="cpu", **settings):
@@ -290,11 +346,14 @@ class Plume(nn.Module):
         device: where the weights are made; "meta" makes none, only their shapes.
         """
         shape, tokenizer = SHAPES[shape], train_tokenizer(texts, FRAME)
-        text = {"vocab_size": -(-len(tokenizer) // 64) * 64, **shape["text"]}
-        special = {k: tokenizer.convert_tokens_to_ids(f"<|{t}|>") for k, t in SPECIAL_IDS.items()}
-        config = Qwen2VLConfig(text_config=dict(text, bos_token_id=None, eos_token_id=None), vision_config=shape["vision"],
-                               tie_word_embeddings=True, **special)
-        settings = {"prompt": shape["prompt"], **settings, "limits": {**shape["limits"], **settings.get("limits", {})}}
+        in_blocks_of_64 = -(-len(tokenizer) // 64) * 64
+        text = dict(vocab_size=in_blocks_of_64, bos_token_id=None, eos_token_id=None) | shape["text"]
+        special = {f"{name.replace('_pad', '')}_token_id": tokenizer.convert_tokens_to_ids(f"<|{name}|>")
+                   for name in SPECIAL_IDS}
+        config = Qwen2VLConfig(
+            text_config=text, vision_config=shape["vision"], tie_word_embeddings=True, **special)
+        settings = {"prompt": shape["prompt"]} | settings
+        settings["limits"] = shape["limits"] | settings.get("limits", {})
         with torch.random.fork_rng(), torch.device(device):
             torch.manual_seed(seed)
             return cls(quietly(Qwen2VLForConditionalGeneration, config), tokenizer, settings)
@@ -303,20 +362,14 @@ class Plume(nn.Module):
     def from_pretrained(cls, path, device=None, dtype=None, **settings):
         """Load a checkpoint: a local folder, or the name of a repository on the Hugging Face hub.
 
-        (a) ours, with a `plume` block in config.json; (b) the released layout, known by its `latent_moe_transition.*`
-        weights, which does not describe itself; (c) a plain Qwen2-VL to start training from: the tokens are added, their
-        rows start at the mean of the old ones, the adapter starts near the identity.
-        device, dtype: default the best there is, printed with the reason.  settings: override the `plume` block.
+        (a) ours, with a `plume` block in config.json; (b) the released layout, known by its
+        `latent_moe_transition.*` weights, which does not describe itself; (c) a plain Qwen2-VL to start
+        training from: the tokens are added, their rows start at the mean of the old ones, the adapter starts
+        near the identity.
+        device, dtype: default the best there is, printed with the reason.
+        settings: override the `plume` block.
         """
-        path = os.fspath(path)
-        if not os.path.isdir(path):
-            try:
-                path = huggingface_hub.snapshot_download(path, allow_patterns=["*.json", "*.safetensors", "*.txt"])
-            except (OSError, ValueError) as e:  # no such name, or no network
-                raise FileNotFoundError(
-                    f"{quote(path)}: no such checkpoint folder, and the Hugging Face hub says: {reason(e)}") from e
-        if not os.path.exists(os.path.join(path, "config.json")):
-            raise FileNotFoundError(f"{path!r}: no config.json in this folder; a checkpoint has config.json, *.safetensors and a tokenizer")
+        path = local_folder(os.fspath(path))
         device, dtype = pick_device(device, dtype)
         raw = read_json(os.path.join(path, "config.json"))
         if raw.get("model_type") != "qwen2_vl":
@@ -324,98 +377,102 @@ class Plume(nn.Module):
             raise DataError(f"{path}: config.json: model_type {there}; PLUME builds on 'qwen2_vl'")
         tensors, block = read_weights(path), raw.get("plume")
         if block is None and any(name.startswith(OUR_ADAPTER) for name in tensors):
-            raise DataError(f"{path}: config.json has no 'plume' block, which says how these weights were trained; take "
-                            "config.json from the checkpoint that train.py or save_pretrained wrote")
+            raise DataError(f"{path}: config.json has no 'plume' block, which says how these weights were "
+                            "trained; take config.json from the checkpoint that train.py or save_pretrained "
+                            "wrote")
         prefix = RELEASED_ADAPTER if block is None else OUR_ADAPTER
         adapter = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
         rest = {k: v for k, v in tensors.items() if not k.startswith(prefix)}
-        try:
-            config = Qwen2VLConfig.from_pretrained(path)
-            fits_in_memory(config, rest)
-            backbone, info = quietly(Qwen2VLForConditionalGeneration.from_pretrained, None, config=config, state_dict=rest,
-                                     dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True)
-        except CONFIG_ERRORS as e:
-            raise DataError(f"{path}: config.json describes no Qwen2-VL that can be built: {reason(e)}") from e
-        wrong = [*info["missing_keys"], *info["unexpected_keys"]]
-        for name, there, needed in info["mismatched_keys"]:
-            wrong.append(f"{name}: {tuple(there)} in the file, {tuple(needed)} by config.json")
-        if wrong:
-            raise DataError(f"{path}: weights do not fit the configuration, {len(wrong)} names are missing, unknown or of another shape: {sorted(wrong)[:5]}")
-        tokenizer, state = read_tokenizer(path), None
+        backbone, tokenizer = build_backbone(path, rest, dtype), read_tokenizer(path)
         if block is not None:  # (a)
-            state, block = adapter, current_format(block, path)
+            block = current_format(block, path)
         elif adapter:  # (b)
             try:
-                state, keywords = from_released(adapter)
-            except (LookupError, RuntimeError) as e:
-                raise DataError(
-                    f"{path}: its adapter's tensors are incomplete or do not fit each other: {reason(e)}") from e
+                adapter, keywords = from_released(adapter)
+            except (LookupError, ValueError, RuntimeError) as e:
+                raise DataError(f"{path}: its adapter's tensors are incomplete or do not fit each other: "
+                                f"{reason(e)}") from e
             block = dict(RELEASED, adapter=keywords, limits=stored_limits(path, RELEASED["limits"]))
         else:  # (c)
-            block = dict(limits=stored_limits(path, DEFAULTS["limits"]))
+            adapter, block = None, dict(limits=stored_limits(path, DEFAULTS["limits"]))
             add_tokens(backbone, tokenizer)
         for key, value in settings.items():
-            block[key] = {**block.get(key, {}), **value} if isinstance(value, dict) else value
+            block[key] = block.get(key, {}) | value if isinstance(value, dict) else value
         try:
             model = cls(backbone, tokenizer, block)
         except DataError as e:
             raise DataError(f"{path}: {e}") from e
-        if state is not None:
+        if adapter is not None:
             try:
-                model.adapter.load_state_dict(state)
+                model.adapter.load_state_dict(adapter)
             except RuntimeError as e:
-                raise DataError(f"{path}: its adapter does not fit {model.settings['adapter']}: {str(e)[:400]}") from e
+                kind = model.settings["adapter"]
+                raise DataError(f"{path}: its adapter does not fit {kind}: {str(e)[:400]}") from e
         model.adapter.to(dtype)
         return aligned(model.to(device))
 
     def save_pretrained(self, path, released=False):
         """Write a checkpoint folder: config.json, model.safetensors, tokenizer, preprocessor_config.json.
 
-        It appears under its name only when it is complete, in place of the checkpoint that stood there.  released: in the
-        released layout, which cannot say how the model was trained; see (b) in `from_pretrained` for what it implies.
+        It appears under its name only when it is complete, in place of the checkpoint that stood there.
+        released: in the released layout, which cannot say how the model was trained; see (b) in
+        `from_pretrained` for what it implies.
         """
         with replacing(path) as folder:
             self.write(folder, released)
 
     def write(self, folder, released=False, state=None):
-        """The files of `save_pretrained`, into an existing folder; state: of the whole model, when this one is sharded."""
-        config, state, a = copy.deepcopy(self.backbone.config), state or self.state_dict(), self.adapter
+        """The files of `save_pretrained`, into an empty folder; state: the whole one of a sharded model."""
+        config, state = copy.deepcopy(self.backbone.config), state or self.state_dict()
         config.__dict__.pop("plume", None)  # a loaded model's
-        if not released:
-            config.plume = dict(format=FORMAT, **self.settings)
-        elif a.kind == "none":
-            raise DataError("the released layout has no way to say that there is no adapter")
+        if released:
+            self.warn_of_lost_settings()
         else:
-            s, implied = self.settings, dict(RELEASED, adapter=dict(ADAPTER, **from_released(to_released(a.state_dict(), a.shared_expert))[1]))
-            stored = ("min_pixels", "max_pixels")
-            lost = {k: v for k, v in s.items() if k not in ("limits", "adapter") and v != implied[k]}
-            lost |= {k: v for k, v in s["adapter"].items() if v != implied["adapter"][k]} if a.kind == "moe" else {}
-            lost |= {k: v for k, v in s["limits"].items() if k not in stored and v != implied["limits"][k]}
-            if lost:
-                warnings.warn(f"the released layout implies other values than this model's {lost}; give these to from_pretrained when you load it")
+            config.plume = dict(format=FORMAT, **self.settings)
         config.save_pretrained(folder)
-        tensors = {}
+        tensors, adapter, tied = {}, {}, config.tie_word_embeddings
         for key, value in state.items():
-            if key.startswith("backbone.") and not (key == "backbone.lm_head.weight" and config.tie_word_embeddings):
-                key = key[len("backbone.") :].replace("model.language_model.", "model.").replace("model.visual.", "visual.")
-                tensors[key] = value  # the older key layout, which every transformers version reads
-        own = {k[len("adapter.") :]: v for k, v in state.items() if k.startswith("adapter.")}
-        own, name = (to_released(own, a.shared_expert), RELEASED_ADAPTER) if released else (own, OUR_ADAPTER)
-        tensors |= {name + k: v for k, v in own.items()}
+            if key.startswith("adapter."):
+                adapter[key.removeprefix("adapter.")] = value
+            elif not (tied and key == "backbone.lm_head.weight"):
+                # the older key layout, which every transformers version reads
+                key = key.removeprefix("backbone.").replace("model.language_model.", "model.")
+                tensors[key.replace("model.visual.", "visual.")] = value
+        name = OUR_ADAPTER
+        if released:
+            name, adapter = RELEASED_ADAPTER, to_released(adapter, self.adapter.shared_expert)
+        tensors |= {name + key: value for key, value in adapter.items()}
         file = os.path.join(folder, WEIGHTS)
-        with open(file, "x"):
-            mode = os.stat(file).st_mode  # as the umask wants it; the library would let nobody else read the file
+        tensors = {key: value.cpu().contiguous() for key, value in tensors.items()}
         with write_errors(file):
-            save_file({k: v.cpu().contiguous() for k, v in tensors.items()}, file, {"format": "pt"})
-        os.chmod(file, mode)
+            save_file(tensors, file, {"format": "pt"})
+        shutil.copymode(os.path.join(folder, "config.json"), file)  # the library lets nobody else read it
         self.processor.tokenizer.save_pretrained(folder)
         limits = self.processor.limits
-        with open(os.path.join(folder, "preprocessor_config.json"), "w") as f:  # what other Qwen2-VL software reads
-            json.dump(dict(image_processor_type="Qwen2VLImageProcessor", min_pixels=limits.min_pixels, max_pixels=limits.max_pixels,
-                           patch_size=PATCH, merge_size=MERGE, temporal_patch_size=TEMPORAL), f, indent=1)
+        media = dict(  # what other Qwen2-VL software reads
+            image_processor_type="Qwen2VLImageProcessor", min_pixels=limits.min_pixels,
+            max_pixels=limits.max_pixels, patch_size=PATCH, merge_size=MERGE, temporal_patch_size=TEMPORAL)
+        with open(os.path.join(folder, "preprocessor_config.json"), "w") as f:
+            json.dump(media, f, indent=1)
+
+    def warn_of_lost_settings(self):
+        """Names the settings for which somebody who loads the released layout gets other values."""
+        ours, adapter = self.settings, self.adapter
+        if adapter.kind == "none":
+            raise DataError("the released layout has no way to say that there is no adapter")
+        _, keywords = from_released(to_released(adapter.state_dict(), adapter.shared_expert))
+        lost = {k: v for k, v in ours.items() if k not in ("limits", "adapter") and v != RELEASED[k]}
+        if adapter.kind == "moe":
+            implied = ADAPTER | keywords
+            lost |= {k: v for k, v in ours["adapter"].items() if v != implied[k]}
+        stored, implied = ("min_pixels", "max_pixels"), RELEASED["limits"]
+        lost |= {k: v for k, v in ours["limits"].items() if k not in stored and v != implied[k]}
+        if lost:
+            warnings.warn(f"the released layout implies other values than this model's {lost}; give these to "
+                          "from_pretrained when you load it")
 
 
-# ----------------------------------------------------------------------------------------------------------- helpers
+# ------------------------------------------------------------------------------------------------- computing
 
 
 def unit(x):
@@ -423,63 +480,54 @@ def unit(x):
 
 
 def cross_entropy(h, weight, labels, elements=None):
-    """h (N, D), output embedding (V, D), labels (N,) -> (N,) losses.  Never more than about `elements` logits at a time:
-    with a 151k vocabulary the rows go in chunks, whose logits are computed again in the backward pass."""
+    """h (N, D), output embedding (V, D), labels (N,) -> (N,) losses.
+
+    Never more than about `elements` logits at a time: with a 151k vocabulary the rows go in chunks, whose
+    logits are computed again in the backward pass.
+    """
     elements = elements or (1 << 22 if h.device.type == "cpu" else 1 << 27)  # a CPU's chunk fits its cache
     rows = max(1, elements // len(weight))
 
     def losses(h, labels):
         return F.cross_entropy(at_least_float32(F.linear(h, weight)), labels, reduction="none")
 
+    if len(h) <= rows:
+        return losses(h, labels)
     chunks = zip(h.split(rows), labels.split(rows))
-    return torch.cat([checkpoint(losses, *c, use_reentrant=False) if len(h) > rows else losses(*c) for c in chunks])
+    return torch.cat([checkpoint(losses, *chunk, use_reentrant=False) for chunk in chunks])
 
 
 def pick_device(device=None, dtype=None, say=print):
-    """The best device there is (cuda > mps > cpu), bfloat16 where it is fast; said with the reason unless both are given."""
-    asked, dtype = (device is not None, dtype is not None), DTYPES.get(dtype, dtype)
+    """The best device there is (cuda > mps > cpu), bfloat16 where it is fast.
+
+    Said with the reason, unless both are given.
+    """
+    given, dtype = (device is not None, dtype is not None), DTYPES.get(dtype, dtype)
     if dtype not in (None, *DTYPES.values()):
         raise DataError(f"dtype {quote(dtype)}: needs 'float32' or 'bfloat16'")
+    why_device, why_dtype = "as asked", "as asked"
     if device is None:
-        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        device, why_device = "cpu", "the best available"
+        if torch.backends.mps.is_available():
+            device = "mps"
+        if torch.cuda.is_available():
+            device = "cuda"
     try:
         device = torch.device(device)
     except RuntimeError as e:
         raise DataError(f"device {device!r}: needs cuda, mps or cpu") from e
     if device.type == "cuda" and not torch.cuda.is_available():
         raise DataError(f"device {str(device)!r}: torch finds no CUDA device here; leave it out, or take cpu")
-    fast = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     if dtype is None:
-        dtype = torch.bfloat16 if fast else torch.float32
-    if not all(asked):
-        why = "as asked" if asked[1] else "supported there" if fast else "bfloat16 is not known to be fast there"
-        say(f"device {device} ({'as asked' if asked[0] else 'the best available'}), {str(dtype).removeprefix('torch.')} ({why})")
+        dtype, why_dtype = torch.float32, "bfloat16 is not known to be fast there"
+        if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
+            dtype, why_dtype = torch.bfloat16, "supported there"
+    if not all(given):
+        say(f"device {device} ({why_device}), {str(dtype).removeprefix('torch.')} ({why_dtype})")
     return device, dtype
 
 
-def quietly(make, *args, **kwargs):
-    """Call a transformers constructor without its progress bars and reports; what they would say is checked here."""
-    level, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    try:
-        return make(*args, **kwargs)
-    finally:
-        transformers_logging.set_verbosity(level)
-        if bars:
-            transformers_logging.enable_progress_bar()
-
-
-def add_tokens(backbone, tokenizer):
-    """PLUME's tokens for a plain Qwen2-VL; their rows start at the mean of the old ones, in and out."""
-    old = len(tokenizer)
-    tokenizer.add_tokens([t for t in PLUME_TOKENS if t not in tokenizer.get_vocab()], special_tokens=True)
-    table = backbone.get_input_embeddings().weight
-    if len(tokenizer) > len(table):  # Qwen2-VL keeps spare rows, usually enough
-        quietly(backbone.resize_token_embeddings, len(tokenizer), pad_to_multiple_of=64, mean_resizing=False)
-    with torch.no_grad():
-        for table in {id(w): w for w in (backbone.get_input_embeddings().weight, backbone.lm_head.weight)}.values():
-            table[old : len(tokenizer)] = table[:old].float().mean(0).to(table.dtype)
+# ------------------------------------------------------------------------------------------- items to embed
 
 
 def iterate(items):
@@ -489,11 +537,36 @@ def iterate(items):
             raise TypeError
         iterator = iter(items)
     except TypeError:
-        raise TypeError(f"items must be a list or another iterable of items, got {type(items).__name__}; put a single "
-                        "item into [ ]") from None
+        raise TypeError("items must be a list or another iterable of items, got "
+                        f"{type(items).__name__}; put a single item into [ ]") from None
     if isinstance(items, Iterable):
         return iterator
-    return itertools.islice(iterator, length_hint(items))  # of the older kind: [0], [1], ... as far as it says
+    return itertools.islice(iterator, length_hint(items))  # of the older kind: [0], [1], ... as it says
+
+
+class Room:
+    """Bytes of media in memory: readers wait while there are `most`, but for the item that is needed next."""
+
+    def __init__(self, most):
+        self.most, self.taken, self.needed, self.changed = most, 0, 0, threading.Condition()
+
+    def wait(self, i):
+        with self.changed:
+            self.changed.wait_for(lambda: self.taken < self.most or i <= self.needed)
+
+    def take(self, n):
+        with self.changed:
+            self.taken += n
+            self.changed.notify_all()
+
+    def need(self, i):
+        with self.changed:
+            self.needed = i
+            self.changed.notify_all()
+
+
+def media_bytes(sample):
+    return sum(patches.nbytes for patches in sample["pixels"]) if sample else 0
 
 
 def length_hint(items):
@@ -511,13 +584,16 @@ def told_of_file_names(items):
     for item in items:
         if not told and isinstance(item, str) and item.lower().endswith(suffixes) and os.path.isfile(item):
             told = True
-            warnings.warn("a string that is the name of a file is embedded as text; for the picture or clip itself "
-                          f"give {{'image': ...}} or {{'video': ...}}.  The first is {quote(item)}")
+            warnings.warn("a string that is the name of a file is embedded as text; for the picture or clip "
+                          f"itself give {{'image': ...}} or {{'video': ...}}.  The first is {quote(item)}")
         yield item
 
 
+# -------------------------------------------------------------------------------------- reading a checkpoint
+
+
 def checked(given, defaults, where, complete=False):
-    """given, filled up from `defaults` (a dict, perhaps of dicts); unknown keys and values of another type are errors.
+    """A dict (perhaps of dicts) filled up from `defaults`; unknown keys and other types are errors.
 
     complete: what is missing is an error, too.
     """
@@ -527,11 +603,13 @@ def checked(given, defaults, where, complete=False):
     out = {}
     for key, default in defaults.items():
         if complete and key not in given:
-            raise DataError(f"{where}: lacks {key!r}: how it was trained must be said, nothing is assumed; take "
-                            "config.json from the checkpoint that train.py or save_pretrained wrote, or train it again")
+            raise DataError(f"{where}: lacks {key!r}: how it was trained must be said, nothing is assumed; "
+                            "take config.json from the checkpoint that train.py or save_pretrained wrote, or "
+                            "train it again")
         value = given.get(key, default)
         if type(value) is not type(default):
-            raise DataError(f"{where}: {key!r} must be of type {type(default).__name__}, got {quote(value)}")
+            kind = type(default).__name__
+            raise DataError(f"{where}: {key!r} must be of type {kind}, got {quote(value)}")
         if isinstance(default, dict):
             value = checked(value, default, f"{where}: {key}", complete)
         out[key] = value
@@ -543,11 +621,94 @@ def current_format(block, path):
     there = block.get("format", 1) if isinstance(block, dict) else block
     if there != FORMAT:
         raise DataError(
-            f"{path}: a checkpoint of format {quote(there)}, this version reads format {FORMAT}. The formats embed the "
-            "same item differently (1 has a line break behind pictures and clips, and other positions behind clips), so "
-            "its vectors would be wrong: train it again with this version, or use the version of PLUME that wrote it")
+            f"{path}: a checkpoint of format {quote(there)}, this version reads format {FORMAT}. The formats "
+            "embed the same item differently (1 has a line break behind pictures and clips, and other "
+            "positions behind clips), so its vectors would be wrong: train it again with this version, or "
+            "use the version of PLUME that wrote it")
     settings = {key: value for key, value in block.items() if key != "format"}
     return checked(settings, DEFAULTS, f"{path}: config.json: plume", complete=True)
+
+
+def check_backbone(config):
+    """Raises DataError for a configuration that computes something else than Qwen2-VL."""
+    text, vision = config.text_config, config.vision_config
+    sizes = vision.patch_size, vision.spatial_merge_size, vision.temporal_patch_size
+    rope, half = text.rope_parameters or {}, text.hidden_size // text.num_attention_heads // 2
+    axes = rope.get("mrope_section")
+    three = isinstance(axes, list) and [type(n) for n in axes] == [int] * 3
+    known = three and min(axes) >= 0 and sum(axes) == half and rope.get("rope_type") == "default"
+    if sizes != (PATCH, MERGE, TEMPORAL) or not known or text.use_sliding_window:
+        raise DataError(
+            "this backbone is not a plain Qwen2-VL: needs patch size 14, merge 2, temporal patch 2, default "
+            f"rotary embedding with an mrope_section of 3 numbers that sum to {half}, no sliding window; has "
+            f"{sizes}, {quote(rope)}")
+
+
+def quietly(make, *args, **kwargs):
+    """Call a transformers constructor without its bars and reports; what they would say is checked here."""
+    level, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        return make(*args, **kwargs)
+    finally:
+        transformers_logging.set_verbosity(level)
+        if bars:
+            transformers_logging.enable_progress_bar()
+
+
+def local_folder(path):
+    """A checkpoint folder, or the name of one on the hub, which is downloaded -> the folder."""
+    if not os.path.isdir(path):
+        try:
+            kinds = ["*.json", "*.safetensors", "*.txt"]
+            path = huggingface_hub.snapshot_download(path, allow_patterns=kinds)
+        except (OSError, ValueError) as e:  # no such name, or no network
+            raise FileNotFoundError(f"{quote(path)}: no such checkpoint folder, and the Hugging Face hub "
+                                    f"says: {reason(e)}") from e
+    if not os.path.exists(os.path.join(path, "config.json")):
+        raise FileNotFoundError(f"{path!r}: no config.json in this folder; a checkpoint has config.json, "
+                                "*.safetensors and a tokenizer")
+    return path
+
+
+def build_backbone(path, tensors, dtype):
+    """The Qwen2-VL that config.json describes, with these weights; DataError when they do not fit it."""
+    try:
+        config = Qwen2VLConfig.from_pretrained(path)
+        with torch.device("meta"):
+            meta = quietly(Qwen2VLForConditionalGeneration, config)
+        described, held = sum(p.numel() for p in meta.parameters()), sum(t.numel() for t in tensors.values())
+        if described > 2 * held + 10**6:  # it would only fill the memory
+            raise ValueError(f"a model of {described:,} parameters, and the files hold {held:,}")
+        backbone, info = quietly(
+            Qwen2VLForConditionalGeneration.from_pretrained, None, config=config, state_dict=tensors,
+            dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True)
+    except CONFIG_ERRORS as e:
+        raise DataError(f"{path}: config.json describes no Qwen2-VL that can be built: {reason(e)}") from e
+    wrong = [*info["missing_keys"], *info["unexpected_keys"]]
+    for name, there, needed in info["mismatched_keys"]:
+        wrong.append(f"{name}: {tuple(there)} in the file, {tuple(needed)} by config.json")
+    if wrong:
+        raise DataError(f"{path}: weights do not fit the configuration, {len(wrong)} names are missing, "
+                        f"unknown or of another shape: {sorted(wrong)[:5]}")
+    return backbone
+
+
+def add_tokens(backbone, tokenizer):
+    """PLUME's tokens for a plain Qwen2-VL; their rows start at the mean of the old ones, in and out."""
+    old = len(tokenizer)
+    new = [token for token in PLUME_TOKENS if token not in tokenizer.get_vocab()]
+    tokenizer.add_tokens(new, special_tokens=True)
+    spare = len(backbone.get_input_embeddings().weight) - len(tokenizer)  # Qwen2-VL has some
+    if spare < 0:
+        quietly(backbone.resize_token_embeddings, len(tokenizer), pad_to_multiple_of=64, mean_resizing=False)
+    tables = [backbone.get_input_embeddings().weight]
+    if backbone.lm_head.weight is not tables[0]:
+        tables.append(backbone.lm_head.weight)
+    with torch.no_grad():
+        for table in tables:
+            table[old : len(tokenizer)] = table[:old].float().mean(0).to(table.dtype)
 
 
 def read_json(file):
@@ -572,16 +733,20 @@ def pointer(file):
 
 
 def weight_files(path):
-    """-> {file: names of its tensors, None for all}: the weights of a checkpoint, from the files that transformers reads."""
+    """The files of a checkpoint's weights, as transformers finds them -> {file: its tensors, None: all}"""
     index = os.path.join(path, INDEX)
     if os.path.isfile(os.path.join(path, WEIGHTS)):
         return {os.path.join(path, WEIGHTS): None}
     if not os.path.isfile(index):
-        raise FileNotFoundError(f"{path}: neither {WEIGHTS} nor {INDEX} in this folder; other weight formats are not read")
+        raise FileNotFoundError(f"{path}: neither {WEIGHTS} nor {INDEX} in this folder; other weight formats "
+                                "are not read")
     places = read_json(index).get("weight_map")
-    names = list(places.values()) if isinstance(places, dict) else []
-    if not names or not all(isinstance(name, str) and re.fullmatch(r"[^/\\]+\.safetensors", name) for name in names):
-        raise DataError(f"{index}: its 'weight_map' must name a .safetensors file of this folder for each weight")
+    names = list(places.values()) if isinstance(places, dict) else [None]
+    if not all(isinstance(name, str) and re.fullmatch(r"[^/\\]+\.safetensors", name) for name in names):
+        names = []
+    if not names:
+        raise DataError(f"{index}: its 'weight_map' must name a .safetensors file of this folder for each "
+                        "weight")
     files = {}
     for tensor, name in places.items():
         files.setdefault(os.path.join(path, name), set()).add(tensor)
@@ -602,22 +767,14 @@ def read_weights(path):
             raise DataError(f"{file}: not a whole safetensors file: {reason(e)}{pointer(file)}") from e
         if names is not None and names != found.keys():
             odd = quote(min(names ^ found.keys()))
-            raise DataError(f"{file}: does not hold what {INDEX} says; one of them has {odd}, the other has not")
+            raise DataError(f"{file}: does not hold what {INDEX} says; one of them has {odd}, the other has "
+                            "not")
         for name, tensor in found.items():
             if tensor.dtype not in floats:
-                raise DataError(f"{file}: {name} is stored as {tensor.dtype}; weights are floating-point numbers of 16 "
-                                "bits or more")
+                raise DataError(f"{file}: {name} is stored as {tensor.dtype}; weights are floating-point "
+                                "numbers of 16 bits or more")
         tensors |= found
     return tensors
-
-
-def fits_in_memory(config, tensors):
-    """Raises ValueError for a configuration of a far larger model than the weights are: it would only fill the memory."""
-    with torch.device("meta"):
-        described = sum(p.numel() for p in quietly(Qwen2VLForConditionalGeneration, config).parameters())
-    held = sum(t.numel() for t in tensors.values())
-    if described > 2 * held + 10**6:
-        raise ValueError(f"a model of {described:,} parameters, and the files hold {held:,}")
 
 
 def read_tokenizer(path):
@@ -637,8 +794,9 @@ def read_tokenizer(path):
 def aligned(model):
     """Copies every weight on a CPU that does not begin at a multiple of 64 bytes, as torch's own memory does.
 
-    Tensors that are read from a file lie anywhere.  A product then takes another path: slower, and with other last bits
-    than the same weights have after training (oneMKL promises equal results for arrays that begin at multiples of 64).
+    Tensors that are read from a file lie anywhere.  A product then takes another path: slower, and with other
+    last bits than the same weights have after training (oneMKL promises equal results for arrays that begin
+    at multiples of 64).
     """
     for tensor in (*model.parameters(), *model.buffers()):
         if tensor.device.type == "cpu" and tensor.data_ptr() % 64:
@@ -647,7 +805,7 @@ def aligned(model):
 
 
 def stored_limits(path, limits):
-    """limits with the min_pixels and max_pixels of a Qwen2-VL folder's preprocessor_config.json, in either spelling."""
+    """limits with the min_pixels and max_pixels of preprocessor_config.json, in either spelling."""
     file = os.path.join(path, "preprocessor_config.json")
     if not os.path.exists(file):
         return limits
@@ -663,8 +821,11 @@ def stored_limits(path, limits):
         raise DataError(f"{file}: {e}") from e
 
 
+# -------------------------------------------------------------------------------------- writing a checkpoint
+
+
 def checkpoint_files(folder):
-    """The names of the files that make the checkpoint in a folder; whatever else is there belongs to somebody else."""
+    """The names of the files that make the checkpoint in a folder; what else is there is somebody else's."""
     names = {*FILES, INDEX}
     with contextlib.suppress(DataError, FileNotFoundError):
         names |= {os.path.basename(file) for file in weight_files(folder)}
@@ -680,28 +841,29 @@ def remove_checkpoint(folder, names):
 
 
 def replaceable(path):
-    """Raises FileExistsError for what is neither an empty name, nor a checkpoint, nor a folder of other files."""
+    """Raises FileExistsError for what is neither a checkpoint nor a folder of other files."""
     if not os.path.isdir(path):
         raise FileExistsError(f"{path}: exists and is not a folder; choose another name")
     if os.path.join(os.path.realpath("."), "").startswith(os.path.join(path, "")):
-        raise FileExistsError(f"{path}: is the current folder, which cannot be replaced; start elsewhere, or choose "
-                              "another name")
+        raise FileExistsError(f"{path}: is the current folder, which cannot be replaced; start elsewhere, or "
+                              "choose another name")
     if checkpoint_files(path):
         with contextlib.suppress(DataError, FileNotFoundError):
             config = read_json(os.path.join(path, "config.json"))
             if config.get("model_type") == "qwen2_vl" and weight_files(path):
                 return
         names = quote(sorted(os.listdir(path)))
-        raise FileExistsError(f"{path}: holds {names}, which is no checkpoint of a Qwen2-VL; choose another name")
+        raise FileExistsError(f"{path}: holds {names}, which is no checkpoint of a Qwen2-VL; choose another "
+                              "name")
 
 
 @contextlib.contextmanager
 def replacing(path, keep=None):
     """A new folder that becomes `path` when the block ends well, in place of the checkpoint that stood there.
 
-    keep: a free name under which that one stays.  Files in it that are not the checkpoint's (a model card, a licence) move
-    to the new one.  Temporary names are this call's own, and nothing else is removed.  Dying between the two renames
-    leaves the old one as `keep`, or `path.XXXXXXXX.old`.
+    keep: a free name under which that one stays.  Files in it that are not the checkpoint's (a model card, a
+    licence) move to the new one.  Temporary names are this call's own, and nothing else is removed.  Dying
+    between the two renames leaves the old one as `keep`, or `path.XXXXXXXX.old`.
     """
     path, token = os.path.realpath(path), secrets.token_hex(4)
     temporary, old = f"{path}.{token}.writing", keep or f"{path}.{token}.old"
@@ -716,8 +878,10 @@ def replacing(path, keep=None):
             shutil.copymode(path, temporary)
         yield temporary
         new = set(os.listdir(temporary))
-        if clash := [name for name in sorted(new) if os.path.isdir(os.path.join(path, name))]:
-            raise FileExistsError(f"{path}: holds a folder {clash[0]!r}, the name of a checkpoint's file; move it away")
+        clash = [name for name in sorted(new) if os.path.isdir(os.path.join(path, name))]
+        if clash:
+            raise FileExistsError(f"{path}: holds a folder {clash[0]!r}, the name of a checkpoint's file; "
+                                  "move it away")
         if there:
             os.rename(path, old)
         os.rename(temporary, path)
@@ -727,14 +891,21 @@ def replacing(path, keep=None):
             os.rename(old, path)
         raise
     if there:
-        mine, stuck = checkpoint_files(old) | new & set(os.listdir(old)), []
-        for name in sorted(set(os.listdir(old)) - mine):
-            try:
-                os.rename(os.path.join(old, name), os.path.join(path, name))
-            except OSError as e:  # the new checkpoint stands, nothing is lost
-                stuck.append(f"{name} ({reason(e)})")
-        if stuck:
-            warnings.warn(f"{path} is written, but these files that stood there could not be moved and are in {old}: "
-                          + ", ".join(stuck))
+        mine = checkpoint_files(old) | new & set(os.listdir(old))
+        stuck = move_files(old, path, set(os.listdir(old)) - mine)
+        if stuck:  # the new checkpoint stands, nothing is lost
+            warnings.warn(f"{path} is written, but these files that stood there could not be moved and are "
+                          f"in {old}: {', '.join(stuck)}")
         if not keep:
             remove_checkpoint(old, mine)
+
+
+def move_files(old, new, names):
+    """Moves files from one folder to another -> those that could not be moved, each with the reason."""
+    stuck = []
+    for name in sorted(names):
+        try:
+            os.rename(os.path.join(old, name), os.path.join(new, name))
+        except OSError as e:
+            stuck.append(f"{name} ({reason(e)})")
+    return stuck

@@ -39,7 +39,7 @@ import model as plume_model
 import train
 from adapter import TransitionAdapter, balance_loss, from_released, to_released
 from curriculum import Curriculum, Progress, Stage, segment
-from data import Batches, DataError, Pairs, Processor, Side, collate, parse_item
+from data import Batches, DataError, Pairs, Processor, Side, collate, normalised, parse_item
 from latent import Cache, decoder, greedy, rollout
 from model import Plume
 from tests.processes import Started, call, run, run_ranks, torchrun  # noqa: F401
@@ -208,7 +208,7 @@ def reference_inputs(m, sample):
     for kind, pixels, grid in names:
         mine = [i for i, k in enumerate(order) if k == kind]
         if mine:
-            inputs[pixels] = torch.cat([torch.from_numpy(sample["pixels"][i]) for i in mine]).double()
+            inputs[pixels] = normalised(torch.cat([torch.from_numpy(sample["pixels"][i]) for i in mine])).double()
             inputs[grid] = torch.tensor([sample["grids"][i] for i in mine])
     if order:
         inputs["mm_token_type_ids"] = kinds
@@ -257,8 +257,8 @@ def test_prefill_and_logits_equal_transformers_at_the_same_positions(model, worl
     for i, s in enumerate(samples):
         n, inputs = len(s["ids"]), reference_inputs(model, s)
         theirs = model.backbone(**inputs, position_ids=torch.from_numpy(s["positions"])[:, None])
-        assert_close(model.backbone.lm_head(h[i, -n:]), theirs.logits[0], f"logits of item {i}", 1e-5)
-        assert_close(h[i, -n:], reference_prefill(model, s)[0], f"hidden states of item {i}", 1e-5)
+        assert_close(model.backbone.lm_head(h[i, :n]), theirs.logits[0], f"logits of item {i}", 1e-5)
+        assert_close(h[i, :n], reference_prefill(model, s)[0], f"hidden states of item {i}", 1e-5)
 
 
 def test_mrope_positions_equal_transformers_for_pictures(model, world):

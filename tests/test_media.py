@@ -15,7 +15,7 @@ from PIL import Image
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 import data
-from data import DataError, load_frames, load_image, patchify
+from data import DataError, load_frames, load_image, normalised, patchify
 from test_plume import COLOURS, HERE, SHAPES, SHARED, assert_close, make_model, picture, write_clip
 
 
@@ -57,7 +57,7 @@ def test_pixels_equal_transformers_pil_processor(size):
         theirs = Qwen2VLImageProcessorPil(min_pixels=low, max_pixels=high)(image, return_tensors="pt")
         ours, grid = patchify([image], low, high)
         assert tuple(theirs["image_grid_thw"][0].tolist()) == grid
-        assert_close(ours, theirs["pixel_values"], "pixels", 1e-6)
+        assert_close(normalised(torch.from_numpy(ours)), theirs["pixel_values"], "pixels", 1e-6)
 
 
 def test_video_patches_are_pairs_of_frames_in_the_layout_of_pictures():
@@ -437,7 +437,7 @@ def test_all_nasty_files_do_what_a_good_loader_does(model):
                 assert name in str(error.value), name
                 continue
             pixels, (t, h, w) = model.processor.media(kind, path)
-        assert np.isfinite(pixels).all() and len(pixels) == t * h * w > 0, name
+        assert pixels.dtype == np.uint8 and len(pixels) == t * h * w > 0, name
         assert not said or name == "truncated.mkv", (name, [str(warning.message) for warning in said])
         if name in NASTY_FRAMES:
             assert len(load_frames(path, 1000)) == NASTY_FRAMES[name], name

@@ -36,7 +36,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 from transformers import DynamicCache
 
-from data import DataError, Side, collate, command, parse_flags, to_device, writing
+from data import DataError, Side, collate, command, normalised, parse_flags, to_device, writing
 from eval import writable, write_json
 from latent import Graphs, greedy
 from model import SHAPES, Plume, pick_device
@@ -175,7 +175,7 @@ def as_transformers(model, batch):
         return inputs
     inputs["mm_token_type_ids"] = images.int() + 2 * videos.int()
     kind = "_videos" if videos.any() else ""
-    inputs[f"pixel_values{kind}"] = batch["pixels"]
+    inputs[f"pixel_values{kind}"] = normalised(batch["pixels"])
     inputs["video_grid_thw" if kind else "image_grid_thw"] = batch["grid"].to(model.device)
     return inputs
 
