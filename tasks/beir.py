@@ -1,10 +1,11 @@
 """Retrieval tasks from your own folders, in the layout of BEIR with media.
 
     DIR/<meta-task>/<dataset>/corpus.jsonl     {"_id", "text"?, "image"?, "video"?}
-                              queries.jsonl    the same keys, and perhaps "candidates": [ids], to be ranked only against those
+                              queries.jsonl    the same keys, and perhaps "candidates": [ids]
                               qrels.tsv        a header, then query-id, corpus-id, score
 
-Media paths are relative to DIR.  `Task` is what every kind of task becomes before it is ranked.
+A query with candidates is ranked only against those.  Media paths are relative to DIR.
+`Task` is what every kind of task becomes before it is ranked.
 """
 
 import os
@@ -38,82 +39,117 @@ def qrels_file(folder):
 def list_tasks(root):
     """All "<meta-task>/<dataset>" below root that hold a qrels.tsv, sorted."""
     if not os.path.isdir(root):
-        raise DataError(f"--data {root!r}: no such folder; it must hold <meta-task>/<dataset>/corpus.jsonl, queries.jsonl, qrels.tsv")
-    found = [f"{m}/{d}" for m in sorted(os.listdir(root)) if os.path.isdir(os.path.join(root, m))
-             for d in sorted(os.listdir(os.path.join(root, m))) if qrels_file(os.path.join(root, m, d))]
+        raise DataError(f"--data {root!r}: no such folder; it must hold <meta-task>/<dataset>/corpus.jsonl, "
+                        "queries.jsonl, qrels.tsv")
+    found = []
+    for meta in sorted(os.listdir(root)):
+        if not os.path.isdir(os.path.join(root, meta)):
+            continue
+        for data_set in sorted(os.listdir(os.path.join(root, meta))):
+            if qrels_file(os.path.join(root, meta, data_set)):
+                found.append(f"{meta}/{data_set}")
     if not found:
         raise DataError(f"--data {root!r}: no <meta-task>/<dataset>/qrels.tsv below it")
     return found
 
 
 def read_task(root, name):
-    """Read one task in the BEIR layout with media.  Raises DataError naming file and line for anything that is off.
+    """Read one task in the BEIR layout with media -> Task.
 
-    BEIR's own files are read as its loader does: a document's title stands in front of its text, `metadata` is not used,
-    and of queries.jsonl only those count that qrels/test.tsv judges.
+    Raises DataError naming file and line for anything that is off.
+    BEIR's own files are read as its loader does: a document's title stands in front of its text, `metadata`
+    is not used, and of queries.jsonl only those count that qrels/test.tsv judges.
     """
     folder = os.path.join(root, name)
-
-    def items(file, more):  # -> {id: row}, [Side], [raw object]; more: the key that only this file has
-        path, rows, sides, raws = os.path.join(folder, file), {}, [], []
-        if not os.path.exists(path):
-            raise DataError(f"{path}: no such file; a task needs corpus.jsonl, queries.jsonl and qrels.tsv")
-        with open(path, "rb") as f:
-            for n, (_, _, text) in enumerate(spans_of(f, path), 1):
-                raw = parse_json(text, where := f"{path}: record {n}")
-                if not isinstance(raw, dict) or "_id" not in raw:
-                    raise DataError(f"{where}: needs an object with '_id'")
-                if rows.setdefault(str(raw["_id"]), len(rows)) != len(sides):
-                    raise DataError(f"{where}: the id {quote(raw['_id'])} stands there twice")
-                item = {k: v for k, v in raw.items() if k not in ("_id", "metadata", more)}
-                if more == "title" and "title" in raw:
-                    words = raw["title"] or "", item.get("text") or ""
-                    if not all(isinstance(word, str) for word in words):
-                        raise DataError(f"{where}: 'title' and 'text' must be strings")
-                    item["text"] = " ".join(words).strip()
-                sides.append(parse_item(item, root, where))
-                raws.append(raw)
-        if not sides:
-            raise DataError(f"{path}: no record in this file")
-        return rows, sides, raws
-
-    corpus_row, corpus, _ = items("corpus.jsonl", "title")
-    query_row, queries, raws = items("queries.jsonl", "candidates")
+    corpus_row, corpus, _ = read_items(os.path.join(folder, "corpus.jsonl"), root, "title")
+    query_row, queries, raws = read_items(os.path.join(folder, "queries.jsonl"), root, "candidates")
     path = qrels_file(folder) or os.path.join(folder, "qrels.tsv")
     judged = read_qrels(path, query_row, corpus_row)
+    all_count = path.endswith("qrels.tsv")
     relevant, candidates, kept = [], [], []
     for row, (side, raw) in enumerate(zip(queries, raws)):
-        if row not in judged and not path.endswith("qrels.tsv"):
+        if row not in judged and not all_count:
             continue
-        gold, rows = {doc: gain for doc, gain in judged.get(row, {}).items() if gain > 0}, raw.get("candidates")
-        if rows is not None:
-            if not isinstance(rows, list):
-                raise DataError(f"{side.where}: 'candidates' must be a list of ids, got {quote(rows)}")
-            if unknown := [c for c in rows if str(c) not in corpus_row]:
-                raise DataError(f"{side.where}: candidate {quote(unknown[0])} is not in corpus.jsonl")
-            rows = list(dict.fromkeys(corpus_row[str(c)] for c in rows))
-        if not gold or (rows is not None and not set(gold) & set(rows)):
-            where = "among its candidates" if gold else f"in {os.path.basename(path)}"
-            raise DataError(f"{side.where}: query {quote(raw['_id'])} has no relevant document {where}")
+        gold = {doc: gain for doc, gain in judged.get(row, {}).items() if gain > 0}
+        among = raw.get("candidates")
+        if among is not None:
+            among = candidate_rows(among, corpus_row, side.where)
+        no_document = f"{side.where}: query {quote(raw['_id'])} has no relevant document"
+        if not gold:
+            raise DataError(f"{no_document} in {os.path.basename(path)}")
+        if among is not None and gold.keys().isdisjoint(among):
+            raise DataError(f"{no_document} among its candidates")
         relevant.append(gold)
-        candidates.append(rows)
+        candidates.append(among)
         kept.append(row)
     if not kept:
         raise DataError(f"{path}: it judges none of the queries")
     ids = list(query_row)
-    about = dict(not_judged=len(queries) - len(kept))
-    queries, ids = [queries[row] for row in kept], [ids[row] for row in kept]
-    return Task(name, queries, corpus, relevant, candidates, ids, about=about)
+    return Task(
+        name, [queries[row] for row in kept], corpus, relevant, candidates, [ids[row] for row in kept],
+        about=dict(not_judged=len(queries) - len(kept)))
+
+
+def read_items(path, root, own_key):
+    """corpus.jsonl or queries.jsonl -> {id: row}, [Side], [record as it stands there].
+
+    own_key: what only records of this file may have, beside what every item has.
+    """
+    if not os.path.exists(path):
+        raise DataError(f"{path}: no such file; a task needs corpus.jsonl, queries.jsonl and qrels.tsv")
+    rows, sides, raws = {}, [], []
+    with open(path, "rb") as f:
+        for n, (_, _, text) in enumerate(spans_of(f, path), 1):
+            where = f"{path}: record {n}"
+            raw = parse_json(text, where)
+            if not isinstance(raw, dict) or "_id" not in raw:
+                raise DataError(f"{where}: needs an object with '_id'")
+            name = str(raw["_id"])
+            if name in rows:
+                raise DataError(f"{where}: the id {quote(raw['_id'])} stands there twice")
+            rows[name] = len(rows)
+            item = {k: v for k, v in raw.items() if k not in ("_id", "metadata", own_key)}
+            if own_key == "title" and "title" in raw:
+                item["text"] = with_title(raw, where)
+            sides.append(parse_item(item, root, where))
+            raws.append(raw)
+    if not sides:
+        raise DataError(f"{path}: no record in this file")
+    return rows, sides, raws
+
+
+def with_title(raw, where):
+    """A document's title and text as one text."""
+    title, text = raw["title"] or "", raw.get("text") or ""
+    if not isinstance(title, str) or not isinstance(text, str):
+        raise DataError(f"{where}: 'title' and 'text' must be strings")
+    return f"{title} {text}".strip()
+
+
+def candidate_rows(ids, corpus_row, where):
+    """A query's `candidates` -> their rows in the corpus; each must be there, and named once."""
+    if not isinstance(ids, list):
+        raise DataError(f"{where}: 'candidates' must be a list of ids, got {quote(ids)}")
+    rows = {}  # id -> row
+    for value in ids:
+        name = str(value)
+        if name not in corpus_row:
+            raise DataError(f"{where}: candidate {quote(value)} is not in corpus.jsonl")
+        if name in rows:
+            raise DataError(f"{where}: candidate {quote(value)} stands there twice")
+        rows[name] = corpus_row[name]
+    return list(rows.values())
 
 
 def read_qrels(path, query_row, corpus_row):
-    """-> {query row: {corpus row: gain}} of a tab-separated file; its header names the columns, in any order."""
-    needed, judged = ("query-id", "corpus-id", "score"), {}
+    """A tab-separated file -> {query row: {corpus row: gain}}; its header names the columns, in any order."""
+    needed = ("query-id", "corpus-id", "score")
+    judged = {}
     with open(path, encoding="utf-8-sig", errors="replace") as f:
         columns = [cell.strip().lower().replace("_", "-") for cell in f.readline().split("\t")]
         if sorted(columns) != sorted(needed):
-            raise DataError(f"{path}: line 1 must be a header with the columns {', '.join(needed)}, got "
-                            + quote(columns))
+            raise DataError(f"{path}: line 1 must be a header with the columns {', '.join(needed)}, "
+                            f"got {quote(columns)}")
         for n, line in enumerate(f, 2):
             if not line.strip():
                 continue
@@ -121,8 +157,8 @@ def read_qrels(path, query_row, corpus_row):
             query, doc, gain = (cells.get(name, "") for name in needed)
             known = query in query_row and doc in corpus_row and line.count("\t") == 2
             if not known or not re.fullmatch(r"-?\d+", gain):
-                raise DataError(f"{path}: line {n}: needs a known query id, a known corpus id and a whole-number score, got "
-                                + quote(cells))
+                raise DataError(f"{path}: line {n}: needs a known query id, a known corpus id and a "
+                                f"whole-number score, got {quote(cells)}")
             gains = judged.setdefault(query_row[query], {})
             if gains.setdefault(corpus_row[doc], int(gain)) != int(gain):
                 before = gains[corpus_row[doc]]

@@ -53,6 +53,8 @@ WRONG = [  # file, what is done to it, what the error says
     ("qrels.tsv", adding("q0\tred square\t2\n"), "line 14: .* was judged 1 before"),
     ("queries.jsonl", empty, "queries.jsonl: no record"),
     ("queries.jsonl", replacing('"q0"', '"q0", "candidates": 5'), "must be a list of ids"),
+    ("queries.jsonl", replacing('"q0"', '"q0", "candidates": ["red square", "blue bar", "red square"]'),
+     "queries.jsonl: record 1: candidate 'red square' stands there twice"),
     ("qrels.tsv", adding("q0\tno such\t1\n"), "line 14: needs a known query id"),
     ("corpus.jsonl", with_the_first_line_again, "record 13: the id 'red square' stands there twice"),
     ("corpus.jsonl", replacing("../red bar.png", "../gone.png"), "gone.png' does not exist"),

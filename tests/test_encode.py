@@ -15,11 +15,14 @@ from test_plume import HERE, assert_close, make_model
 
 
 def test_windows_of_encode_keep_the_order_and_the_name_of_a_bad_item(model, world):
-    """A window of 8 batches is read while the one before is embedded, by several threads, which may share a picture."""
+    """A window is read while the one before is embedded, by several threads, which may share a picture."""
     shared = Image.open(world / "red bar.png")
-    items = [{"image": shared, "text": "word " * (i % 7)} if i % 3 else "word " * (i + 1) for i in range(40)]
-    together = model.encode(items, batch_size=2, workers=3)
-    assert_close(together, model.encode(items, batch_size=40, workers=1), "windows", 1e-6)
+    items = []
+    for i in range(40):
+        text_alone = "word " * (i + 1)
+        items.append(text_alone if i % 3 == 0 else {"image": shared, "text": "word " * (i % 7)})
+    many_windows = model.encode(items, batch_size=2, workers=3)  # of 8 batches each
+    assert_close(many_windows, model.encode(items, batch_size=40, workers=1), "windows", 1e-6)
     with pytest.raises(DataError, match="item 33: .*gone.png"):
         model.encode([*items[:33], {"image": str(world / "gone.png")}, *items], batch_size=2)
     assert model.encode([]).shape == (0, 128)
@@ -51,87 +54,147 @@ class Indexed:
         return self.values[i]
 
 
+class Vague:
+    """A length that is only an estimate, or an error."""
+
+    def __init__(self, values, length):
+        self.values, self.length = values, length
+
+    def __len__(self):
+        if isinstance(self.length, type):
+            raise self.length
+        return self.length
+
+    def __iter__(self):
+        return iter(self.values)
+
+
+class Stream(torch.utils.data.IterableDataset):
+    def __init__(self, values):
+        self.values = values
+
+    def __iter__(self):
+        return iter(self.values)
+
+
+class Endless(Indexed):
+    """A map-style data set that never raises IndexError: its length is the end."""
+
+    def __len__(self):
+        return len(self.values)
+
+    def __getitem__(self, i):
+        return self.values[i % len(self.values)]
+
+
+ITEMS = ["red", "a blue square", "green", "what colour?", "black bar"]
+
+
+def containers():
+    """Everything that may hold the items; some can be gone through only once."""
+    return [
+        tuple(ITEMS),
+        Labelled(ITEMS),
+        Indexed(ITEMS),
+        Endless(ITEMS),
+        dict(zip("edcba", ITEMS)).values(),
+        dict.fromkeys(ITEMS).keys(),
+        iter(ITEMS),
+        (item for item in ITEMS),
+        map(str, ITEMS),
+        np.array(ITEMS),
+        np.array(ITEMS, object),
+        torch.utils.data.Subset(ITEMS, range(5)),
+    ]
+
+
+def streams():
+    """Without a length, or with one that is not to be trusted."""
+    return [
+        Vague(ITEMS, 2),
+        Vague(ITEMS, 99),
+        Vague(ITEMS, TypeError),
+        Vague(ITEMS, NotImplementedError),
+        tqdm(iter(ITEMS), disable=True),
+        tqdm(iter(ITEMS), total=2, disable=True),
+        torch.utils.data.ChainDataset([Stream(ITEMS)]),
+        torch.utils.data.DataLoader(Stream(ITEMS), batch_size=None),
+    ]
+
+
+SINGLE = [
+    "x",
+    b"x",
+    {"text": "x"},
+    {"a": "x", "b": "y"},
+    Path("x.png"),
+    Image.new("RGB", (9, 9)),
+    np.zeros((9, 9, 3), np.uint8),
+    3,
+    None,
+]
+
+
 def test_items_are_taken_in_the_order_in_which_any_container_gives_them(model, capsys):
-    items = ["red", "a blue square", "green", "what colour?", "black bar"]
-    expected = model.encode(items)
-    for container in (tuple(items), Labelled(items), Indexed(items), dict(zip("edcba", items)).values(), iter(items), (item for item in items),
-                      np.array(items), np.array(items, object), map(str, items), dict.fromkeys(items).keys(), torch.utils.data.Subset(items, range(5))):
-        for progress in (False, "some items"):
-            assert_close(model.encode(container if not hasattr(container, "__next__") or not progress else iter(items), progress=progress, batch_size=2),
-                         expected, f"{type(container).__name__}", 1e-6)
+    expected = model.encode(ITEMS)
+    for progress in (False, "some items"):
+        for container in containers():
+            found = model.encode(container, progress=progress, batch_size=2)
+            assert_close(found, expected, f"{type(container).__name__}", 1e-6)
     assert "some items" in capsys.readouterr().err
-    many = (f"word {i}" for i in range(50))
-    assert_close(model.encode(many, batch_size=3), model.encode([f"word {i}" for i in range(50)], batch_size=3), "a long generator", 1e-6)
-    class Vague:
-        """A length that is only an estimate, or none at all."""
-
-        def __init__(self, length):
-            self.length = length
-
-        def __len__(self):
-            if isinstance(self.length, type):
-                raise self.length
-            return self.length
-
-        def __iter__(self):
-            return iter(items)
-
-    class Stream(torch.utils.data.IterableDataset):
-        def __iter__(self):
-            return iter(items)
-
-    for vague in (*map(Vague, (2, 99, TypeError, NotImplementedError)), tqdm(iter(items), disable=True), tqdm(iter(items), total=2, disable=True),
-                  torch.utils.data.ChainDataset([Stream()]), torch.utils.data.DataLoader(Stream(), batch_size=None)):
-        assert_close(model.encode(vague, progress=True), expected, "an estimated length", 1e-6)
-
-    class Endless(Indexed):
-        """A map-style data set that never raises IndexError: its length is the end."""
-
-        def __len__(self):
-            return 5
-
-        def __getitem__(self, i):
-            return self.values[i % 5]
-
-    assert_close(model.encode(Endless(items)), expected, "by index", 1e-6)
-    for single in ("x", b"x", {"text": "x"}, {"a": "x", "b": "y"}, Path("x.png"), Image.new("RGB", (9, 9)), np.zeros((9, 9, 3), np.uint8), 3, None):
+    for stream in streams():
+        assert_close(model.encode(stream, progress=True), expected, "an estimated length", 1e-6)
+    many = [f"word {i}" for i in range(50)]
+    found = model.encode((word for word in many), batch_size=3)
+    assert_close(found, model.encode(many, batch_size=3), "a long generator", 1e-6)
+    assert model.encode(iter([])).shape == (0, 128)
+    for single in SINGLE:
         with pytest.raises(TypeError, match=r"list.*put a single item into \[ \]"):
             model.encode(single)
-    assert model.encode(iter([])).shape == (0, 128)
 
 
 def test_what_cannot_be_read_is_a_row_of_nan_with_its_reason_and_the_others_stay(model, world):
     red = str(world / "red bar.png")
-    items = ["red", {"image": "gone.png"}, {"image": red}, {"txt": "x"}, None, "blue", {"image": str(HERE / "model.py")}] * 5
+    no_picture = str(HERE / "model.py")
+    items = ["red", {"image": "gone.png"}, {"image": red}, {"txt": "x"}, None, "blue", {"image": no_picture}]
+    items *= 5
+    reasons = {1: "gone.png", 3: "Did you mean 'text'", 4: "item 4: needs", 6: "model.py"}
+    good = [i for i in range(len(items)) if i % 7 not in reasons]
     bad = {}
     out = model.encode(items, batch_size=2, bad=bad)
-    good = [i for i in range(len(items)) if i % 7 in (0, 2, 5)]
-    assert sorted(bad) == [i for i in range(len(items)) if i not in good] and np.isnan(out[sorted(bad)]).all()
+    assert sorted(bad) == [i for i in range(len(items)) if i not in good]
+    assert np.isnan(out[sorted(bad)]).all()
     assert_close(out[good], model.encode([items[i] for i in good]), "the others", 1e-6)
-    assert "gone.png" in bad[1] and "Did you mean 'text'" in bad[3] and "item 4: needs" in bad[4] and "model.py" in bad[6]
+    for i, why in reasons.items():
+        assert why in bad[i]
     with pytest.raises(DataError, match="item 1: .*gone.png"):
         model.encode(items)
     bad = {}
-    assert np.isnan(model.encode([None, None], bad=bad)).all() and list(bad) == [0, 1]  # nothing is left
-    assert np.isfinite(model.encode(["x"], bad=bad)).all() and list(bad) == [0, 1]
+    assert np.isnan(model.encode([None, None], bad=bad)).all()  # nothing is left
+    assert list(bad) == [0, 1]
+    assert np.isfinite(model.encode(["x"], bad=bad)).all()
+    assert list(bad) == [0, 1]
 
 
 def test_an_embedding_that_is_not_finite_is_never_returned(world):
     m = make_model().float()
     m.lm.layers[1].mlp.down_proj.weight.data[3, 4] = math.nan
-    for given in ({}, dict(bad={})):
+    why = r"item 0, item 1: .*not finite.*weights are not finite either \(1 tensors.*layers.1.mlp.down_proj"
+    for bad in (None, {}):
         for mode in ("latent", "single", "cot"):
-            with pytest.raises(DataError, match=r"item 0, item 1: .*not finite.*weights are not finite either \(1 tensors.*layers.1.mlp.down_proj"):
-                m.encode(["red", "blue"], mode, **(dict(limit=4) if mode == "cot" else {}), **given)
+            with pytest.raises(DataError, match=why):
+                m.encode(["red", "blue"], mode, limit=4, bad=bad)
     m = make_model().float()
     word, embed = m.processor.encode("Q")[0], m.embed
 
     def overflows(batch, *rest):  # on one word, as half precision may
         vectors, tokens = embed(batch, *rest)
-        return torch.where((batch["ids"] == word).any(1)[:, None], math.inf, vectors), tokens
+        has_word = (batch["ids"] == word).any(1)  # (B,)
+        return torch.where(has_word[:, None], math.inf, vectors), tokens
 
     m.embed = overflows
-    with pytest.raises(DataError, match="^item 2: the embedding is not finite; the weights are finite, so it is something in these items"):
+    why = "^item 2: the embedding is not finite; the weights are finite, so it is something in these items"
+    with pytest.raises(DataError, match=why):
         m.encode(["red", "blue", "Q", "green"], bad={})
     with pytest.raises(DataError, match="^item 0: .*computed in torch.bfloat16, try float32"):
         m.bfloat16().encode(["Q"])
@@ -146,7 +209,9 @@ def test_a_string_that_names_a_picture_file_is_embedded_as_text_with_one_warning
         warnings.simplefilter("always")
         out = model.encode(["red", "red bar.png", "blue bar.png", "red bar.mp4", "gone.png"])
     said = [str(w.message) for w in seen if "name of a file" in str(w.message)]
-    assert len(said) == 1 and "red bar.png" in said[0] and "{'image': ...}" in said[0]
+    assert len(said) == 1
+    assert "red bar.png" in said[0]
+    assert "{'image': ...}" in said[0]
     assert_close(out[1], model.encode([{"text": "red bar.png"}])[0], "as text", 1e-6)
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -1,9 +1,10 @@
-"""Accuracy against latency: every mode, and latent with 0..K steps, of one checkpoint, as a table and a picture.
+"""Accuracy against latency: every mode, and latent with 0..K steps, of one checkpoint, as table and picture.
 
-    python -m tools.compare --png compare.png                          turtle world, the checkpoint that train.py wrote
+    python -m tools.compare --png compare.png                          turtle world, the checkpoint of train.py
     python -m tools.compare --png compare.png --data DIR --task all    your own tasks
 """
 
+import functools
 import math
 import time
 from dataclasses import dataclass
@@ -16,6 +17,8 @@ from data import DataError, command, parse_flags, writing
 from eval import Embedder, fingerprint, load, score, select, writable, write_json
 from tasks.beir import list_tasks, read_task
 from tasks.turtle import world_tasks
+
+COLOURS = {"single": "#d62728", "latent": "#1f77b4", "cot": "#2ca02c"}  # of a mode
 
 
 @dataclass
@@ -32,56 +35,116 @@ class Config:
 
 
 def compare(model, tasks, cfg):
-    """One row for each mode, and for each number of latent steps up to the checkpoint's K."""
-    rows, checkpoint_hash = [], fingerprint(model)
-    for mode, steps in [("single", None), *(("latent", k) for k in range(model.settings["latent_steps"] + 1)), ("cot", None)]:
-        model.encode(tasks[0].queries[: cfg.batch_size], mode, steps, cfg.batch_size, limit=cfg.limit)  # the first call is slower
+    """One row for each mode, and for each number of latent steps up to the checkpoint's K.
+
+    cfg: eval.py's Config.
+    -> [dict: mode, steps (None but in mode latent), mean and hits {task: hit@1}, tokens and ms per query]
+    """
+    ways = [("single", None)]
+    ways += [("latent", steps) for steps in range(model.settings["latent_steps"] + 1)]
+    ways.append(("cot", None))
+    by_name = {task.name: task for task in tasks}
+    makers = [(name, functools.partial(by_name.get, name)) for name in by_name]
+    first_batch = tasks[0].queries[: cfg.batch_size]
+    checkpoint_hash = fingerprint(model)
+    rows = []
+    for mode, steps in ways:
+        model.encode(first_batch, mode, steps, cfg.batch_size, limit=cfg.limit)  # the first call is slower
         took = {"queries": 0, "seconds": 0.0, "tokens": 0}
-        results = dict(score(Embedder(model, cfg, mode, steps, "", checkpoint_hash), [(t.name, lambda t=t: t) for t in tasks], took=took))
-        rows.append(dict(mode=mode, steps=steps, tokens=took["tokens"] / took["queries"], ms=1e3 * took["seconds"] / took["queries"],
-                         hits={t: r["hit@1"] for t, r in results.items()}, mean=float(np.mean([r["hit@1"] for r in results.values()]))))
+        embedder = Embedder(model, cfg, mode, steps, "", checkpoint_hash)
+        hits = {name: result["hit@1"] for name, result in score(embedder, makers, took=took)}
+        tokens = took["tokens"] / took["queries"]
+        ms = 1e3 * took["seconds"] / took["queries"]
+        mean = float(np.mean(list(hits.values())))
+        rows.append(dict(mode=mode, steps=steps, tokens=tokens, ms=ms, hits=hits, mean=mean))
     return rows
+
+
+def chance_of(task):
+    """The expected hit@1 of a random ranking."""
+    shares = []
+    for gains, among in zip(task.relevant, task.candidates):
+        size = len(task.corpus) if among is None else len(among)
+        shares.append(len(gains) / size)
+    return float(np.mean(shares))
 
 
 def compare_table(rows, tasks):
     """`compare`'s rows as text, with the chance level below."""
-    short = {t.name: t.name.replace("/turtle_hard", "*").replace("/turtle", "") for t in tasks}
-    wide = {n: max(8, len(label) + 2) for n, label in short.items()}
-    lines = [f"{'mode':8}{'steps':>7}{'tokens':>8}{'ms/query':>10}{'hit@1':>8}  " + "".join(f"{short[n]:>{w}}" for n, w in wide.items())]
+    labels, wide = {}, {}
+    for task in tasks:
+        label = task.name.replace("/turtle_hard", "*").replace("/turtle", "")
+        labels[task.name] = label
+        wide[task.name] = max(8, len(label) + 2)
+    heads = "".join(f"{labels[name]:>{w}}" for name, w in wide.items())
+    lines = [f"{'mode':8}{'steps':>7}{'tokens':>8}{'ms/query':>10}{'hit@1':>8}  {heads}"]
     for r in rows:
         steps = "" if r["steps"] is None else r["steps"]
-        lines.append(f"{r['mode']:8}{steps:>7}{r['tokens']:8.1f}{r['ms']:10.2f}{r['mean']:8.1%}  " + "".join(f"{r['hits'][n]:{w}.1%}" for n, w in wide.items()))
-    chance = {t.name: float(np.mean([len(g) / (len(t.corpus) if c is None else len(c)) for g, c in zip(t.relevant, t.candidates)])) for t in tasks}
-    lines.append(f"{'chance':33}{np.mean(list(chance.values())):8.1%}  " + "".join(f"{chance[n]:{w}.1%}" for n, w in wide.items()))
-    return "\n".join(lines) + "\n* ranked against hard candidates only" * any(label.endswith("*") for label in short.values())
+        hits = "".join(f"{r['hits'][name]:{w}.1%}" for name, w in wide.items())
+        lines.append(f"{r['mode']:8}{steps:>7}{r['tokens']:8.1f}{r['ms']:10.2f}{r['mean']:8.1%}  {hits}")
+    chance = {task.name: chance_of(task) for task in tasks}
+    cells = "".join(f"{chance[name]:{w}.1%}" for name, w in wide.items())
+    lines.append(f"{'chance':33}{np.mean(list(chance.values())):8.1%}  {cells}")
+    if any(label.endswith("*") for label in labels.values()):
+        lines.append("* ranked against hard candidates only")
+    return "\n".join(lines)
+
+
+def label_of(row):
+    """What stands beside a row's point."""
+    if row["mode"] == "latent":
+        return str(row["steps"])
+    if row["mode"] == "cot":
+        return f"cot, {row['tokens']:.0f} tokens"
+    return "single pass"
 
 
 def draw_comparison(rows, path, title):
-    """Mean hit@1 (0..1, upwards) against milliseconds per query (logarithmic) as a PNG: a point for each row of `compare`."""
-    W, H, left, right, top, bottom = 1000, 620, 90, 60, 60, 80
-    image = Image.new("RGB", (W, H), "white")
-    draw, font, small = ImageDraw.Draw(image), ImageFont.load_default(20), ImageFont.load_default(16)
-    low, high = math.log(min(r["ms"] for r in rows) / 1.3), math.log(max(r["ms"] for r in rows) * 1.3)
-    place = lambda r: (left + (math.log(r["ms"]) - low) / (high - low) * (W - left - right), H - bottom - r["mean"] * (H - top - bottom))
-    for i in range(0, 11, 2):
-        y = H - bottom - i / 10 * (H - top - bottom)
-        draw.line((left, y, W - right, y), fill="#dddddd")
-        draw.text((left - 12, y), f"{i * 10}%", fill="black", font=small, anchor="rm")
-    for ms in (m * 10**e for e in range(-2, 6) for m in (1, 2, 5)):
-        if low <= math.log(ms) <= high:
-            x = place(dict(ms=ms, mean=0))[0]
-            draw.line((x, H - bottom, x, H - bottom + 6), fill="black")
-            draw.text((x, H - bottom + 10), f"{ms:g}", fill="black", font=small, anchor="mt")
-    draw.line((left, H - bottom, W - right, H - bottom), fill="black")
-    draw.text(((left + W - right) / 2, H - 20), "milliseconds per query", fill="black", font=font, anchor="mb")
+    """Writes `compare`'s rows as a PNG, a point for each.
+
+    Mean hit@1 (0..1, upwards) against milliseconds per query (logarithmic).
+    """
+    width, height = 1000, 620
+    left, right, top, bottom = 90, width - 60, 60, height - 80  # edges of the plot
+    image = Image.new("RGB", (width, height), "white")
+    draw = ImageDraw.Draw(image)
+    font, small = ImageFont.load_default(20), ImageFont.load_default(16)
+    low = math.log(min(r["ms"] for r in rows) / 1.3)
+    high = math.log(max(r["ms"] for r in rows) * 1.3)
+
+    def x_of(ms):
+        return left + (math.log(ms) - low) / (high - low) * (right - left)
+
+    def y_of(mean):
+        return bottom - mean * (bottom - top)
+
+    # axes
+    for tenths in range(0, 11, 2):
+        y = y_of(tenths / 10)
+        draw.line((left, y, right, y), fill="#dddddd")
+        draw.text((left - 12, y), f"{tenths * 10}%", fill="black", font=small, anchor="rm")
+    for exponent in range(-2, 6):
+        for digit in (1, 2, 5):
+            ms = digit * 10**exponent
+            if low <= math.log(ms) <= high:
+                x = x_of(ms)
+                draw.line((x, bottom, x, bottom + 6), fill="black")
+                draw.text((x, bottom + 10), f"{ms:g}", fill="black", font=small, anchor="mt")
+    draw.line((left, bottom, right, bottom), fill="black")
+    below = ((left + right) / 2, height - 20)
+    draw.text(below, "milliseconds per query", fill="black", font=font, anchor="mb")
     draw.text((left, 18), f"hit@1, {title}", fill="black", font=font, anchor="lt")
-    draw.line([place(r) for r in rows if r["mode"] == "latent"], fill="#1f77b4", width=2)
+
+    # points
+    latent = [(x_of(r["ms"]), y_of(r["mean"])) for r in rows if r["mode"] == "latent"]
+    draw.line(latent, fill=COLOURS["latent"], width=2)
     for r in rows:
-        (x, y), colour = place(r), {"single": "#d62728", "latent": "#1f77b4", "cot": "#2ca02c"}[r["mode"]]
+        x, y, colour = x_of(r["ms"]), y_of(r["mean"]), COLOURS[r["mode"]]
         draw.ellipse((x - 6, y - 6, x + 6, y + 6), fill=colour)
-        label = str(r["steps"]) if r["mode"] == "latent" else f"cot, {r['tokens']:.0f} tokens" if r["mode"] == "cot" else "single pass"
-        above = r["mode"] == "latent"
-        draw.text((x, y - 10 if above else y + 10), label, fill=colour, font=small, anchor="mb" if above else "mt")
+        if r["mode"] == "latent":
+            draw.text((x, y - 10), label_of(r), fill=colour, font=small, anchor="mb")
+        else:
+            draw.text((x, y + 10), label_of(r), fill=colour, font=small, anchor="mt")
     with writing(path, "wb") as f:
         image.save(f, "PNG")
 
@@ -89,21 +152,29 @@ def draw_comparison(rows, path, title):
 def main(argv):
     cfg, _ = parse_flags(Config, argv, __doc__)
     if not cfg.png.lower().endswith(".png") or not writable(cfg.png) or not writable(cfg.json):
-        raise DataError(f"--png {cfg.png!r} must end in .png, and --json {cfg.json!r} and it be in folders that exist")
+        raise DataError(f"--png {cfg.png!r} must end in .png, and --json {cfg.json!r} and it be in folders "
+                        "that exist")
     if cfg.batch_size < 1 or cfg.limit < 1:
         raise DataError(f"--batch_size {cfg.batch_size} and --limit {cfg.limit} must be at least 1")
-    turtle = {} if cfg.data else world_tasks()
-    names = select(list_tasks(cfg.data) if cfg.data else list(turtle), cfg.task, cfg.data or "turtle world")
-    tasks = [read_task(cfg.data, name) if cfg.data else turtle[name] for name in names]
-    model, begun = load(cfg), time.time()
+    if cfg.data:
+        names = select(list_tasks(cfg.data), cfg.task, cfg.data)
+        tasks = [read_task(cfg.data, name) for name in names]
+    else:
+        turtle = world_tasks()
+        names = select(list(turtle), cfg.task, "turtle world")
+        tasks = [turtle[name] for name in names]
+    model = load(cfg)
+    begun = time.time()
     rows = compare(model, tasks, evaluation.Config(batch_size=cfg.batch_size, limit=cfg.limit))
-    print(f"{cfg.ckpt}: every mode, {model.device}, batches of {cfg.batch_size}, {time.time() - begun:.0f} s; tokens: decoded "
-          "per query; ms/query: the model alone")
+    seconds = time.time() - begun
+    print(f"{cfg.ckpt}: every mode, {model.device}, batches of {cfg.batch_size}, {seconds:.0f} s; tokens: "
+          "decoded per query; ms/query: the model alone")
     print(compare_table(rows, tasks))
     draw_comparison(rows, cfg.png, f"mean of {len(tasks)} tasks")
     print(f"accuracy against latency: {cfg.png}")
     if cfg.json:
-        write_json(cfg.json, dict(ckpt=cfg.ckpt, data=cfg.data, batch_size=cfg.batch_size, device=str(model.device), rows=rows))
+        about = dict(ckpt=cfg.ckpt, data=cfg.data, batch_size=cfg.batch_size, device=str(model.device))
+        write_json(cfg.json, dict(about, rows=rows))
 
 
 if __name__ == "__main__":
