@@ -1,4 +1,4 @@
-"""Latent reasoning: a prefix, K continuous steps, a short suffix, all rows of the batch in one tensor program.
+"""Latent reasoning: a prefix, K continuous steps, a short suffix, all rows of a batch in one tensor program.
 
 Prefixes are padded on the RIGHT: nothing real stands behind padding, so causal attention hides it without a
 mask, which is what the fast kernels want.  Step k of every row happens at the same time, behind the prefix
@@ -101,7 +101,7 @@ def single_pass(lm, prefix):
 
 @torch.no_grad()
 def greedy(lm, embed, head, prefix, end, limit, rule="mrope"):
-    """Explicit chain of thought: write greedily behind <bot> until `end` (<gen_emb>), for at most `limit` tokens.
+    """Explicit chain of thought: write greedily behind <bot> until `end` (<gen_emb>), at most `limit` tokens.
 
     A row that has not ended by then gets `end` as its last token.  -> h(end) (B, D), tokens (B, n), filled up
     with `end`.  embed, head: token ids -> input embeddings, hidden states -> logits.
@@ -140,11 +140,11 @@ def at(h, column):
     return h[torch.arange(len(h), device=h.device), column]
 
 
-# ------------------------------------------------------------------------------------------------------- decoder
+# ---------------------------------------------------------------------------------------------------- decoder
 
 
 def decoder(lm, x, positions, cache, checkpointing=False):
-    """All layers over L new columns: x (B, L, D), positions (3, B, L) or (B, L) -> final-norm states (B, L, D).
+    """All layers over L new columns: x (B, L, D), positions (3, B, L) or (B, L) -> final states (B, L, D).
 
     On an empty cache the columns are the prefix; later ones become slots.  The cache is updated.
     """
@@ -174,7 +174,7 @@ def mask_of(x, cache):
 
 
 def block(layer, x, cos, sin, mask, past):
-    """One decoder layer -> its output (B, L, D), and keys and values to keep: the prefix's, or all slots so far."""
+    """One decoder layer -> its output (B, L, D); keys and values: the prefix's, or all slots so far."""
     att, mlp = layer.self_attn, layer.mlp
     h = rms_norm(x, layer.input_layernorm)
     q, k, v = (split_heads(linear(p, h), att.head_dim) for p in (att.q_proj, att.k_proj, att.v_proj))
@@ -211,7 +211,7 @@ def attend_two_blocks(q, k_prefix, v_prefix, k_slots, v_slots, hide, mask):
 
 
 def rotary(lm, positions, x):
-    """M-RoPE tables cos, sin (B, 1, L, d) for positions (3, B, L): each frequency belongs to one of three axes.
+    """M-RoPE's cos and sin (B, 1, L, d) at positions (3, B, L): each frequency belongs to one of three axes.
 
     Qwen2-VL: `mrope_section` says how many of the d/2 frequencies are temporal, height, width.  In float32.
     """
@@ -226,7 +226,7 @@ def rotary(lm, positions, x):
 
 
 def rotate(x, cos, sin):
-    """Pairs (a, b) of x's two halves -> (a cos - b sin, b cos + a sin); the minus stands in `rotary`'s table."""
+    """Pairs (a, b) of x's halves -> (a cos - b sin, b cos + a sin); the minus stands in `rotary`'s table."""
     return (x * cos + x.roll(x.shape[-1] // 2, -1) * sin).to(x.dtype)  # under autocast cos and sin are wider
 
 
@@ -245,8 +245,8 @@ def split_heads(x, d):
 def for_heads(kv, q):
     """Keys or values (B, G, L, d) as attention takes them: so, or a copy for every head (B, H, L, d).
 
-    torch's flash kernels let a group's heads share them.  The kernel for float32 on CUDA does not, and the one
-    that would run in its place keeps all L x L scores.
+    torch's flash kernels let a group's heads share them.  The kernel for float32 on CUDA does not, and what
+    would run in its place keeps all L x L scores.
     """
     if q.device.type == "cpu" or q.dtype in (torch.bfloat16, torch.float16):
         return kv
@@ -257,7 +257,7 @@ def for_heads(kv, q):
 
 
 def linear(layer, x):
-    """layer(x), x (B, L, D).  On a CPU the few rows of a latent step are faster as (W x^T)^T, in blocks of 16.
+    """layer(x), x (B, L, D).  On a CPU a latent step's few rows are faster as (W x^T)^T, in blocks of 16.
 
     The products of a step of 16 / 32 / 48 rows take 17 / 24 / 38 ms so and 19 / 26 / 45 the usual way (8
     layers, D = 512, 2 threads, an AMD EPYC, 2026-11-25).  With 8 and 64 rows it was slower on another CPU
@@ -332,13 +332,13 @@ def at_fixed_places(usual, given, cache, P):
 
 
 def record(function, device):
-    """A function without arguments as a CUDA graph -> (replay, its outputs, which every replay overwrites)."""
+    """A function without arguments as a CUDA graph -> replay, and its outputs, which a replay overwrites."""
     if device.type != "cuda":
-        raise ValueError(f"latent.Graphs on {device}: CUDA graphs need a CUDA device; leave `graphs` None on others")
+        raise ValueError(f"latent.Graphs on {device}: needs a CUDA device; leave `graphs` None on others")
     with torch.cuda.device(device):
         here, side = torch.cuda.current_stream(), recording_stream(device)
         side.wait_stream(here)
-        with torch.cuda.stream(side):  # once without recording: libraries load their kernels, take their workspaces
+        with torch.cuda.stream(side):  # once without recording: libraries load kernels, take workspaces
             function()
         here.wait_stream(side)
         graph = torch.cuda.CUDAGraph()

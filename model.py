@@ -38,14 +38,13 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers import AutoTokenizer, Qwen2VLConfig, Qwen2VLForConditionalGeneration
 from transformers.utils import logging as transformers_logging
-from transformers.vision_utils import get_vision_position_ids
 
 from adapter import MAX_STEPS, TransitionAdapter, from_released, to_released
 from data import (
     IMAGE_SUFFIXES, MERGE, PATCH, PLUME_TOKENS, TEMPLATE, TEMPORAL, VIDEO_SUFFIXES, DataError, Limits,
     Processor, Side, collate, fixed_strings, nearest, normalised, only_keys, parse_item, parse_json, quote,
     reason, to_device, train_tokenizer, write_errors)
-from latent import Prefix, at, at_least_float32, greedy, rollout, single_pass
+from latent import Prefix, at, at_least_float32, greedy, rollout, rotate, single_pass
 
 RELEASED_PROMPT = (
     "Represent the above input text, images, videos, or any combination of the three as embeddings. First "
@@ -153,11 +152,9 @@ class Plume(nn.Module):
         """Token embeddings with the pictures' and clips' features in their places -> latent.Prefix."""
         x = self.lm.embed_tokens(batch["ids"])  # (B, P, D)
         if batch["pixels"] is not None:
-            visual, grid = self.backbone.model.visual, batch["grid"]
-            places = get_vision_position_ids(grid, MERGE).to(x.device, non_blocking=True)
-            pixels = normalised(batch["pixels"]).to(visual.dtype)
-            seen = visual(pixels, grid_thw=grid, position_ids=places)
-            features = seen.pooler_output.to(x.dtype)  # (M, D)
+            visual = self.backbone.model.visual
+            pixels = normalised(batch["pixels"]).to(visual.patch_embed.proj.weight.dtype)
+            features = see(visual, pixels, batch["grid"]).to(x.dtype)  # (M, D)
             x = x.flatten(0, 1).index_copy(0, batch["media"], features).view_as(x)
         return Prefix(x, batch["positions"], batch["lengths"], batch["disc"])
 
@@ -473,6 +470,55 @@ class Plume(nn.Module):
 
 
 # ------------------------------------------------------------------------------------------------- computing
+
+
+def see(visual, pixels, grid):
+    """The vision tower: patches -> features of the visual tokens (M, D), as transformers' own forward.
+
+    visual: Qwen2VisionTransformerPretrainedModel; pixels: (N, 1176) normalised patches of all frames,
+    N = 4 M;
+    grid: on the CPU, (t, h, w) in patches of each picture and clip.
+    Two things are faster than in the module: the patch embedding is one product and not a convolution, and
+    frames of as many patches are attended together (docs/speed.md).
+    """
+    frames = grid.repeat_interleave(grid[:, 0], 0)[:, 1:]  # (h, w) of every frame
+    sizes = frames.prod(1)
+    by_size = sizes.argsort(stable=True)
+    order = sizes.repeat_interleave(sizes).argsort(stable=True).to(pixels.device, non_blocking=True)
+    frames, sizes = frames[by_size], sizes[by_size]
+    groups = [(n, size) for size, n in zip(*map(torch.Tensor.tolist, sizes.unique(return_counts=True)))]
+    x = F.linear(pixels[order], visual.patch_embed.proj.weight.flatten(1))
+    cos, sin = visual.rotary_pos_emb(x, patch_places(frames, sizes).to(x.device, non_blocking=True))
+    sin[:, : sin.shape[1] // 2].neg_()  # the minus of `rotate`
+    for layer in visual.blocks:
+        x = x + attend_frames(layer.attn, layer.norm1(x), cos[:, None], sin[:, None], groups)
+        x = x + layer.mlp(layer.norm2(x))
+    merged = visual.merger(x)
+    tokens = order[:: MERGE**2] // MERGE**2  # four patches, which stand side by side, are one token
+    return torch.empty_like(merged).index_copy(0, tokens, merged)
+
+
+def patch_places(frames, sizes):
+    """(h, w) and h * w of every frame -> row and column of every patch, (N, 2), four of a square together."""
+    nth = torch.arange(sizes.sum()) - (sizes.cumsum(0) - sizes).repeat_interleave(sizes)  # in its frame
+    square, inside = nth // MERGE**2, nth % MERGE**2
+    squares_wide = frames[:, 1].repeat_interleave(sizes) // MERGE
+    rows = square // squares_wide * MERGE + inside // MERGE
+    columns = square % squares_wide * MERGE + inside % MERGE
+    return torch.stack([rows, columns], 1)
+
+
+def attend_frames(att, x, cos, sin, groups):
+    """Every frame attends to itself: x (N, D), cos and sin (N, 1, d), groups of (frames, patches of each)."""
+    q, k, v = att.qkv(x).view(len(x), 3, att.num_heads, -1).unbind(1)  # (N, H, d) each
+    q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+    seen, begin = [], 0
+    for n, size in groups:
+        end = begin + n * size
+        group = [t[begin:end].unflatten(0, (n, size)).transpose(1, 2) for t in (q, k, v)]  # (n, H, size, d)
+        seen.append(F.scaled_dot_product_attention(*group).transpose(1, 2).flatten(0, 1))
+        begin = end
+    return att.proj(torch.cat(seen).flatten(1))
 
 
 def unit(x):

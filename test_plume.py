@@ -208,7 +208,8 @@ def reference_inputs(m, sample):
     for kind, pixels, grid in names:
         mine = [i for i, k in enumerate(order) if k == kind]
         if mine:
-            inputs[pixels] = normalised(torch.cat([torch.from_numpy(sample["pixels"][i]) for i in mine])).double()
+            patches = torch.cat([torch.from_numpy(sample["pixels"][i]) for i in mine])
+            inputs[pixels] = normalised(patches).double()
             inputs[grid] = torch.tensor([sample["grids"][i] for i in mine])
     if order:
         inputs["mm_token_type_ids"] = kinds

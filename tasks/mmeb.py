@@ -870,7 +870,7 @@ def match(found, where, named, right, is_global):
 
 
 def version_of(task, hub, count):
-    """-> the version of a mended task by the number of its queries, "" of others; and the number it must have."""
+    """-> a mended task's version by the number of its queries ("": not one), and the number it must have."""
     versions = task.versions or {}
     version, expected = versions.get(hub, ("", task.queries))
     if count == expected:

@@ -1,4 +1,4 @@
-"""What is said about MMEB-V2: the paper's table, the leaderboard's file, what is missing, and two files compared."""
+"""MMEB-V2 in print: the paper's table, the leaderboard's file, what is missing, two files compared."""
 
 import json
 import os
@@ -10,7 +10,7 @@ from tqdm import tqdm
 from data import DataError
 from tasks.mmeb import META, MMEB, copies, download, modality, read_published, video_classes
 
-# Means over the image, video and document tasks and over all 78, as the PLUME paper (arXiv 2604.02073) prints them.
+# Means over image, video and document tasks and all 78, as the PLUME paper (arXiv 2604.02073) prints them.
 PAPER = {
     "PLUME, paper": (66.3, 44.1, 67.5, 61.6),
     "UME-R1, paper": (66.6, 42.2, 63.9, 60.1),
@@ -36,7 +36,7 @@ def mean_cell(results, tasks):
 def paper_rows(results, ours):
     """-> the paper's table as rows of strings, the header first, and whether anything is missing or partial.
 
-    results: {"<meta-task>/<task>": scores}; ours: the name of our row.  Cells are means over tasks in per cent.
+    results: {"<meta-task>/<task>": scores}; ours: name of our row.  Cells are means over tasks in per cent.
     """
     header, row = ["model"], [ours]
     for part in PARTS:
@@ -144,7 +144,7 @@ def check(root, names, released):
 
 
 def main_scores(path):
-    """A file that --json wrote, or one in the leaderboard's format -> {"video/MSVD": the task's own metric}."""
+    """A file that --json wrote, or one in the leaderboard's form -> {"video/MSVD": the task's own metric}."""
     scores = {}
     try:
         with open(path) as f:

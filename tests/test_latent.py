@@ -14,10 +14,34 @@ from adapter import TransitionAdapter
 from curriculum import Curriculum
 from data import Batches, Pairs, collate, parse_item, to_device
 from latent import Cache, Prefix, decoder, rollout
-from model import Plume
+from model import Plume, see
 from test_plume import FINAL, assert_close, gradients, make_model, mixed_items, our_rollout, rendered, whole
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+
+
+# ---------------------------------------------------------------------------------------------------- pictures
+
+
+@pytest.mark.parametrize("grid", [
+    [[1, 4, 4]],
+    [[1, 2, 2], [1, 2, 12], [1, 12, 2]],  # one token; as many patches in another shape
+    [[1, 4, 6], [3, 6, 4], [1, 8, 2], [2, 4, 4], [1, 4, 6]],  # clips between pictures
+])
+def test_the_vision_tower_equals_transformers_in_values_and_gradients(grid):
+    m, grid = make_model(), torch.tensor(grid)
+    visual = m.backbone.model.visual
+    pixels = torch.randn(grid.prod(1).sum(), 1176, dtype=torch.double, requires_grad=True)
+    found = []
+    for features in (see(visual, pixels, grid), visual(pixels, grid_thw=grid).pooler_output):
+        pixels.grad = None
+        visual.zero_grad()
+        features.sin().sum().backward()
+        found.append(dict(gradients(visual), features=features.detach(), pixels=pixels.grad))
+    ours, theirs = found
+    assert ours.keys() == theirs.keys()
+    for name, wanted in theirs.items():
+        assert_close(ours[name], wanted, name)  # its rotation is in float32
 
 
 # ----------------------------------------------------------------------------------------------------- graphs

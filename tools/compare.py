@@ -1,6 +1,6 @@
 """Accuracy against latency: every mode, and latent with 0..K steps, of one checkpoint, as table and picture.
 
-    python -m tools.compare --png compare.png                          turtle world, the checkpoint of train.py
+    python -m tools.compare --png compare.png                          turtle world, train.py's checkpoint
     python -m tools.compare --png compare.png --data DIR --task all    your own tasks
 """
 

@@ -2,12 +2,13 @@
 
     python -m tools.speed                                    random weights in the tiny shape
     python -m tools.speed --preset mid --prefix 40,160       in another one, for queries of two lengths
+    python -m tools.speed --preset mid --prefix 100-1600     each query of a batch of another length
     python -m tools.speed --ckpt out/checkpoint              a checkpoint
     python -m tools.speed --preset mid --growth growth.png   how cost grows with prefix, steps and batch
 
-A table for each batch size and each length, a line for each way to embed the same equal queries:
+A table for each batch size and each length, a line for each way to embed the same queries:
 
-    single                one pass: the hidden state at <disc_emb>
+    single                one pass: the hidden state at <disc_emb>; "transformers": its own forward
     latent, K = 8         prefill, 8 latent steps, suffix; "graph": the same replayed as a CUDA graph
     one by one, K = 8     the same without latent.py: each query alone through transformers' modules and cache
     cot, 403 tokens       a written rationale by latent.greedy; "transformers": by generate
@@ -20,10 +21,14 @@ A table for each batch size and each length, a line for each way to embed the sa
     x floor                     time against what the counted work takes at the rates in the first line
     peak MiB                    the most memory that one call takes beside the model
     prefill  steps  suffix      shares of the time
+
+Behind it the time of one pass against transformers' own, and the kernels of one latent step: about what a GPU
+has to start, whatever the batch.
 """
 
 import functools
 import math
+import re
 import time
 from dataclasses import dataclass
 from typing import Callable, NamedTuple
@@ -32,18 +37,20 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch.nn.functional import normalize
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 from transformers import DynamicCache
 
 from data import DataError, Side, collate, command, normalised, parse_flags, to_device, writing
 from eval import writable, write_json
-from latent import Graphs, greedy
+from latent import Graphs, at, greedy
 from model import SHAPES, Plume, pick_device
 from tasks.turtle import World
 from tools.dry_run import LiveBytes
 
-GRAPH, GENERATED = "latent graph, K = 8", "cot, transformers"  # names of two rows
+# names of rows
+FORWARD, GRAPH, GENERATED = "single, transformers", "latent graph, K = 8", "cot, transformers"
 
 
 @dataclass
@@ -55,7 +62,7 @@ class Config:
     dtype: str = ""  # float32 or bfloat16; default: bfloat16 where it is fast
     # queries
     batch_sizes: str = "1,8,32"  # queries in a batch, with commas between; fewer if memory is short
-    prefix: str = "160"  # tokens of a query of text, with commas between
+    prefix: str = "160"  # tokens of a query of text, with commas between; 100-1600: of each another length
     image: str = ""  # WIDTHxHEIGHT in pixels: a query is a picture instead
     frames: int = 0  # a query is a clip of so many frames, of the size of --image or 224x224
     # what is timed
@@ -103,9 +110,28 @@ def query_side(processor, cfg, prefix):
     return Side([("text", " forward" * (prefix - prompt))])
 
 
+def ranges(text):
+    """--prefix: "40,100-1600" -> [(40, 40), (100, 1600)]"""
+    found = []
+    for part in text.split(","):
+        low, dash, high = part.partition("-")
+        low, high = whole_numbers("prefix", f"{low},{high if dash else low}", ",", "40,160 or 100-1600")
+        if low > high:
+            raise DataError(f"--prefix {part}: the smaller number goes first, as 100-1600")
+        found.append((low, high))
+    return found
+
+
 def speed_batch(model, cfg, prefix, size):
-    """`size` equal queries, collated on the model's device; "samples" are the same one by one."""
-    samples = [model.processor.render(query_side(model.processor, cfg, prefix))] * size
+    """`size` queries, collated on the model's device; "samples" are the same one by one.
+
+    prefix: the least and the most tokens of a query of text; between them lengths are drawn at random.
+    """
+    low, high = prefix
+    lengths = np.random.default_rng(0).integers(low, high + 1, size).tolist()
+    sides = {n: query_side(model.processor, cfg, n) for n in lengths}
+    rendered = {n: model.processor.render(side) for n, side in sides.items()}
+    samples = [rendered[n] for n in lengths]
     return dict(to_device(collate(samples, model.processor), model.device), samples=samples)
 
 
@@ -131,6 +157,7 @@ def speed_methods(model, batch, cfg):
     """-> {name: Method}"""
     rows = batches_of_one(model, batch["samples"])
     methods = {"single": Method(functools.partial(model.embed, batch, "single"), passes=0)}
+    methods[FORWARD] = Method(functools.partial(transformers_forward, model, batch), passes=0)
     for k in (0, 4, 6, 8):  # the last step shares its pass with the suffix
         methods[f"latent, K = {k}"] = Method(functools.partial(model.embed, batch, "latent", k), max(1, k), k)
     if model.device.type == "cuda":
@@ -140,7 +167,8 @@ def speed_methods(model, batch, cfg):
     methods["one by one, K = 8"] = Method(alone, passes=9, steps=8, alone=True)
     write = functools.partial(write_rationale, model, batch, cfg.tokens)
     methods[f"cot, {cfg.tokens} tokens"] = Method(write, passes=cfg.tokens, writes=True)
-    generate = functools.partial(model.backbone.generate, **as_transformers(model, batch), do_sample=False,
+    inputs = as_transformers(model, batch, padded_left=True)
+    generate = functools.partial(model.backbone.generate, **inputs, do_sample=False,
                                  min_new_tokens=cfg.tokens, max_new_tokens=cfg.tokens)
     methods[GENERATED] = Method(generate, passes=cfg.tokens - 1, writes=True)
     return methods
@@ -166,11 +194,15 @@ def write_rationale(model, batch, tokens):
     return greedy(model.lm, model.lm.embed_tokens, logits, model.prefix(batch), gen, tokens)
 
 
-def as_transformers(model, batch):
-    """A batch of equally long queries, with pictures or with clips, as inputs of transformers' own model."""
+def as_transformers(model, batch, padded_left=False):
+    """A batch of queries, of text, with pictures or with clips, as inputs of transformers' own model."""
     ids, token = batch["ids"], model.processor.id  # (B, P)
+    real = torch.arange(ids.shape[1], device=ids.device) < batch["lengths"][:, None]
+    if padded_left:  # as `generate` wants them
+        ids = torch.stack([row.roll(len(row) - n) for row, n in zip(ids, batch["lengths"].tolist())])
+        real = real.flip(1)
     images, videos = ids == token["<|image_pad|>"], ids == token["<|video_pad|>"]
-    inputs = dict(input_ids=ids, attention_mask=torch.ones_like(ids))
+    inputs = dict(input_ids=ids, attention_mask=real.long())
     if batch["pixels"] is None:
         return inputs
     inputs["mm_token_type_ids"] = images.int() + 2 * videos.int()
@@ -178,6 +210,15 @@ def as_transformers(model, batch):
     inputs[f"pixel_values{kind}"] = normalised(batch["pixels"])
     inputs["video_grid_thw" if kind else "image_grid_thw"] = batch["grid"].to(model.device)
     return inputs
+
+
+@torch.no_grad()
+def transformers_forward(model, batch):
+    """One pass through transformers' own model -> (B, D) unit, as `Plume.embed` in mode single."""
+    model.backbone.model.rope_deltas = None  # transformers keeps those of the last call
+    inputs = dict(as_transformers(model, batch), position_ids=batch["positions"])
+    h = model.backbone.model(**inputs, use_cache=False).last_hidden_state  # (B, P, D)
+    return normalize(at(h, batch["disc"]).float(), dim=-1)
 
 
 def one_by_one(model, batch, steps):
@@ -276,6 +317,30 @@ def count_work(method, device):
     with FlopCounterMode(display=False, custom_mapping=UNKNOWN_TO_TORCH) as flops:
         peak = peak_bytes(method.embed, device)
     return flops.get_total_flops(), peak
+
+
+class Kernels(TorchDispatchMode):
+    """Counts operators that compute or move something: on a GPU each is a kernel, or a few."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        looks_only = operator.is_view or operator in (torch.ops.aten._unsafe_view.default,
+                                                      torch.ops.aten.promote_types.default)
+        self.count += not looks_only
+        return operator(*args, **(kwargs or {}))
+
+
+def kernels_of_a_step(model, batch):
+    """Kernels of one latent step: those of 8 steps without those of 4, divided by 4."""
+    counts = {}
+    for steps in (4, 8):
+        with Kernels() as kernels:
+            model.embed(batch, "latent", steps)
+        counts[steps] = kernels.count
+    return (counts[8] - counts[4]) / 4
 
 
 # ---------------------------------------------------------------------------------------- the table
@@ -394,17 +459,23 @@ def speed_tables(model, cfg, result, save):
     rates = peak_rates(model.device, model.lm.norm.weight.dtype)
     result |= dict(flops=rates[0], bytes_per_s=rates[1])
     print(f"; it gives {rates[0] / 1e12:.2f} TFLOP/s and {rates[1] / 1e9:.0f} GB/s")
-    lengths = whole_numbers("prefix", cfg.prefix, ",", "40,160")
+    lengths = ranges(cfg.prefix)
     if cfg.image or cfg.frames:
-        lengths = [0]  # a picture has its own
+        lengths = [(0, 0)]  # a picture has its own
     for prefix in lengths:
         for size in whole_numbers("batch_sizes", cfg.batch_sizes, ",", "1,8,32"):
             batch = speed_batch(model, cfg, prefix, size)
             rows = measure_speed(model, batch, cfg, rates)
-            tokens = batch["ids"].shape[1]
+            shortest, longest = batch["lengths"].min(), batch["lengths"].max()
+            tokens = f"{shortest} to {longest}" if shortest < longest else f"{longest}"
             patches = 0 if batch["pixels"] is None else len(batch["pixels"]) // size
-            print(f"\n{size} equal queries a batch, prefix of {tokens} tokens, {patches} patches")
+            kernels = kernels_of_a_step(model, batch)
+            print(f"\n{size} queries a batch, prefix of {tokens} tokens, {patches} patches")
             print(speed_table(rows))
+            to_theirs = rows[0]["ms"] / rows[1]["ms"]
+            print(f"one pass takes {to_theirs:.2f} times transformers' time; "
+                  f"a latent step is {kernels:.0f} kernels")
+            rows.append(dict(method="a latent step", batch=size, prefix=rows[0]["prefix"], kernels=kernels))
             if cfg.training:
                 rows.append(training_step(model, batch, cfg))
             result["rows"] += rows
@@ -430,7 +501,7 @@ def growth(model, cfg):
     for what, values in GROWTH.items():
         for value in tqdm(values, desc=what, leave=False):
             now = dict(STAYS, **{what: value})
-            batch = speed_batch(model, cfg, now["prefix"], now["batch"])
+            batch = speed_batch(model, cfg, (now["prefix"],) * 2, now["batch"])
             embed = functools.partial(model.embed, batch, "latent", now["K"])
             peak = peak_bytes(embed, model.device) / 2**20
             seconds = float(np.median(rounds({what: embed}, cfg.repeats, model.device)[what]))
@@ -485,7 +556,7 @@ def check(cfg, given):
         raise DataError(f"--repeats {cfg.repeats} and --tokens {cfg.tokens} must be at least 1, "
                         f"--frames {cfg.frames} at least 0")
     whole_numbers("batch_sizes", cfg.batch_sizes, ",", "1,8,32")
-    whole_numbers("prefix", cfg.prefix, ",", "40,160")
+    ranges(cfg.prefix)
     image_size(cfg)
 
 

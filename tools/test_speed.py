@@ -1,17 +1,19 @@
 """The command python -m tools.speed."""
 
+import copy
 import json
 
 import pytest
 import torch
 from PIL import Image
 
-from data import collate
+from data import collate, to_device
 from test_plume import assert_close, call, mixed_items, rendered
 from tools import speed
 
 METHODS = {
     "single",
+    "single, transformers",
     "latent, K = 0",
     "latent, K = 4",
     "latent, K = 6",
@@ -19,6 +21,7 @@ METHODS = {
     "one by one, K = 8",
     "cot, 5 tokens",
     "cot, transformers",
+    "a latent step",
     "training",
 }
 GROWN = [  # what grows, prefix, K, batch
@@ -42,19 +45,24 @@ def rows_in(path):
 
 def test_the_speed_benchmark_times_the_same_embeddings_and_counts_their_work(
         model, world, tmp_path, monkeypatch):
-    samples = rendered(model, filter(of_one_kind, mixed_items(world)))
+    items = list(filter(of_one_kind, mixed_items(world)))
+    samples = rendered(model, items)
     ours, _ = model.embed(collate(samples, model.processor), "latent", 8)
     with torch.no_grad():
         theirs = [speed.one_by_one(model, collate([s], model.processor), 8) for s in samples]
     assert_close(ours, torch.cat(theirs), "one by one through transformers", 1e-5)
+    without_clips = [item for item in items if "video" not in item]
+    batch = collate(rendered(model, without_clips), model.processor)
+    ours, _ = model.embed(batch, "single")
+    assert_close(ours, speed.transformers_forward(model, batch), "one pass of transformers", 1e-5)
 
     base = ["tools.speed", "--device=cpu", "--repeats=2", "--json", tmp_path / "s.json"]
     one_table = [*base, "--batch_sizes=2", "--tokens=5"]
     printed = call(*one_table, "--prefix=40").stdout
-    assert "2 equal queries a batch, prefix of 40 tokens, 0 patches" in printed
+    assert "2 queries a batch, prefix of 40 tokens, 0 patches" in printed
     rows = {r["method"]: r for r in rows_in(tmp_path / "s.json")}
     assert rows.keys() == METHODS
-    # the tiny shape by hand: two operations for each weight and column, and for each pair of columns and width
+    # the tiny shape by hand: two operations for each weight and column, for each pair of columns and width
     D, I, layers, G = 128, 384, 3, 64
     column = layers * 2 * (2 * D * D + 2 * D * G + 3 * D * I)
     pairs = layers * 4 * D
@@ -66,11 +74,13 @@ def test_the_speed_benchmark_times_the_same_embeddings_and_counts_their_work(
     assert extra == pytest.approx(4 * (column + 50 * pairs + adapter), rel=0.05)
     assert rows["one by one, K = 8"]["gbytes"] > 1.9 * rows["latent, K = 8"]["gbytes"]
     assert rows["training"]["ours"] > 0
-    for method in METHODS - {"training"}:
+    for method in METHODS - {"training", "a latent step"}:
         row = rows[method]
         assert 0 < row["low"] <= row["ms"] <= row["high"], method
         assert row["floor"] > 1 and row["peak_mib"] > 0, method
 
+    printed = call(*one_table, "--prefix=30-60", "--training=false").stdout
+    assert "one pass takes " in printed and "prefix of 49 to 56 tokens" in printed  # drawn with seed 0
     printed = call(*one_table, "--image=56x84", "--training=false").stdout
     assert " 24 patches" in printed
     printed = call(*one_table, "--image=56x56", "--frames=2", "--training=false").stdout
@@ -86,8 +96,19 @@ def test_the_speed_benchmark_times_the_same_embeddings_and_counts_their_work(
         ("--preset=midd", "one of tiny"),
         ("--prefix=3", "prompt alone has"),
         ("--prefix=a", "needs numbers"),
+        ("--prefix=9-", "needs numbers"),
+        ("--prefix=60-40", "the smaller number goes first"),
         ("--image=448", "as 448x448"),
         ("--batch_sizes=0", "needs numbers"),
         ("--mode=single", "unknown argument"),
     ):
         assert why in call(*one_table, flag, check=False).stderr, flag
+
+
+def test_a_latent_step_starts_no_more_kernels_than_it_did(model):
+    """On "meta" nothing is computed; an RMSNorm counts six there, and on CUDA one."""
+    layers = len(model.lm.layers)
+    for texts in (["a"], ["a red turtle", "b"] * 8):
+        batch = to_device(collate(rendered(model, texts), model.processor), "meta")
+        kernels = speed.kernels_of_a_step(copy.deepcopy(model).to("meta"), batch)
+        assert kernels <= 24 + 46 * layers, texts
