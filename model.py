@@ -481,14 +481,10 @@ def see(visual, pixels, grid):
     Two things are faster than in the module: the patch embedding is one product and not a convolution, and
     frames of as many patches are attended together (docs/speed.md).
     """
-    frames = grid.repeat_interleave(grid[:, 0], 0)[:, 1:]  # (h, w) of every frame
-    sizes = frames.prod(1)
-    by_size = sizes.argsort(stable=True)
-    order = sizes.repeat_interleave(sizes).argsort(stable=True).to(pixels.device, non_blocking=True)
-    frames, sizes = frames[by_size], sizes[by_size]
-    groups = [(n, size) for size, n in zip(*map(torch.Tensor.tolist, sizes.unique(return_counts=True)))]
+    order, places, groups = frames_by_size(grid)
+    order, places = (index.to(pixels.device, non_blocking=True) for index in (order, places))
     x = F.linear(pixels[order], visual.patch_embed.proj.weight.flatten(1))
-    cos, sin = visual.rotary_pos_emb(x, patch_places(frames, sizes).to(x.device, non_blocking=True))
+    cos, sin = visual.rotary_pos_emb(x, places)
     sin[:, : sin.shape[1] // 2].neg_()  # the minus of `rotate`
     for layer in visual.blocks:
         x = x + attend_frames(layer.attn, layer.norm1(x), cos[:, None], sin[:, None], groups)
@@ -496,6 +492,21 @@ def see(visual, pixels, grid):
     merged = visual.merger(x)
     tokens = order[:: MERGE**2] // MERGE**2  # four patches, which stand side by side, are one token
     return torch.empty_like(merged).index_copy(0, tokens, merged)
+
+
+def frames_by_size(grid):
+    """How frames of as many patches come to stand together, small ones first; all on the CPU.
+
+    -> order (N,): which patch stands n-th; places (N, 2): its row and column in its frame; groups: (frames,
+    patches of each) of every size.
+    """
+    frames = grid.repeat_interleave(grid[:, 0], 0)[:, 1:]  # (h, w) of every frame
+    sizes = frames.prod(1)
+    order = sizes.repeat_interleave(sizes).argsort(stable=True)
+    by_size = sizes.argsort(stable=True)
+    places = patch_places(frames[by_size], sizes[by_size])
+    each, count = sizes.unique(return_counts=True)
+    return order, places, list(zip(count.tolist(), each.tolist()))
 
 
 def patch_places(frames, sizes):

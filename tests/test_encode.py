@@ -1,6 +1,8 @@
 """`encode`: any container in its own order, bad items named, nothing that is not finite."""
 
 import math
+import threading
+import time
 import warnings
 from pathlib import Path
 
@@ -11,7 +13,8 @@ from PIL import Image
 from tqdm import tqdm
 
 from data import DataError
-from test_plume import HERE, assert_close, make_model
+from model import media_bytes
+from test_plume import HERE, assert_close, make_model, picture
 
 
 def test_windows_of_encode_keep_the_order_and_the_name_of_a_bad_item(model, world):
@@ -26,6 +29,42 @@ def test_windows_of_encode_keep_the_order_and_the_name_of_a_bad_item(model, worl
     with pytest.raises(DataError, match="item 33: .*gone.png"):
         model.encode([*items[:33], {"image": str(world / "gone.png")}, *items], batch_size=2)
     assert model.encode([]).shape == (0, 128)
+
+
+@pytest.mark.parametrize("workers", [1, 4])
+def test_media_in_memory_are_bounded_in_bytes_whatever_the_batch(workers, model, world, monkeypatch):
+    items = [{"image": picture("red", "bar", (168, 168)), "text": "word " * (i % 5)} for i in range(40)]
+    items[7:7] = ["text alone"] * 9 + [{"image": picture("blue", "bar", (28, 28))}]
+    plain = model.encode(items)
+    read, embed_rows = model.read, model.embed_rows
+    each = media_bytes(read(0, items[0], None))
+    counts = dict(read=0, embedded=0, most=0)
+
+    def counted_read(i, *rest):
+        sample = read(i, *rest)
+        counts["read"] += media_bytes(sample)
+        counts["most"] = max(counts["most"], counts["read"] - counts["embedded"])
+        return sample
+
+    def counted_rows(out, rows, samples, *rest):
+        embed_rows(out, rows, samples, *rest)
+        counts["embedded"] += sum(media_bytes(samples[i]) for i in rows)
+
+    monkeypatch.setattr(model, "read", counted_read)
+    monkeypatch.setattr(model, "embed_rows", counted_rows)
+    monkeypatch.setattr("model.AHEAD", 3 * each)
+    assert_close(model.encode(items, batch_size=16, workers=workers), plain, "many small windows", 1e-6)
+    assert counts["read"] == counts["embedded"] > 40 * each
+    # two windows of at most 3, each with the one that fills it, and one in every thread
+    assert counts["most"] <= (6 + 2 + workers) * each
+
+    windows = model.encoding(iter(items), batch_size=2, workers=workers)  # closed early: nobody waits on
+    next(windows)
+    windows.close()
+    deadline = time.monotonic() + 10
+    while any("ThreadPoolExecutor" in thread.name for thread in threading.enumerate()):
+        assert time.monotonic() < deadline, "a reader is left behind"
+        time.sleep(0.01)
 
 
 class Labelled:

@@ -4,18 +4,24 @@ CUDA graphs, products of few rows on a CPU, recomputed activations, a cache that
 Without a GPU a stand-in plays the graphs.
 """
 
+import contextlib
+import functools
+
 import numpy as np
 import pytest
 import torch
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils._pytree import tree_map_only
 
 import latent
 import train
-from adapter import TransitionAdapter
 from curriculum import Curriculum
 from data import Batches, Pairs, collate, parse_item, to_device
-from latent import Cache, Prefix, decoder, rollout
-from model import Plume, see
-from test_plume import FINAL, assert_close, gradients, make_model, mixed_items, our_rollout, rendered, whole
+from latent import Cache, decoder, rollout
+from model import Plume, frames_by_size, see
+from test_plume import (
+    FINAL, assert_close, batch_of_eight, gradients, make_model, mixed_items, our_rollout, rendered, whole)
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 
@@ -217,17 +223,57 @@ def test_the_prefix_cache_is_never_copied(model):
 # ---------------------------------------------------------------------------------------- numbers and devices
 
 
-def test_rollout_never_asks_the_device_a_question(model):
+def every_mode_and_a_step_of_training(m, batch, pairs, autocast=contextlib.nullcontext):
+    """Runs the hot path; what comes out has the right shapes, values aside."""
+    with autocast():
+        for mode in ("single", "latent", "cot"):  # every 16 tokens cot does look whether all rows have ended
+            vectors, _ = m.embed(batch, mode, limit=4)
+            assert vectors.shape == (6, 128) and vectors.dtype == torch.float32
+    for micro_batch in (0, 3):  # in one piece; by GradCache
+        m.zero_grad()
+        parts = train.backward(m, pairs[micro_batch], train.Config(), autocast())
+        assert parts["loss"].shape == ()
+        assert all(p.grad.shape == p.shape for p in m.parameters())
+
+
+@pytest.fixture(scope="session")
+def hot_path(world):
+    """Mixed items as a batch, and the same pairs in one micro-batch and in several."""
+    m = make_model()
+    pairs = {n: batch_of_eight(world / "train.jsonl", m.processor, micro_batch=n) for n in (0, 3)}
+    return collate(rendered(m, mixed_items(world)), m.processor), pairs
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_hot_path_never_asks_the_device_a_question(hot_path, dtype):
     """On the meta device there are no values: anything that looks at one raises."""
-    with torch.device("meta"):
-        lm = type(model.lm)(model.lm.config)
-        adapter = TransitionAdapter(128)
-        positions, row = torch.zeros(3, 3, 10, dtype=torch.long), torch.zeros(3, dtype=torch.long)
-        prefix = Prefix(torch.randn(3, 10, 128), positions, lengths=row, disc=row)
-        for rule in ("mrope", "cache"):
-            r = rollout(lm, adapter, prefix, 4, torch.randn(3, 5, 128), rule)
-    assert r.anchor.shape == r.start.shape == (3, 128)
-    assert (r.latents.shape, r.suffix.shape, r.router.shape) == ((3, 4, 128), (3, 5, 128), (3, 4, 4))
+    batch, pairs = hot_path
+    m = make_model().to(dtype).to("meta")
+    every_mode_and_a_step_of_training(m, to_device(batch, "meta"), pairs)
+
+
+def test_the_hot_path_under_autocast_never_asks_the_device_a_question(hot_path, monkeypatch):
+    """The meta device has no autocast; fake tensors of a CPU have it, and no values either."""
+    fake = FakeTensorMode()
+
+    def faked(tree):
+        if isinstance(tree, dict):  # the sizes of pictures stay as they are, on the CPU
+            return {name: part if name == "grid" else faked(part) for name, part in tree.items()}
+        return tree_map_only(torch.Tensor, fake.from_tensor, tree)
+
+    def of_real_sizes(grid):
+        with _disable_current_modes():
+            return faked(frames_by_size(grid))
+
+    monkeypatch.setattr("model.frames_by_size", of_real_sizes)
+    m = make_model().float()._apply(fake.from_tensor)
+    batch, pairs = hot_path
+    with fake:
+        autocast = functools.partial(torch.autocast, "cpu", torch.bfloat16)
+        pairs = {n: dict(faked(b), micro=[faked(part) for part in b["micro"]]) for n, b in pairs.items()}
+        every_mode_and_a_step_of_training(m, faked(batch), pairs, autocast)
+        with pytest.raises(DataDependentOutputException):
+            m.adapter.w2.max().item()  # what such a question would lead to
 
 
 def test_bfloat16_is_close_to_float32(world, tmp_path):

@@ -4,6 +4,7 @@ import io
 import json
 import warnings
 import zlib
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 
@@ -286,19 +287,29 @@ def test_sizes_of_nothing_are_clear_errors(model):
 # --------------------------------------------------------------------------------------------------- clips
 
 
-def encode_clip(path, levels, size=(64, 64), aspect=None, codec="libx264", **options):
-    """Grey frames, ten a second, a key frame every twelve.  aspect: of one pixel."""
+def encode_clip(path, levels, size=(64, 64), aspect=None, codec="libx264", stamps=None, audio=0, **options):
+    """Grey frames, ten a second, a key frame every twelve.
+
+    aspect: of one pixel; stamps: when each frame is shown, in tenths of a second; audio: seconds of silence.
+    """
     with av.open(str(path), "w") as out:
         stream = out.add_stream(codec, rate=10, options=options)
+        sound = out.add_stream("aac", rate=8000) if audio else None
         stream.width, stream.height = size
         stream.pix_fmt, stream.codec_context.gop_size = "yuv420p", 12
         if aspect:
             stream.codec_context.sample_aspect_ratio = aspect
         for i, level in enumerate(levels):
             frame = av.VideoFrame.from_image(grey(level, size))
-            frame.pts, frame.time_base = i, Fraction(1, 10)
+            frame.pts, frame.time_base = stamps[i] if stamps else i, Fraction(1, 10)
             out.mux(stream.encode(frame))
         out.mux(stream.encode(None))
+        for i in range(audio * 8):
+            silence = av.AudioFrame.from_ndarray(np.zeros((1, 1000), np.float32), "fltp", "mono")
+            silence.pts, silence.rate = 1000 * i, 8000
+            out.mux(sound.encode(silence))
+        if audio:
+            out.mux(sound.encode(None))
 
 
 @pytest.mark.parametrize("suffix", ["mp4", "mkv"])
@@ -348,6 +359,98 @@ def test_frames_in_front_of_the_first_key_frame_do_not_count(tmp_path, codec, op
     assert 0 < first < 20
     assert shades(load_frames(cut, 100), 6) == pytest.approx(range(first, 40), abs=1.1)
     assert shades(load_frames(cut, 5), 6) == pytest.approx(np.linspace(first, 39, 5), abs=1.2)
+
+
+@pytest.fixture
+def decoded(monkeypatch):
+    """(key, time) of every frame that is decoded; key: the time of the key frame that was jumped to, or None."""
+    frames, timed_frames = [], data.timed_frames
+
+    def watched(container, track, key=None):
+        for time, frame in timed_frames(container, track, key):
+            frames.append((key, time))
+            yield time, frame
+
+    monkeypatch.setattr(data, "timed_frames", watched)
+    return frames
+
+
+def decoded_through(path, count, monkeypatch):
+    """The frames as they come without a jump."""
+    read_headers = data.read_headers
+    with monkeypatch.context() as m:
+        m.setattr(data, "read_headers", lambda *args: replace(read_headers(*args), keys=[]))
+        return load_frames(path, count)
+
+
+def equal(frames, others):
+    return [np.asarray(a).tobytes() for a in frames] == [np.asarray(b).tobytes() for b in others]
+
+
+@pytest.mark.parametrize("suffix, codec, options", [
+    ("mp4", "libx264", dict(bf="0")),
+    ("mp4", "libx264", dict(bf="3")),  # shown in another order; the file has an edit list
+    ("mp4", "libx264", {"bf": "3", "x264-params": "open-gop=1:keyint=12"}),
+    ("mkv", "libx264", {"bf": "3", "x264-params": "open-gop=1:keyint=12"}),
+    ("ts", "libx264", dict(bf="2")),
+    ("mpg", "mpeg2video", dict(bf="2")),
+    ("avi", "mpeg4", {}),
+    ("webm", "libvpx-vp9", {}),
+    ("mkv", "libx264", dict(stamps=[*range(60), *range(100, 160, 3), *range(400, 520)])),  # variable rate
+    ("mp4", "libx264", dict(stamps=[*range(7, 207)])),  # begins later
+    ("mp4", "libx264", dict(audio=2)),
+    ("mp4", "libx264", dict(audio=40)),  # longer than the pictures
+])
+def test_jumping_to_key_frames_gives_the_frames_of_decoding_through(
+        suffix, codec, options, tmp_path, decoded, monkeypatch):
+    path = str(tmp_path / f"clip.{suffix}")
+    encode_clip(path, range(20, 220), codec=codec, **options)
+    for count in (1, 2, 3, 5, 8, 16, 64, 500):
+        frames = load_frames(path, count)
+        jumped = len(decoded)
+        assert equal(frames, decoded_through(path, count, monkeypatch)), count
+        through = len(decoded) - jumped
+        decoded.clear()
+        if count == 5 and suffix in ("mp4", "mkv"):  # in the others not every key frame can be asked for
+            assert jumped < 100 < 200 == through
+
+
+def test_where_a_jump_lands_wrong_all_frames_are_decoded(tmp_path, decoded, monkeypatch):
+    path, timed_frames = str(tmp_path / "clip.mp4"), data.timed_frames
+    encode_clip(path, range(20, 220))
+    right = load_frames(path, 5)
+    assert any(key is not None for key, _ in decoded)
+
+    def one_late(container, track, key=None):
+        for time, frame in timed_frames(container, track, key):
+            yield time + (key is not None), frame
+
+    monkeypatch.setattr(data, "timed_frames", one_late)
+    decoded.clear()
+    assert equal(load_frames(path, 5), right)
+    assert decoded[-1][0] is None and len(decoded) > 200
+
+
+@pytest.mark.filterwarnings("ignore:.*promised")
+@pytest.mark.parametrize("folder", ["nasty", "real_dev/videos/real"])
+def test_jumping_changes_no_frame_of_real_clips(folder, decoded, monkeypatch):
+    if not SHARED.exists():
+        pytest.skip("no ../shared/data")
+    print("using", SHARED / folder)
+    clips = [str(p) for p in sorted((SHARED / folder).iterdir()) if p.suffix in data.VIDEO_SUFFIXES]
+    jumped = 0
+    for path in clips:
+        try:
+            through = decoded_through(path, 8, monkeypatch)
+        except DataError as e:  # a broken one is broken either way
+            with pytest.raises(DataError) as again:
+                load_frames(path, 8)
+            assert str(again.value) == str(e)
+            continue
+        decoded.clear()
+        assert equal(load_frames(path, 8), through), path
+        jumped += any(key is not None for key, _ in decoded)
+    assert jumped > 0
 
 
 def test_a_folder_of_frames_takes_every_suffix_that_a_picture_may_have(tmp_path):
