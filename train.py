@@ -85,7 +85,7 @@ class Config:
     rest_of_rationale: str = "inside"  # the text that is left: inside the thought, or after it as released
     last_stage: float = 0.3  # share of the run in the last stage (paper: 0.5);
     #     its second half drops the answer, too
-    gate: float = 0.3  # enter a stage when the mean of `first` is under this, at the latest by the schedule;
+    gate: float = 0.6  # enter a stage when the mean of `first` is under this, at the latest by the schedule;
     #     0: by the schedule alone, as the paper
     replay: float = 0.15  # share of the steps that go back: half to stage 0, half to a random earlier one
     reset_moments: bool = False  # forget AdamW's moments when the stage changes
@@ -93,7 +93,7 @@ class Config:
     global_batch: int = 32  # pairs in one contrastive batch, over all ranks; part of the recipe
     micro_batch: int = 0  # pairs that a rank runs through the model at a time: memory, not recipe;
     #     0: its whole share of the global batch
-    epochs: float = 2.0  # passes over the data; ignored when --steps is given
+    epochs: float = 1.0  # passes over the data; ignored when --steps is given
     steps: int = 0  # optimizer steps; 0: from --epochs
     lr: float = 2e-3  # peak learning rate for the tiny preset in turtle world;
     #     1e-3 on real pictures, 1e-5 for a pretrained backbone

@@ -26,7 +26,7 @@ from test_plume import (
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 
 
-# ---------------------------------------------------------------------------------------------------- pictures
+# -------------------------------------------------------------------------------------------------- pictures
 
 
 @pytest.mark.parametrize("grid", [

@@ -363,7 +363,7 @@ def test_frames_in_front_of_the_first_key_frame_do_not_count(tmp_path, codec, op
 
 @pytest.fixture
 def decoded(monkeypatch):
-    """(key, time) of every frame that is decoded; key: the time of the key frame that was jumped to, or None."""
+    """(key, time) of every frame that is decoded; key: time of the key frame that was jumped to, or None."""
     frames, timed_frames = [], data.timed_frames
 
     def watched(container, track, key=None):
