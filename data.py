@@ -451,8 +451,13 @@ class Side:
         """Equal for sides with the same text and media: what makes two targets the same target."""
         return repr([(kind, v if isinstance(v, (str, list)) else id(v)) for kind, v in self.parts])
 
+    def hash(self):
+        """`key` as a signed number of 64 bits."""
+        digest = hashlib.blake2b(self.key().encode(), digest_size=8).digest()
+        return int.from_bytes(digest, "little", signed=True)
 
-RECORD_KEYS = ("dataset_name", "qry", "pos")
+
+RECORD_KEYS = ("dataset_name", "qry", "pos", "neg")
 MEDIA_KEYS = {"image": "image", "images": "image", "video": "video", "videos": "video"}
 SIDE_KEYS = ("conversations", *MEDIA_KEYS)
 TURN_KEYS = ("from", "value", "role", "content")
@@ -485,9 +490,14 @@ def listed(value):
 
 
 def parse_side(raw, root, where):
-    """`qry` or `pos` of a training record -> Side.  root: folder of the media; where: for errors."""
+    """A side of a training record -> Side.  root: folder of the media; where: for errors.
+
+    raw: {"conversations": turns, "image"?, "video"?}, or an item to embed, without rationale or answer.
+    """
     if isinstance(raw, list) and len(raw) == 1:  # seen in the wild
         raw = raw[0]
+    if isinstance(raw, str) or isinstance(raw, dict) and raw and raw.keys() <= set(ITEM_KEYS):
+        return parse_item(raw, root, where)
     only_keys(raw, SIDE_KEYS, where)
     spoken = parse_turns(raw.get("conversations"), where)
     media = {"image": [], "video": []}
@@ -627,21 +637,23 @@ class Pairs:
     path: JSON lines, or one JSON array of the same objects; media: folder of the media, default: the file's.
     Every record is parsed once here, so that a bad one is found before training: an error, or with skip_bad a
     line in `self.bad`.  Arrays over the N good records: dataset (index into `names`), target (a hash).
+    negatives: the most that a record has.
     """
 
     def __init__(self, path, media=None, skip_bad=False, progress=True):
         if not os.path.isfile(path):
             raise DataError(f"{path}: no such file; --data takes a JSONL of training pairs")
         self.path, self.media, self.bad = path, media or os.path.dirname(os.path.abspath(path)), []
+        self.name = os.path.splitext(os.path.basename(path))[0]  # of a data set whose records have none
         spans, dataset, target, number = array("q"), array("i"), array("q"), array("q")
-        names, digest = {}, hashlib.blake2b(digest_size=8)
+        names, digest, self.negatives = {}, hashlib.blake2b(digest_size=8), 0
         bar = tqdm(total=os.path.getsize(path), desc="reading pairs", unit="B", unit_scale=True, leave=False,
                    disable=not progress)
         with open(path, "rb") as f, bar:
             for n, (start, end, text) in enumerate(spans_of(f, path), 1):
                 bar.update(end - start)
                 try:
-                    name, (_, pos) = self.parse(text, n)
+                    name, (_, pos, *negatives) = self.parse(text, n)
                 except DataError as e:
                     if not skip_bad:
                         raise
@@ -651,8 +663,8 @@ class Pairs:
                 number.append(n)
                 digest.update(text)
                 dataset.append(names.setdefault(name, len(names)))
-                key = hashlib.blake2b(pos.key().encode(), digest_size=8).digest()
-                target.append(int.from_bytes(key, "little", signed=True))
+                target.append(pos.hash())
+                self.negatives = max(self.negatives, len(negatives))
         self.digest, self.names = digest.hexdigest(), list(names)
         self.dataset, self.target = np.array(dataset, np.int32), np.array(target, np.int64)
         self.spans, self.number = np.array(spans, np.int64).reshape(-1, 2), np.array(number, np.int64)
@@ -661,23 +673,27 @@ class Pairs:
             raise DataError(f"{path}: no training pair in this file{why}")
 
     def parse(self, text, n):
-        """The bytes of record n -> name of its data set, (query Side, target Side)"""
+        """The bytes of record n -> name of its data set, (query, target and negatives, Side each)"""
         where = f"{self.path}: record {n}"
         raw = parse_json(text, where)
         only_keys(raw, RECORD_KEYS, where)
-        for key in RECORD_KEYS:
+        for key in ("qry", "pos"):
             if key not in raw:
                 raise DataError(f"{where}: no {key!r}; a record has {', '.join(RECORD_KEYS)}")
-        if not isinstance(raw["dataset_name"], str):
+        name, negatives = raw.get("dataset_name", self.name), raw.get("neg", [])
+        if not isinstance(name, str):
             raise DataError(f"{where}: 'dataset_name' must be a string")
-        sides = [parse_side(raw[key], self.media, f"{where}: {key}") for key in ("qry", "pos")]
-        return raw["dataset_name"], tuple(sides)
+        if not isinstance(negatives, list):
+            raise DataError(f"{where}: 'neg' must be a list of sides, got {type(negatives).__name__}")
+        sides = [("qry", raw["qry"]), ("pos", raw["pos"])]
+        sides += [(f"neg {i}", negative) for i, negative in enumerate(negatives, 1)]
+        return name, tuple(parse_side(side, self.media, f"{where}: {key}") for key, side in sides)
 
     def __len__(self):
         return len(self.spans)
 
     def __getitem__(self, i):
-        """-> (query Side, target Side)"""
+        """-> (query Side, target Side, and the Sides of its hard negatives)"""
         start, end = self.spans[i].tolist()
         with open(self.path, "rb") as f:
             f.seek(start)
@@ -1067,9 +1083,12 @@ class StepSampler(torch.utils.data.Sampler):
 class Batches(torch.utils.data.Dataset):
     """(step, stage, indices) -> a batch of B pairs, collated in micro-batches.
 
-    micro: collated batches of up to `micro_batch` queries followed by their targets (0: all B in one);
-    step, dataset (name), stage, target (B,) hashes, valid (B,), cut (rationale tokens lost to max_len), and
-    bad: with skip_bad a record whose media cannot be read is named there and left out of every loss.
+    micro: collated batches of up to `micro_batch` queries, followed by their targets and these by their hard
+    negatives (0: all B in one);
+    target (B, 1+M): hashes of target and hard negatives, M: the most that a record of the file has; valid
+    (B, 1+M): which of them there are; negative_at (n,): flat places in (B, M) of those in `micro`;
+    step, dataset (name), stage, cut (rationale tokens lost to max_len), and bad: with skip_bad a record whose
+    media cannot be read is named there and left out of every loss.
     """
 
     def __init__(self, pairs, processor, curriculum, skip_bad=False, micro_batch=0):
@@ -1078,28 +1097,32 @@ class Batches(torch.utils.data.Dataset):
 
     def __getitem__(self, job):
         step, stage, indices = job
-        rows, valid, bad = [], [], []
-        for i in indices:
+        target = torch.zeros(len(indices), 1 + self.pairs.negatives, dtype=torch.long)
+        valid, rows, bad = torch.zeros_like(target, dtype=torch.bool), [], []
+        for row, i in enumerate(indices):
+            sides = self.pairs[i]
             try:
-                rows.append([self.processor.render(side, stage, self.curriculum) for side in self.pairs[i]])
-                valid.append(True)
+                rows.append([self.processor.render(side, stage, self.curriculum) for side in sides])
+                hashes = [self.pairs.target[i], *(side.hash() for side in sides[2:])]
+                target[row, : len(hashes)] = torch.tensor(hashes)
+                valid[row, : len(hashes)] = True
             except DataError as e:
                 if not self.skip_bad:
                     raise
                 bad.append(str(e))
                 blank = self.processor.render(Side([("text", "")]), stage, self.curriculum)
                 rows.append([dict(blank, labelled=False)] * 2)
-                valid.append(False)
         size, micro = self.micro_batch or len(rows), []
         for i in range(0, len(rows), size):
-            queries, targets = zip(*rows[i : i + size])
-            micro.append(collate([*queries, *targets], self.processor))
+            part = rows[i : i + size]
+            queries, targets = [row[0] for row in part], [row[1] for row in part]
+            negatives = [negative for row in part for negative in row[2:]]
+            micro.append(dict(collate(queries + targets + negatives, self.processor), pairs=len(part)))
         return dict(
             micro=micro, step=step, stage=stage, bad=bad,
             dataset=self.pairs.names[self.pairs.dataset[indices[0]]],
-            target=torch.from_numpy(self.pairs.target[indices]),
-            valid=torch.tensor(valid),
-            cut=sum(query["cut"] + target["cut"] for query, target in rows))
+            target=target, valid=valid, negative_at=valid[:, 1:].flatten().nonzero()[:, 0],
+            cut=sum(sample["cut"] for row in rows for sample in row))
 
 
 def to_device(batch, device):

@@ -162,8 +162,8 @@ class Plume(nn.Module):
         """One training pass over a collated batch (data.collate) with K = steps.
 
         -> dict(per_pair=, per_token=), two dicts of tensors.
-        per_pair, a row for every query, then one for every target: gen, disc (B, D) unit embeddings; router
-        (B, K, E) probabilities.
+        per_pair, a row for every query, then one for every target, then hard negatives: gen, disc (B, D) unit
+        embeddings; router (B, K, E) probabilities.
         per_token, of any length: ce (N,) cross-entropy of every labelled token of the suffix; first (n,) that
         of the first token behind the latents; read (m,) that of the token each latent step replaced, read
         from the state that the step starts from.

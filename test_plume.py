@@ -726,7 +726,8 @@ def by_hand(q, p, targets, scale):
 @pytest.mark.parametrize("targets", [[1, 2, 3, 4], [1, 2, 1, 1], [5, 5, 5, 5]])
 def test_info_nce_by_hand_with_equal_targets(targets):
     q, p = F.normalize(torch.randn(2, 4, 6, dtype=torch.float64), dim=-1)
-    ours = train.info_nce(q, p, torch.tensor([targets]), torch.ones(1, 4, dtype=torch.bool), 7.0)
+    hashes, valid = torch.tensor(targets).view(1, 4, 1), torch.ones(1, 4, 1, dtype=torch.bool)
+    ours = train.info_nce(q, p[:, None], hashes, valid, 7.0)
     assert_close(ours, by_hand(q, p, targets, 7.0), "InfoNCE", 1e-9)
 
 
@@ -739,7 +740,7 @@ def test_the_loss_is_the_weighted_sum_of_its_parts(model, world):
     parts = train.losses(out, batch, cfg)
     for name in ("gen", "disc"):
         q, p = out["per_pair"][name].detach().chunk(2)
-        assert_close(parts[name], by_hand(q, p, batch["target"].tolist(), 9.0), name, 1e-9)
+        assert_close(parts[name], by_hand(q, p, batch["target"][:, 0].tolist(), 9.0), name, 1e-9)
     assert_close(parts["bal"], balance_loss(out["per_pair"]["router"].mean(0)), "balance", 1e-12)
     contrastive = 2 * parts["gen"] + 3 * parts["disc"]
     written = 0.5 * parts["ce"] + 0.3 * parts["read"]
@@ -829,9 +830,10 @@ def batch_of_eight(records, processor, rank=0, ranks=1, micro_batch=0):
     return batches[1, FINAL, rows[rank * share : (rank + 1) * share]]
 
 
-def test_two_ranks_and_all_micro_batches_have_the_gradients_of_one_big_batch(world, tmp_path):
-    """GradCache against the loss of the whole batch, differentiated in one piece."""
-    records = world / "train.jsonl"
+@pytest.mark.parametrize("file", ["train.jsonl", "hard.jsonl"])
+def test_two_ranks_and_all_micro_batches_have_the_gradients_of_one_big_batch(file, world, tmp_path):
+    """GradCache against the loss of the whole batch in one piece; with hard negatives, too."""
+    records = world / file
     run("tests/gradients.py", 1, records, tmp_path / "one rank")
     run_ranks(2, "tests/gradients.py", 2, records, tmp_path / "two ranks")
     m = make_model()

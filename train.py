@@ -299,14 +299,21 @@ def losses(out, batch, cfg):
     The weight of the loss NAME is w_NAME of Config.  `first` is only watched: it opens the curriculum's gate.
     """
     pairs, tokens = out["per_pair"], out["per_token"]
-    same, valid = gather(batch["target"]), gather(batch["valid"])  # (ranks, B)
-    real = batch["valid"].repeat(2)[:, None, None]  # queries, then targets
-    router = gather((pairs["router"] * real).sum(0)).sum(0)  # (K, E) over the rows of all ranks
-    router = router / (2 * valid.sum()).clamp(min=1)
+    target, valid = gather(batch["target"]), gather(batch["valid"])  # (ranks, B, 1+M)
+    negatives = torch.ones_like(batch["negative_at"], dtype=torch.bool)  # there are none in bad records
+    real = torch.cat([batch["valid"][:, 0].repeat(2), negatives])
+    router = (pairs["router"] * real[:, None, None]).sum(0)
+    router = gather(router).sum(0)  # (K, E) over the rows of all ranks
+    router = router / gather(real.sum()).sum().clamp(min=1)
+
+    def contrast(x):
+        query, candidates = by_query(x, batch)
+        return info_nce(query, candidates, target, valid, cfg.scale)
+
     parts = dict(
         ce=global_mean(tokens["ce"]),
-        gen=info_nce(*pairs["gen"].chunk(2), same, valid, cfg.scale),
-        disc=info_nce(*pairs["disc"].chunk(2), same, valid, cfg.scale),
+        gen=contrast(pairs["gen"]),
+        disc=contrast(pairs["disc"]),
         read=global_mean(tokens["read"]),
         bal=balance_loss(router) * valid.any())
     weight = {name: getattr(cfg, f"w_{name}") for name in parts}
@@ -332,8 +339,8 @@ def backward(model, batch, cfg, autocast):
     with torch.random.fork_rng(gpus, enabled=several), torch.set_grad_enabled(not several):
         outs = [forward(part) for part in micro]
     leaves = tree_map(lambda x: x.detach().requires_grad_(), outs)
-    pairs = to_device(dict(target=batch["target"], valid=batch["valid"]), device)
-    parts = losses(joined(leaves), pairs, cfg)
+    whole = to_device({name: batch[name] for name in ("target", "valid", "negative_at")}, device)
+    parts = losses(joined(leaves, [part["pairs"] for part in micro]), whole, cfg)
     parts["loss"].backward()
     for i, part in enumerate(micro):
         # copies (DDP) average gradients once a step; shards each micro-batch's at once: less memory
@@ -346,33 +353,58 @@ def backward(model, batch, cfg, autocast):
     return parts
 
 
-def joined(outs):
-    """Outputs of micro-batches as those of one batch: all queries, then all targets; tokens as they come."""
+def joined(outs, sizes):
+    """Outputs of micro-batches as those of one batch: all queries, all targets, all hard negatives.
+
+    sizes: pairs in each micro-batch.  What is counted by token stays as it comes.
+    """
     pairs, tokens = {}, {}
     for name in outs[0]["per_pair"]:
-        halves = [out["per_pair"][name].chunk(2) for out in outs]
-        pairs[name] = torch.cat([query for query, _ in halves] + [target for _, target in halves])
+        rows = [out["per_pair"][name] for out in outs]
+        cut = [x.split([b, b, len(x) - 2 * b]) for x, b in zip(rows, sizes)]
+        pairs[name] = torch.cat([part for kind in zip(*cut) for part in kind])
     for name in outs[0]["per_token"]:
         tokens[name] = torch.cat([out["per_token"][name] for out in outs])
     return dict(per_pair=pairs, per_token=tokens)
 
 
-def info_nce(query, target, same, valid, scale):
-    """Symmetric InfoNCE of this rank's B pairs against the pairs of all ranks.
+def by_query(x, batch):
+    """x (2B + n, D): queries, targets, hard negatives -> queries (B, D), candidates of each (B, 1+M, D)."""
+    B, M = len(batch["valid"]), batch["valid"].shape[1] - 1
+    query, target, negative = x.split([B, B, len(x) - 2 * B])
+    negative = x.new_zeros(B * M, x.shape[1]).index_copy(0, batch["negative_at"], negative)
+    return query, torch.cat([target[:, None], negative.view(B, M, x.shape[1])], 1)
 
-    query, target (B, D) unit rows; same (ranks, B) hashes of the targets: rows with an equal target are not
-    negatives of each other; valid (ranks, B): rows that count.  The mean over ranks is the global batch's.
+
+def info_nce(query, candidates, hashes, valid, scale):
+    """Symmetric InfoNCE of this rank's B pairs against the pairs and hard negatives of all ranks.
+
+    query (B, D), candidates (B, 1+M, D) unit rows: the target, then its hard negatives; hashes (ranks, B,
+    1+M) of the candidates: one that equals a query's target is no negative of that query; valid (ranks, B,
+    1+M): which there are.  The mean over ranks is the global batch's.
     """
-    rank, (W, B) = dist.get_rank() if dist.is_initialized() else 0, same.shape
-    row = torch.arange(B, device=query.device)
-    label = row + rank * B
-    hidden = (same[rank][:, None] == same.flatten()) | ~valid.flatten()  # (B, W*B)
+    there = own_candidate(query, candidates, hashes, valid, scale)
+    back = own_candidate(candidates[:, 0], query[:, None], hashes[..., :1], valid[..., :1], scale)
+    rank, counts = rank_here(), valid[..., 0]
+    return ((there + back) / 2 * counts[rank]).sum() * len(counts) / counts.sum().clamp(min=1)
+
+
+def own_candidate(x, candidates, hashes, valid, scale):
+    """Cross-entropy (B,) of each row's own first candidate among the candidates of all ranks.
+
+    x (B, D), candidates (B, C, D), hashes and valid (ranks, B, C).
+    """
+    rank, (B, C) = rank_here(), candidates.shape[:2]
+    row = torch.arange(B, device=x.device)
+    label = (rank * B + row) * C
+    hidden = (hashes[rank][:, :1] == hashes.flatten()) | ~valid.flatten()  # (B, ranks * B * C)
     hidden[row, label] = False
-    both = 0
-    for a, b in ((query, target), (target, query)):
-        logits = scale * a @ gather(b).flatten(0, 1).T
-        both = both + F.cross_entropy(logits.masked_fill(hidden, float("-inf")), label, reduction="none")
-    return (both / 2 * valid[rank]).sum() * W / valid.sum().clamp(min=1)
+    logits = scale * x @ gather(candidates).flatten(0, 2).T
+    return F.cross_entropy(logits.masked_fill(hidden, float("-inf")), label, reduction="none")
+
+
+def rank_here():
+    return dist.get_rank() if dist.is_initialized() else 0
 
 
 def global_mean(x):
@@ -526,7 +558,7 @@ def readable(cfg, pairs, rows, processor):
 
 def hit_at_1(model, pairs, rows, autocast):
     """hit@1 of the held-out queries against their targets, with all latent steps."""
-    queries, targets = zip(*[pairs[i] for i in rows])
+    queries, targets = zip(*[pairs[i][:2] for i in rows])
     _, first, gold = np.unique([target.key() for target in targets], return_index=True, return_inverse=True)
     with autocast:
         q, t = model.encode(list(queries)), model.encode([targets[i] for i in first])
@@ -651,6 +683,8 @@ def announce(cfg, pairs, schedule, model, curriculum):
     sets = list(zip(pairs.names, schedule.rows, schedule.counts))
     told = ", ".join(f"{name} {len(rows)} ({count} steps)" for name, rows, count in sets)
     say(f"{len(pairs)} pairs in {len(sets)} data sets: {told}")
+    if pairs.negatives:
+        say(f"hard negatives: up to {pairs.negatives} a pair")
     idle = [name for name, _, count in sets if count == 0]
     if idle:
         say(f"warning: with {schedule.steps} steps these get none: {', '.join(idle)}; raise --steps")

@@ -54,6 +54,7 @@ class World:
         self.starts = rng.integers(len(STATES), size=len(self.programs))
         ends = [walk(*job)[-1] for job in zip(self.starts, self.programs)]
         self.target = np.array([STATES.index(end) for end in ends], np.int64)
+        self.negatives = 0  # no record has hard ones
 
     def __len__(self):
         return len(self.dataset)

@@ -66,7 +66,10 @@ def side(name, what, text, **media):
 
 
 def make_world(root):
-    """A picture and a clip of each name; over them two data sets in train.jsonl and two retrieval tasks."""
+    """A picture and a clip of each name; over them two data sets in train.jsonl and two retrieval tasks.
+
+    hard.jsonl: the pairs to pictures, some with hard negatives.
+    """
     records = []
     for name in NAMES:
         colour, shape = name.split()
@@ -79,6 +82,7 @@ def make_world(root):
         target = side(name, "text", name)
         records.append(dict(dataset_name="v2t", qry=query, pos=target))
     write_lines(root / "train.jsonl", records)
+    write_lines(root / "hard.jsonl", with_hard_negatives(records[::2]))
 
     write_task(root / "tasks" / "image_ret" / "t2i",
                [dict(text=f"Find the picture: {n}") for n in NAMES],
@@ -86,6 +90,16 @@ def make_world(root):
     write_task(root / "tasks" / "video_cls" / "v2t",
                [dict(text="Name the clip.", video=f"../{n}.mp4") for n in NAMES],
                [dict(text=n) for n in NAMES])
+
+
+def with_hard_negatives(records):
+    """The pairs without names of data sets; three have 1 to 3: texts, other pairs' targets, one its own."""
+    pairs = [dict(qry=record["qry"], pos=record["pos"]) for record in records]
+    pairs[1]["neg"] = ["nothing red"]
+    pairs[2]["neg"] = [pairs[3]["pos"], "nothing at all"]
+    pairs[3]["neg"] = []
+    pairs[5]["neg"] = [pairs[5]["pos"], pairs[0]["pos"], dict(text="Represent.", image="black bar.png")]
+    return pairs
 
 
 def write_task(folder, queries, documents):

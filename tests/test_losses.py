@@ -9,9 +9,10 @@ import torch.nn.functional as F
 
 import model as plume_model
 import train
+from adapter import balance_loss
 from curriculum import Curriculum
 from data import Batches, DataError, Pairs
-from test_plume import FINAL, GATED, assert_close, gradients, log, make_model, run_ranks, weights
+from test_plume import FINAL, GATED, assert_close, gradients, log, make_model, run_ranks, weights, whole
 
 
 def test_chunked_cross_entropy_equals_the_plain_one():
@@ -25,6 +26,41 @@ def test_chunked_cross_entropy_equals_the_plain_one():
     assert_close(grads[0], expected[0], "dh", 1e-6)
     assert_close(grads[1], expected[1], "dW", 1e-6)
     assert plume_model.cross_entropy(h[:0], w, y[:0]).shape == (0,)
+
+
+def contrast_by_hand(query, candidates, names):
+    """Symmetric InfoNCE at scale 10.  candidates: for each query its own, the target first; names: theirs."""
+    total = 0
+    for i, q in enumerate(query):
+        own = candidates[i][0]
+        others = [c for row, called in zip(candidates, names) for c, name in zip(row, called)
+                  if name != names[i][0]]
+        logits = 10 * torch.stack([q @ c for c in [own, *others]])
+        total = total + logits.logsumexp(0) - logits[0]
+        queries = [other for j, other in enumerate(query) if j != i and names[j][0] != names[i][0]]
+        logits = 10 * torch.stack([own @ other for other in [q, *queries]])
+        total = total + logits.logsumexp(0) - logits[0]
+    return total / 2 / len(query)
+
+
+def test_hard_negatives_are_candidates_of_every_query_but_those_whose_target_they_are(world):
+    m, pairs = make_model(), Pairs(str(world / "hard.jsonl"))
+    assert pairs.names == ["hard"] and pairs.negatives == 3
+    rows = np.array([0, 1, 2, 3, 5])
+    batch = whole(Batches(pairs, m.processor, Curriculum(last_stage=1.0))[0, FINAL, rows])
+    assert batch["valid"].sum(1).tolist() == [1, 2, 3, 1, 4]
+    assert len(batch["ids"]) == 5 + 5 + 6
+    out = m(batch, 8)
+    parts = train.losses(out, batch, train.Config())
+    names = [[side.key() for side in pairs[i][1:]] for i in rows]
+    assert names[2][1] == names[3][0] and names[4][1] == names[4][0]  # another's target, its own
+    for loss in ("gen", "disc"):
+        query, target, negative = out["per_pair"][loss].split([5, 5, 6])
+        own = iter(negative)
+        candidates = [[target[i], *(next(own) for _ in called[1:])] for i, called in enumerate(names)]
+        assert_close(parts[loss], contrast_by_hand(query, candidates, names), loss, 1e-9)
+    router = out["per_pair"]["router"].mean(0)
+    assert_close(parts["bal"], balance_loss(router), "balance", 1e-12)
 
 
 def test_micro_batches_replay_their_random_state(world):

@@ -45,7 +45,7 @@ def contact_sheet(pairs, num_frames=8):
     rows = []  # (lines, pictures)
     for number, name in enumerate(pairs.names):
         first = int(np.flatnonzero(pairs.dataset == number)[0])
-        query, target = pairs[first]
+        query, target = pairs[first][:2]
         lines = [name, *lines_of("query", query), *lines_of("target", target)]
         gap = [None]
         pictures = pictures_of(query, num_frames) + gap + pictures_of(target, num_frames) + gap
