@@ -11,8 +11,8 @@ A row's keys say what it is:
     VLM2Vec     qry, qry_image_path, pos_text, pos_image_path, neg_text, neg_image_path
 
 Rows come from JSON lines, one JSON array or, with the package pyarrow, a parquet file.  Pictures that stand
-in it as bytes are written beside the records, into OUT_media/, each once.  Every record is checked as train.py
-checks it; the first row that is not right ends the program, and nothing is written under the name --out.
+in it as bytes are written beside the records, into OUT_media/, each once.  Every record is checked as in
+train.py; the first row that is not right ends the program, and nothing is written under the name --out.
 """
 
 import hashlib
