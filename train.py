@@ -47,7 +47,7 @@ from curriculum import Curriculum, Progress
 from data import (
     Batches, DataError, Pairs, Schedule, StepSampler, command, nearest, parse_flags, quote, reason,
     to_device, write_errors, writing)
-from model import Plume, checkpoint_files, pick_device, pointer, remove_checkpoint, replacing
+from model import Plume, checkpoint_files, pick_device, pointer, remove_checkpoint, replacing, unit
 from tasks.turtle import World
 
 # ------------------------------------------------------------------------------------------ config
@@ -107,6 +107,8 @@ class Config:
     w_ce: float = 1.0  # cross-entropy on the text of both sides
     w_gen: float = 1.0  # InfoNCE on <gen_emb>
     w_disc: float = 0.1  # InfoNCE on <disc_emb>
+    matryoshka: str = ""  # sizes, as 64,256: embeddings are trained to be cut to so many components, too
+    w_matryoshka: float = 1.0  # InfoNCE on <gen_emb> cut to each of these sizes, the mean over them
     w_read: float = 1.0  # cross-entropy of the token each latent state replaced, read from it; paper: 0
     w_bal: float = 0.1  # the router's balance loss
     # run
@@ -316,6 +318,9 @@ def losses(out, batch, cfg):
         disc=contrast(pairs["disc"]),
         read=global_mean(tokens["read"]),
         bal=balance_loss(router) * valid.any())
+    if cfg.matryoshka:
+        cut = [contrast(unit(pairs["gen"][:, :size])) for size in sizes(cfg.matryoshka)]
+        parts["matryoshka"] = sum(cut) / len(cut)
     weight = {name: getattr(cfg, f"w_{name}") for name in parts}
     loss = sum(weight[name] * value for name, value in parts.items())
     return dict(parts, first=global_mean(tokens["first"].detach()), loss=loss)
@@ -366,6 +371,17 @@ def joined(outs, sizes):
     for name in outs[0]["per_token"]:
         tokens[name] = torch.cat([out["per_token"][name] for out in outs])
     return dict(per_pair=pairs, per_token=tokens)
+
+
+def sizes(text):
+    """--matryoshka: "64,256" -> [64, 256]"""
+    try:
+        found = [int(size) for size in text.split(",")]
+    except ValueError:
+        found = [0]
+    if min(found) < 1:
+        raise DataError(f"--matryoshka {text!r}: needs numbers of components, as 64,256")
+    return found
 
 
 def by_query(x, batch):
@@ -510,6 +526,9 @@ def build_model(cfg, given, pairs, device):
         model = Plume.random(pairs.texts(), cfg.preset or "tiny", cfg.seed, where, **settings).to(device)
     if cfg.freeze_vision == "true" or (cfg.freeze_vision == "auto" and cfg.init):
         model.backbone.model.visual.requires_grad_(False).merger.requires_grad_(True)
+    width = model.lm.config.hidden_size
+    if cfg.matryoshka and max(sizes(cfg.matryoshka)) >= width:
+        raise DataError(f"--matryoshka {cfg.matryoshka!r}: the model has {width} components; name fewer")
     model.checkpointing = cfg.checkpointing
     return model
 
@@ -779,6 +798,8 @@ def check(cfg, world):
     for name, least in at_least.items():
         if not getattr(cfg, name) >= least:  # nan is not, either
             raise DataError(f"--{name} {getattr(cfg, name)}: needs at least {least}")
+    if cfg.matryoshka:
+        sizes(cfg.matryoshka)
     wandb = importlib.util.find_spec("wandb") if cfg.wandb else None
     latent_steps, most_workers = cfg.segments * cfg.steps_per_segment, Progress.DELAY - 1
     needs = (  # a flag, whether its value is fine, what it needs

@@ -63,6 +63,20 @@ def test_hard_negatives_are_candidates_of_every_query_but_those_whose_target_the
     assert_close(parts["bal"], balance_loss(router), "balance", 1e-12)
 
 
+def test_matryoshka_is_the_same_loss_on_the_first_components(world):
+    m, pairs = make_model(), Pairs(str(world / "hard.jsonl"))
+    batch = whole(Batches(pairs, m.processor, Curriculum())[0, FINAL, np.array([0, 3])])
+    out = m(batch, 8)
+    plain, cut = (train.losses(out, batch, train.Config(matryoshka=sizes)) for sizes in ("", "16,100"))
+    names = [[side.key() for side in pairs[i][1:]] for i in (0, 3)]
+    by_hand = 0
+    for size in (16, 100):
+        query, target = F.normalize(out["per_pair"]["gen"][:, :size], dim=-1).split(2)
+        by_hand = by_hand + contrast_by_hand(query, target[:, None], names) / 2
+    assert_close(cut["matryoshka"], by_hand, "InfoNCE of cut embeddings", 1e-9)
+    assert_close(cut["loss"], plain["loss"] + cut["matryoshka"], "sum", 1e-9)
+
+
 def test_micro_batches_replay_their_random_state(world):
     m, pairs = make_model(), Pairs(str(world / "train.jsonl"))
     m.adapter.ln.register_forward_hook(lambda module, args, out: F.dropout(out, 0.2))

@@ -464,6 +464,8 @@ REFUSED = (  # flags, what the error says
     ("--decay=2", "--decay 2.0: needs a share of the run"),
     ("--warmup=1", "--warmup 1.0: needs a share of the run"),
     ("--scale=0", "--scale 0.0: needs a number above 0"),
+    ("--matryoshka=16,x", "needs numbers of components"),
+    ("--matryoshka=16,128", "has 128 components; name fewer"),
     ("--workers=16", "at most 15"),
     ("--micro_batch=-1", "needs at least 0"),
     ("--fsdp", "torchrun"),
