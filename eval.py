@@ -46,7 +46,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from data import DataError, command, frame_files, nearest, parse_flags, target_size, writing
-from model import MODES, RELEASED, Plume
+from model import MODES, RELEASED, Plume, unit
 from tasks.beir import list_tasks, read_task
 from tasks.mmeb import MMEB, modality, read_published
 from tasks.mmeb_report import check, differences, leaderboard, paper_table
@@ -72,6 +72,7 @@ class Config:
     compare: tuple = ()  # two JSON files of scores: their differences, and nothing else is done
     steps: int = -1  # latent steps 0..32; -1: the checkpoint's own
     limit: int = 512  # tokens a rationale may have in mode cot
+    dim: int = 0  # rank by so many first components; made for checkpoints of train.py --matryoshka; 0: all
     batch_size: int = 32  # items encoded together; does not change the result
     protocol: str = "clean"  # clean, or released: as the released checkpoint was scored; see docs/mmeb_v2.md
     check: bool = False  # only look whether rows, media and counts of the tasks are there
@@ -476,6 +477,8 @@ def score(embedder, tasks, folder="", took=None):
             corpus = embedder(task.corpus, f"{name} corpus")
             texts = texts_of(task)
             task, vectors = without_bad(task, queries, corpus)
+            if embedder.cfg.dim:
+                vectors = [unit(v[:, : embedder.cfg.dim]) for v in vectors]
         except DataError as e:
             if not embedder.cfg.skip_bad:
                 raise
@@ -645,6 +648,9 @@ def main(argv):
         settings = {k: RELEASED[k] for k in ("latent_positions", "white_image", "prompt", "template")}
         settings["limits"] = RELEASED["limits"] | {"num_frames": 64}  # all frames that the readers give
     model, begun = load(cfg, device, **settings), time.time()
+    width = model.lm.config.hidden_size
+    if not 0 <= cfg.dim <= width:
+        raise DataError(f"--dim {cfg.dim}: the checkpoint has {width} components; 0: all of them")
     steps = None
     if cfg.mode == "latent":
         steps = model.settings["latent_steps"] if cfg.steps < 0 else cfg.steps
@@ -656,7 +662,8 @@ def main(argv):
         return embedder.serve()
     ours = "-".join(os.path.normpath(cfg.ckpt).split(os.sep)[-2:])
     as_released = "-released" if cfg.protocol == "released" else ""
-    how = f"{cfg.mode}{'' if steps is None else steps}{as_released}"
+    cut = f"-dim{cfg.dim}" if cfg.dim else ""
+    how = f"{cfg.mode}{'' if steps is None else steps}{as_released}{cut}"
     folder = root and os.path.join(root, f"{ours}-{how}-{embedder.run_hash[:6]}")
     if not published:  # all are read before the first is encoded; those of MMEB-V2 `check` has looked at
         make = {name: make(name) for name in names}.get
@@ -683,6 +690,8 @@ def main(argv):
 
     # report
     mode = cfg.mode if steps is None else f"{cfg.mode}, {steps} latent steps"
+    if cfg.dim:
+        mode += f", the first {cfg.dim} components"
     asked, encoded, different = embedder.asked, embedder.encoded, len(embedder.planned)
     print(f"{cfg.ckpt}, mode {mode}: {asked} items, {encoded} encoded, {different - encoded} known from "
           f"before, {asked - different} shared; {time.time() - begun:.0f} s")
@@ -690,8 +699,8 @@ def main(argv):
         raise DataError(f"no task is left: {'; '.join(r['left_out'] for r in left_out.values())}")
     print(table(results))
     if cfg.json:
-        write_json(cfg.json, dict(ckpt=cfg.ckpt, mode=cfg.mode, steps=steps, data=cfg.data, tasks=results,
-                                  left_out=left_out))
+        write_json(cfg.json, dict(ckpt=cfg.ckpt, mode=cfg.mode, steps=steps, dim=cfg.dim, data=cfg.data,
+                                  tasks=results, left_out=left_out))
     if published:
         report_published(cfg, names, results, folder, ours, embedder)
 

@@ -203,7 +203,7 @@ class Plume(nn.Module):
         return unit(at(r.suffix, batch["gen"])), none
 
     def encode(self, items, mode="latent", steps=None, batch_size=16, progress=False, limit=512, took=None,
-               workers=4, bad=None):
+               workers=4, bad=None, dim=None):
         """Embed items -> float32 array (N, D), unit rows, in the order in which `items` gives them.
 
         items: a list, or anything else that can be iterated, of strings, pictures or {"text"?, "image"?,
@@ -212,16 +212,18 @@ class Plume(nn.Module):
         rationale, until <gen_emb> or `limit` tokens).  progress: a bar, or its label.
         took: a dict whose "seconds" (of the model alone) and "tokens" (decoded) are added to.
         workers: threads that decode and tokenize beside the model.
+        dim: only so many first components, normalised again; made for checkpoints of --matryoshka.
         bad: a dict.  What cannot be read gets its reason there, by its number, and NaN in its row; without it
         the first such item raises DataError, which names it.  An embedding that is not finite is always a
         DataError.
         """
-        none = np.empty((0, self.lm.config.hidden_size), np.float32)
-        windows = self.encoding(items, mode, steps, batch_size, progress, limit, took, workers, bad=bad)
+        none = np.empty((0, dim or self.lm.config.hidden_size), np.float32)
+        windows = self.encoding(
+            items, mode, steps, batch_size, progress, limit, took, workers, bad=bad, dim=dim)
         return np.concatenate([none, *windows])
 
     def encoding(self, items, mode="latent", steps=None, batch_size=16, progress=False, limit=512, took=None,
-                 workers=4, sort=True, bad=None):
+                 workers=4, sort=True, bad=None, dim=None):
         """`encode` in windows: yields the embeddings of the next items as an array.
 
         A window is 8 batches, or less when their media take AHEAD bytes; about as much is read ahead.
@@ -232,6 +234,9 @@ class Plume(nn.Module):
         if steps is not None and (mode != "latent" or not 0 <= steps <= MAX_STEPS):
             raise ValueError(f"steps {steps} in mode {mode!r}: steps are 0..{MAX_STEPS} and belong to mode "
                              "'latent'")
+        width = self.lm.config.hidden_size
+        if dim is not None and not 1 <= dim <= width:
+            raise ValueError(f"dim {dim}: this model has 1 to {width} components")
         if min(batch_size, limit, workers) < 1:
             raise ValueError(f"batch_size {batch_size}, limit {limit}, workers {workers}: need at least 1")
         label = progress if isinstance(progress, str) else f"encode ({mode})"
@@ -244,7 +249,7 @@ class Plume(nn.Module):
                 order = list(range(len(samples)))
                 if sort:  # a batch of about equal lengths has little padding
                     order.sort(key=lambda i: len(samples[i]["ids"]) if samples[i] else 0)
-                out = torch.full((len(samples), self.lm.config.hidden_size), torch.nan, device=self.device)
+                out = torch.full((len(samples), dim or width), torch.nan, device=self.device)
                 for begin in range(0, len(order), batch_size):
                     batch = order[begin : begin + batch_size]
                     bar.update(len(batch))
@@ -316,6 +321,8 @@ class Plume(nn.Module):
         if took is not None:
             took["tokens"] += int(tokens.sum())  # waits for the device
             took["seconds"] += time.perf_counter() - begun
+        if out.shape[1] < vectors.shape[1]:
+            vectors = unit(vectors[:, : out.shape[1]])
         out[torch.tensor(rows, device=out.device)] = vectors.to(out.dtype)
 
     def not_finite(self, wrong):

@@ -119,8 +119,8 @@ class Config:
     save_every: int = 500  # steps between checkpoints, beside those at a stage's end, at the end, on Ctrl-C
     keep: int = 0  # earlier checkpoints that stay, as OUT/checkpoint-STEP
     log_every: int = 10  # steps between printed lines; log.jsonl has every step
-    wandb: str = ""  # project of Weights & Biases that gets the rows of log.jsonl too;
-    #     a resumed run is a new one there, in the group --out
+    wandb: str = ""  # project of Weights & Biases that gets the rows of log.jsonl too
+    tensorboard: bool = False  # also write them as TensorBoard's event files into --out
     seed: int = 0  # of weights and of the order of the data
     device: str = ""  # cuda, mps or cpu; default: the best there is
     dtype: str = ""  # compute type, float32 or bfloat16 (weights: float32); default: bfloat16 where fast
@@ -138,7 +138,7 @@ PRESETS = {"qwen2vl_2b": dict(
 
 # May differ when a run goes on: they do not change the result, but for rounding
 FREE_ON_RESUME = (
-    "resume", "out", "media", "workers", "save_every", "keep", "log_every", "wandb", "device",
+    "resume", "out", "media", "workers", "save_every", "keep", "log_every", "wandb", "tensorboard", "device",
     "checkpointing", "micro_batch", "fsdp")
 
 MOVED = dict(  # flags of earlier versions, and the command that does it now, with the other flags as here
@@ -721,15 +721,19 @@ def size(parameters):
 
 
 class Log:
-    """What rank 0 writes of a step: a row of OUT/log.jsonl (and for Weights & Biases), sometimes a line."""
+    """What rank 0 writes of a step: a row of OUT/log.jsonl (and elsewhere, when asked), sometimes a line."""
 
     def __init__(self, cfg, config, start, steps):
         self.cfg, self.steps, self.pace, self.cut, self.bad = cfg, steps, None, 0, 0
         self.file = open_log(cfg, start) if ranks()[0] == 0 else None
-        self.mirror = None
+        self.wandb = self.events = None
         if self.file and cfg.wandb:
             wandb = importlib.import_module("wandb")
-            self.mirror = wandb.init(project=cfg.wandb, group=cfg.out, config=config)
+            self.wandb = wandb.init(project=cfg.wandb, group=cfg.out, config=config, id=wandb_id(cfg),
+                                    resume="allow")
+        if self.file and cfg.tensorboard:
+            tensorboard = importlib.import_module("torch.utils.tensorboard")
+            self.events = tensorboard.SummaryWriter(cfg.out, purge_step=start)
 
     def write(self, row, bad, parts, shown):
         """bad: records that this rank left out; parts: the losses of a line; shown: whether there is one."""
@@ -743,8 +747,12 @@ class Log:
         with write_errors(self.file.name):
             self.file.write(json.dumps(row) + "\n")
             self.file.flush()
-        if self.mirror:
-            self.mirror.log(row, step=step)
+        if self.wandb:
+            self.wandb.log(row, step=step)
+        if self.events:
+            for name, value in row.items():
+                if not isinstance(value, str):
+                    self.events.add_scalar(name, value, step)
         if "hit" in row:
             say(f"after step {step}: hit@1 {row['hit']:.1%} on held-out pairs")
         if shown:
@@ -756,12 +764,26 @@ class Log:
             say(" | ".join(cells))
 
     def close(self, pairs, processor):
-        if self.mirror:
-            self.mirror.finish()
+        if self.wandb:
+            self.wandb.finish()
+        if self.events:
+            self.events.close()
         if self.cut:
             say(f"{self.cut} rationale tokens were cut off by max_len {processor.limits.max_len}")
         if self.cfg.skip_bad:
             say(f"{len(pairs.bad)} records left out at the start, {self.bad} while training (named above)")
+
+
+def wandb_id(cfg):
+    """The name of this run at Weights & Biases, under which --resume goes on there."""
+    path = os.path.join(cfg.out, "wandb_id")
+    if cfg.resume and os.path.exists(path):
+        with open(path) as f:
+            return f.read()
+    name = secrets.token_hex(4)
+    with writing(path) as f:
+        f.write(name)
+    return name
 
 
 def open_log(cfg, start):
@@ -819,7 +841,9 @@ def check(cfg, world):
          f"at most {most_workers} with --gate: more would read for steps whose stage is not known yet"),
         ("families", not (cfg.data and cfg.families), "turtle world: leave it out, or --data"),
         ("wandb", not cfg.wandb or (wandb and wandb.origin),  # a folder wandb/ is found, too: without origin
-         "its package: pip install wandb, or leave it out: log.jsonl has the same rows"))
+         "its package: pip install wandb, or leave it out: log.jsonl has the same rows"),
+        ("tensorboard", not cfg.tensorboard or importlib.util.find_spec("tensorboard"),
+         "its package: pip install tensorboard, or leave it out: log.jsonl has the same rows"))
     for flag, fine, need in needs:
         if not fine:
             raise DataError(f"--{flag} {getattr(cfg, flag)}: needs {need}")

@@ -67,6 +67,17 @@ def test_media_in_memory_are_bounded_in_bytes_whatever_the_batch(workers, model,
         time.sleep(0.01)
 
 
+def test_cut_embeddings_are_the_first_components_normalised_again(model):
+    whole = model.encode(ITEMS)
+    cut = model.encode(ITEMS, dim=16)
+    assert_close(cut, whole[:, :16] / np.linalg.norm(whole[:, :16], axis=1, keepdims=True), "cut", 1e-6)
+    assert model.encode([], dim=16).shape == (0, 16)
+    assert_close(model.encode(ITEMS, dim=128), whole, "all of them", 0)
+    for dim in (0, 129):
+        with pytest.raises(ValueError, match=f"dim {dim}: this model has 1 to 128"):
+            model.encode(ITEMS, dim=dim)
+
+
 class Labelled:
     """As a filtered column of a table: what [3] gives is not what comes third."""
 

@@ -559,6 +559,21 @@ def test_wandb_gets_the_rows_of_the_log(world, tmp_path, monkeypatch):
     first, *rows, end = sys.modules.pop("wandb").rows
     assert first["project"] == "mine" and first["config"]["steps"] == 2 and end == "end"
     assert rows == [(row, row["step"]) for row in log(tmp_path / "out")]
+    out = str(tmp_path / "out")
+    assert train.wandb_id(train.Config(out=out, resume=True)) == first["id"]  # goes on there
+    assert train.wandb_id(train.Config(out=out)) != first["id"]  # another run
+
+
+def test_tensorboard_gets_the_numbers_of_the_log(world, tmp_path, monkeypatch):
+    events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    monkeypatch.setattr(train.signal, "signal", lambda *a: None)
+    train.main(["--data", str(world / "train.jsonl"), "--steps=3", "--workers=0", "--global_batch=4",
+                "--device=cpu", "--tensorboard", "--out", str(tmp_path)])
+    found = events.EventAccumulator(str(tmp_path)).Reload()
+    rows = log(tmp_path)
+    for name in ("loss", "lr", "K", "answer"):
+        seen = [(event.step, event.value) for event in found.Scalars(name)]
+        assert seen == [(row["step"], pytest.approx(row[name])) for row in rows], name
 
 
 def test_too_little_memory_is_an_error_that_says_what_helps(world, tmp_path, monkeypatch):
