@@ -164,22 +164,33 @@ def ndcg(ranks, k):
 
 def evaluate(task, vectors):
     """Task and (query vectors, corpus vectors) -> scores as a dict."""
+    ranks, per_query = per_query_scores(task, vectors)
+    sizes = [len(task.corpus) if c is None else len(c) for c in task.candidates]
+    scores = {metric: float(np.mean(values)) for metric, values in per_query.items()}
+    n, chance = len(ranks), float(np.mean([len(r) / size for r, size in zip(ranks, sizes)]))
+    return dict(
+        scores, metric=task.metric, interval=interval(per_query[task.metric]),
+        queries=n, candidates=float(np.mean(sizes)), chance=chance,
+        at_chance=scores["hit@1"] <= chance + 2 * math.sqrt(chance * (1 - chance) / n),
+        ranks=dict(zip(task.query_ids, map(first_rank, ranks))))
+
+
+def per_query_scores(task, vectors):
+    """Task and (query vectors, corpus vectors) -> ranks as `rank` gives them, {metric: (N,) of 0..1}."""
     if not all(v.isfinite().all() for v in vectors):
         raise DataError(f"{task.name}: the embeddings are not finite numbers; the checkpoint is broken")
     ranks = rank(*vectors, task.relevant, task.candidates)
-    sizes = [len(task.corpus) if c is None else len(c) for c in task.candidates]
-    firsts = [first_rank(r) for r in ranks]
-    per_query = {f"hit@{k}": np.array(firsts) <= k for k in (1, 5, 10)}
+    firsts = np.array([first_rank(r) for r in ranks])
+    per_query = {f"hit@{k}": (firsts <= k).astype(float) for k in (1, 5, 10)}
     per_query["ndcg@5"] = np.array([ndcg(r, 5) for r in ranks])
-    scores = {metric: float(np.mean(values)) for metric, values in per_query.items()}
-    n, chance = len(ranks), float(np.mean([len(r) / size for r, size in zip(ranks, sizes)]))
+    return ranks, per_query
+
+
+def interval(values):
+    """(N,) -> the 95% interval of their mean over 1,000 bootstrap samples."""
+    n = len(values)
     draws = np.random.default_rng(0).integers(n, size=(1000, n))
-    means = per_query[task.metric].astype(float)[draws].mean(1)
-    return dict(
-        scores, metric=task.metric, interval=np.quantile(means, (0.025, 0.975)).tolist(),
-        queries=n, candidates=float(np.mean(sizes)), chance=chance,
-        at_chance=scores["hit@1"] <= chance + 2 * math.sqrt(chance * (1 - chance) / n),
-        ranks=dict(zip(task.query_ids, firsts)))
+    return np.quantile(values[draws].mean(1), (0.025, 0.975)).tolist()
 
 
 def table(results):
@@ -197,6 +208,8 @@ def table(results):
             notes.append(f"partial: {len(r['bad'])} problems")
         if r["at_chance"]:
             notes.append("hit@1 is at chance")
+        if r.get("steps_do_nothing"):
+            notes.append("K = 0 is as good")
         cells = "".join(f"{r[m]:8.1%}" for m in (*METRICS, "chance"))
         lines.append(f"{name:{wide}}{cells}{r['queries']:9d}{r['candidates']:12.0f}   " + "   ".join(notes))
     if len(results) > 1:
@@ -461,12 +474,40 @@ def without_bad(task, queries, corpus):
     return task, (queries[0][kept], corpus[0][rows])
 
 
-def score(embedder, tasks, folder="", took=None):
+def some_queries(task, count):
+    """-> the task with at most `count` of its queries, evenly spaced, and their rows."""
+    rows = np.unique(np.linspace(0, len(task.queries) - 1, count).round().astype(int)).tolist()
+    some = {}
+    for name in ("queries", "query_ids", "relevant", "candidates"):
+        values = getattr(task, name)
+        some[name] = [values[row] for row in rows]
+    return replace(task, **some), rows
+
+
+def steps_do_nothing(embedder, task, vectors):
+    """Whether the score is above that of K = 0 by no more than the 95% interval of the difference.
+
+    A second evaluation would cost as much as the first.  So only queries are embedded again, with K = 0, at
+    most 100 of a task, and ranked against the same candidates.
+    """
+    task, rows = some_queries(task, 100)
+    label, size = f"{task.name} with K = 0", embedder.cfg.batch_size
+    without = embedder.model.encode(task.queries, "latent", 0, size, progress=label)
+    values = []
+    for queries in (vectors[0][rows], torch.from_numpy(without)):
+        _, per_query = per_query_scores(task, (queries, vectors[1]))
+        values.append(per_query[task.metric])
+    low, _ = interval(values[0] - values[1])
+    return low <= 0
+
+
+def score(embedder, tasks, folder="", took=None, check_steps=False):
     """(name, function that makes the Task)s -> yields (name, scores), each as soon as it is known.
 
     folder: each is also written to folder/<name>_score.json.
     With skip_bad a task that cannot be made or has nothing left is dict(left_out=why).
     took: what the model alone takes for the queries is added to its "seconds", "tokens" and "queries".
+    check_steps: whether the latent steps do nothing is looked at, too, if it is not known from before.
     """
     for name, make in tasks:
         begun, before = time.perf_counter(), embedder.encoded
@@ -489,8 +530,14 @@ def score(embedder, tasks, folder="", took=None):
             run_hash=embedder.run_hash, prompt_hash=short_hash(embedder.model.settings["prompt"], *texts),
             seconds=time.perf_counter() - begun, items_encoded=embedder.encoded - before,
             queries_per_s=asked / seconds if asked else None)
+        old = read_score(os.path.join(folder, f"{name}_score.json")) if folder else {}
+        same = all(old.get(key) == result[key] for key in ("run_hash", "prompt_hash"))
+        if check_steps and same and "steps_do_nothing" in old:
+            result["steps_do_nothing"] = old["steps_do_nothing"]
+        elif check_steps:
+            result["steps_do_nothing"] = steps_do_nothing(embedder, task, vectors)
         if folder:
-            keep_score(os.path.join(folder, f"{name}_score.json"), result)
+            keep_score(os.path.join(folder, f"{name}_score.json"), result, old if same else {})
         yield name, result
 
 
@@ -502,11 +549,9 @@ def texts_of(task):
     return texts
 
 
-def keep_score(path, result):
-    """Writes a score file.  When all was known, the times are those of the run that encoded it."""
-    old = read_score(path)
-    same = all(old.get(name) == result[name] for name in ("run_hash", "prompt_hash"))
-    if same and not result["items_encoded"]:
+def keep_score(path, result, old):
+    """Writes a score file.  When all was known, the times are those of the run that encoded it: of `old`."""
+    if old and not result["items_encoded"]:
         for name in ("seconds", "items_encoded", "queries_per_s"):
             result[name] = old[name]
     os.makedirs(os.path.dirname(path), exist_ok=True)
@@ -670,7 +715,7 @@ def main(argv):
     tasks = [(name, functools.partial(make, name)) for name in names]
     results, left_out = {}, {}
     try:
-        for name, result in score(embedder, tasks, folder):
+        for name, result in score(embedder, tasks, folder, check_steps=bool(steps)):
             if "left_out" in result:
                 left_out[name] = result
                 said = f"left out: {result['left_out']}"
@@ -698,6 +743,10 @@ def main(argv):
     if not results:
         raise DataError(f"no task is left: {'; '.join(r['left_out'] for r in left_out.values())}")
     print(table(results))
+    idle = sum(1 for r in results.values() if r.get("steps_do_nothing"))
+    if idle:
+        print(f"warning: the latent steps do nothing for {idle} of {len(results)} tasks, K = 0 is as good "
+              "(at most 100 queries of each): python -m tools.probe")
     if cfg.json:
         write_json(cfg.json, dict(ckpt=cfg.ckpt, mode=cfg.mode, steps=steps, dim=cfg.dim, data=cfg.data,
                                   tasks=results, left_out=left_out))

@@ -57,29 +57,33 @@ class Cache:
         self.prefix, self.slots = [], []  # a (k, v) for each layer, each (B, G, ., d)
 
 
-def rollout(lm, adapter, prefix, steps, suffix, rule="mrope", checkpointing=False, graphs=None):
+def rollout(lm, adapter, prefix, steps, suffix, rule="mrope", checkpointing=False, graphs=None, hook=None):
     """The method: prefill, K latent steps, suffix -> Rollout.
 
     lm: transformers' Qwen2VLTextModel; adapter: TransitionAdapter; prefix: Prefix; steps: K, a Python int;
     suffix: (B, T, D) input embeddings; rule: see `next_positions`; graphs: None, or a `Graphs`.
+    hook: None, or a function of k and the input x (B, D) of step k that gives the input to take instead;
+    with it everything runs without graphs.
     """
     cache = Cache(prefix.lengths, prefix.x.shape[1])
     h = decoder(lm, prefix.x, prefix.positions, cache, checkpointing)  # (B, P, D)
     anchor, z = at(h, prefix.disc), at(h, prefix.lengths - 1)  # (B, D) each
     pos = next_positions(prefix, rule)  # (B,)
-    if graphs is None:
-        behind = steps_and_suffix(lm, adapter, steps, anchor, z, pos, suffix, cache, checkpointing)
+    if graphs is None or hook is not None:
+        behind = steps_and_suffix(lm, adapter, steps, anchor, z, pos, suffix, cache, checkpointing, hook)
     else:
         behind = graphs(lm, adapter, steps, anchor, z, pos, suffix, cache)
     return Rollout(anchor, z, *behind)
 
 
-def steps_and_suffix(lm, adapter, steps, anchor, z, pos, suffix, cache, checkpointing=False):
+def steps_and_suffix(lm, adapter, steps, anchor, z, pos, suffix, cache, checkpointing=False, hook=None):
     """What comes behind the prefix -> latents (B, K, D), suffix (B, T, D), router probabilities (B, K, E)."""
     states, probs, columns = [], [], suffix
     for k in range(steps):
         x, r = adapter(z, k, anchor)  # (B, D), (B, E)
         probs.append(r)
+        if hook is not None:
+            x = hook(k, x)
         if k < steps - 1:
             z = decoder(lm, x[:, None], pos[:, None] + k, cache)[:, 0]  # z_{k+1}
             states.append(z)
