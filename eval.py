@@ -474,14 +474,18 @@ def without_bad(task, queries, corpus):
     return task, (queries[0][kept], corpus[0][rows])
 
 
-def some_queries(task, count):
-    """-> the task with at most `count` of its queries, evenly spaced, and their rows."""
-    rows = np.unique(np.linspace(0, len(task.queries) - 1, count).round().astype(int)).tolist()
+def spread(n, count):
+    """At most `count` of the numbers 0 .. n-1, evenly spaced."""
+    return np.unique(np.linspace(0, n - 1, count).round().astype(int)).tolist()
+
+
+def only(task, rows):
+    """The task with these of its queries."""
     some = {}
     for name in ("queries", "query_ids", "relevant", "candidates"):
         values = getattr(task, name)
         some[name] = [values[row] for row in rows]
-    return replace(task, **some), rows
+    return replace(task, **some)
 
 
 def steps_do_nothing(embedder, task, vectors):
@@ -490,7 +494,8 @@ def steps_do_nothing(embedder, task, vectors):
     A second evaluation would cost as much as the first.  So only queries are embedded again, with K = 0, at
     most 100 of a task, and ranked against the same candidates.
     """
-    task, rows = some_queries(task, 100)
+    rows = spread(len(task.queries), 100)
+    task = only(task, rows)
     label, size = f"{task.name} with K = 0", embedder.cfg.batch_size
     without = embedder.model.encode(task.queries, "latent", 0, size, progress=label)
     values = []

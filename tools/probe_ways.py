@@ -1,0 +1,153 @@
+"""The ways in which tools/probe.py embeds queries: as trained, and each time with one thing changed."""
+
+import copy
+import functools
+from typing import Callable, NamedTuple
+
+import torch
+
+from data import collate, to_device
+from latent import Cache, at, decoder, next_positions, steps_and_suffix
+from model import unit
+
+TRAINED = "as trained"  # name of the row that all others are compared with
+
+
+class Queries:
+    """A batch of queries, computed up to <bot> once; `roll` goes on from there as often as it is called."""
+
+    def __init__(self, model, sides):
+        rule = model.settings["latent_positions"]
+        self.model, self.steps = model, model.settings["latent_steps"]
+        samples = [model.processor.render(side) for side in sides]
+        batch = to_device(collate(samples, model.processor), model.device)
+        prefix = model.prefix(batch)
+        self.cache = Cache(prefix.lengths, prefix.x.shape[1])
+        h = decoder(model.lm, prefix.x, prefix.positions, self.cache)
+        self.anchor, self.start = at(h, prefix.disc), at(h, prefix.lengths - 1)  # (B, D) each
+        self.pos, self.gen = next_positions(prefix, rule), batch["gen"]
+        self.suffix = model.lm.embed_tokens(batch["suffix"])  # (B, T, D)
+        self.inputs = []  # K inputs (B, D) of the latent steps, as trained
+        self.trained, self.latents, self.router = self.roll(self.steps, hook=self.record)
+
+    def record(self, k, x):
+        self.inputs.append(x)
+        return x
+
+    def roll(self, steps, adapter=None, hook=None, shift=0):
+        """-> embeddings (B, D), latents (B, K, D), router probabilities (B, K, E).
+
+        adapter: called in place of the model's; hook: see `latent.rollout`; shift: positions to leave out.
+        """
+        cache = copy.copy(self.cache)
+        cache.slots = [(k[:, :, :0], v[:, :, :0]) for k, v in cache.prefix]
+        latents, suffix, router = steps_and_suffix(
+            self.model.lm, adapter or self.model.adapter, steps, self.anchor, self.start, self.pos + shift,
+            self.suffix, cache, hook=hook)
+        return unit(at(suffix, self.gen)).cpu(), latents, router
+
+
+class Way(NamedTuple):
+    """A way to embed queries: a row of the table."""
+
+    subject: str  # what is used when the score changes
+    embed: Callable  # Queries -> (B, D)
+
+
+def ways_of(model):
+    """{name of a row: Way}, as far as the checkpoint has what a row changes."""
+    adapter, K = model.adapter, model.settings["latent_steps"]
+    ways = {TRAINED: Way("", trained)}
+    for k in range(K):
+        subject = "the steps are" if k == 0 else f"the steps behind {k} are"
+        ways[f"K = {k}"] = Way(subject, functools.partial(fewer_steps, k))
+    for name, change in INPUTS.items():
+        ways[f"inputs {name}"] = Way("the thoughts are", functools.partial(other_inputs, change))
+    ways["latents hidden from the suffix"] = Way("the thoughts are", hidden)
+    if adapter.kind != "none":
+        ways["adapter left out"] = Way("the adapter is", functools.partial(other_adapter, left_out))
+    if adapter.experts:
+        for e in range(adapter.experts):
+            alone = torch.full((adapter.experts,), -torch.inf)
+            alone[e] = 0
+            ways[f"expert {e} alone"] = Way("the routing is", functools.partial(routed, alone))
+        ways["experts uniform"] = Way("the routing is", functools.partial(routed, torch.zeros(adapter.experts)))
+    if adapter.experts and adapter.anchor:
+        for name, change in dict(shuffled=of_another_query, zero=torch.zeros_like).items():
+            embed = functools.partial(other_anchor, change)
+            ways[f"anchor {name}"] = Way("the anchor is", embed)
+    return ways
+
+
+def trained(queries):
+    return queries.trained
+
+
+def fewer_steps(k, queries):
+    return queries.roll(k)[0]
+
+
+def other_inputs(change, queries):
+    """change: inputs (K, B, D) as trained -> those that the steps get instead."""
+    inputs = change(torch.stack(queries.inputs))
+
+    def hook(k, _):
+        return inputs[k]
+
+    return queries.roll(queries.steps, hook=hook)[0]
+
+
+def hidden(queries):
+    """The suffix sees the prefix alone, from its place behind the latents: they have no other effect."""
+    return queries.roll(0, shift=queries.steps)[0]
+
+
+def other_adapter(adapter, queries):
+    return queries.roll(queries.steps, adapter)[0]
+
+
+def left_out(z, step, anchor):
+    """An adapter that feeds the state back as it is."""
+    return z, z.new_zeros(len(z), 0)
+
+
+def other_anchor(change, queries):
+    def adapter(z, step, anchor):
+        return queries.model.adapter(z, step, change(anchor))
+
+    return other_adapter(adapter, queries)
+
+
+def routed(logits, queries):
+    """All rows get these logits (E,) of the router, and all experts take part."""
+    adapter = queries.model.adapter
+
+    def constant(router, inputs, output):
+        return logits.to(output).expand_as(output)
+
+    top_k, handle = adapter.top_k, adapter.router.register_forward_hook(constant)
+    adapter.top_k = adapter.experts
+    try:
+        return queries.roll(queries.steps)[0]
+    finally:
+        adapter.top_k = top_k
+        handle.remove()
+
+
+def of_another_query(x):
+    return x.roll(1, -2)  # of the neighbour in the batch
+
+
+def batch_mean(x):
+    return x.mean(-2, keepdim=True).expand_as(x)
+
+
+def noise(x):
+    """Random directions, as long as the inputs are."""
+    random = torch.randn(x.shape, generator=torch.Generator().manual_seed(0)).to(x)
+    return random * (x.norm(dim=-1, keepdim=True) / random.norm(dim=-1, keepdim=True))
+
+
+INPUTS = {"zero": torch.zeros_like, "of another query": of_another_query, "mean": batch_mean, "noise": noise}
+# these say nothing with one query
+NEEDS_OTHERS = ("inputs of another query", "inputs mean", "anchor shuffled")
