@@ -209,7 +209,7 @@ def table(results):
         if r["at_chance"]:
             notes.append("hit@1 is at chance")
         if r.get("steps_do_nothing"):
-            notes.append("K = 0 is as good")
+            notes.append("not above K = 0")
         cells = "".join(f"{r[m]:8.1%}" for m in (*METRICS, "chance"))
         lines.append(f"{name:{wide}}{cells}{r['queries']:9d}{r['candidates']:12.0f}   " + "   ".join(notes))
     if len(results) > 1:
@@ -750,8 +750,8 @@ def main(argv):
     print(table(results))
     idle = sum(1 for r in results.values() if r.get("steps_do_nothing"))
     if idle:
-        print(f"warning: the latent steps do nothing for {idle} of {len(results)} tasks, K = 0 is as good "
-              "(at most 100 queries of each): python -m tools.probe")
+        print(f"warning: the latent steps do nothing that shows in {idle} of {len(results)} tasks, K = 0 with "
+              "at most 100 queries of each is within the interval: python -m tools.probe")
     if cfg.json:
         write_json(cfg.json, dict(ckpt=cfg.ckpt, mode=cfg.mode, steps=steps, dim=cfg.dim, data=cfg.data,
                                   tasks=results, left_out=left_out))

@@ -2,6 +2,7 @@
 
 import json
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,10 +10,10 @@ import torch
 import torch.nn.functional as F
 
 import eval as evaluation
-from data import DataError, Pairs
+from data import DataError, Pairs, parse_item
 from model import Plume
 from tasks.beir import Task, list_tasks, read_task
-from test_plume import SHARED, call, run
+from test_plume import SHARED, call, make_model, run
 
 
 def unit_rows(numbers):
@@ -100,6 +101,19 @@ def test_a_constant_embedding_scores_zero_and_is_reported_at_chance():
     assert not perfect["at_chance"]
 
 
+def test_latent_steps_that_do_nothing_are_found_with_fewer_queries_and_said():
+    m = make_model(latent_steps=3).float()
+    sides = [parse_item(f"red {i}") for i in range(150)]
+    task = Task("x/own", sides, sides, [{i: 1} for i in range(150)], [None] * 150, list(range(150)))
+    embedder = SimpleNamespace(model=m, cfg=SimpleNamespace(batch_size=32))
+    for steps, idle in ((3, False), (0, True)):  # each text is its own candidate, embedded with these steps
+        vectors = torch.from_numpy(m.encode(sides, steps=steps))
+        assert evaluation.steps_do_nothing(embedder, task, (vectors, vectors)) == idle
+    assert len(evaluation.spread(150, 100)) == 100 and evaluation.spread(3, 100) == [0, 1, 2]
+    scores = evaluation.evaluate(task, (vectors, vectors))
+    assert "not above K = 0" in evaluation.table({"x/own": scores | dict(steps_do_nothing=True)})
+
+
 @pytest.mark.skipif(not SHARED.exists(), reason="no ../shared/data")
 def test_the_real_development_set_reads_completely():
     folder = SHARED / "real_dev"
@@ -138,6 +152,9 @@ def test_evaluation_by_command_line_in_all_modes(trained, world, tmp_path):
     similarity = m.encode(task.queries) @ m.encode(task.corpus).T  # independent of eval.py's ranking
     assert found["hit@1"] == np.mean(similarity.argmax(1) == np.arange(12))
     assert found["chance"] == pytest.approx(1 / 12)
+    idle = [name for name, r in scores["tasks"].items() if r["steps_do_nothing"]]
+    assert printed.count("not above K = 0") == len(idle)
+    assert printed.count("warning: the latent steps do nothing") == bool(idle)
 
     assert "mode cot" in call(*base, "--task", "video_cls", "--mode", "cot", "--limit", 20).stdout
     assert "image_ret" not in call(*base, "--task", "video_cls/v2t", "--mode", "single").stdout

@@ -97,6 +97,8 @@ def verdict(name, subject, values, base):
         return f"{said} {name}: {100 * before:.1f} against {100 * now:.1f}"
     if high < 0:
         return f"{subject} in the way: {numbers}"
+    if low <= 0 and high >= 0.1 * before:
+        return f"undecided with {len(values):,} queries: {numbers}"
     if low <= 0:
         return f"{subject} not used: {numbers}"
     little = "a little " if now > 0.9 * before else ""
@@ -218,7 +220,7 @@ def probe(model, tasks, total, ids, cfg):
     curriculum, embedders = curriculum_of(cfg, K), embedders_of(model, cfg)
     subjects = {name: way.subject for name, way in ways_of(model).items()}
     results, values, all_agreement, shown = {}, {}, [], []
-    for task in tqdm(tasks, "tasks", leave=False):
+    for task in tasks:
         vectors, corpus, thoughts = probe_task(model, task, embedders, curriculum, cfg.batch_size)
         ranks, scores = {}, {}
         for name in vectors:

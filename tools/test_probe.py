@@ -1,0 +1,336 @@
+"""What python -m tools.probe changes, reads and reports."""
+
+import functools
+import json
+import re
+import shutil
+import subprocess
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+import latent
+from curriculum import Curriculum
+from data import DataError, collate, parse_item
+from latent import rollout
+from model import Plume
+from tasks.beir import Task
+from tasks.turtle import World, state_word, walk
+from test_plume import (
+    assert_close, call, make_model, mixed_items, reference_prefill, reference_step, rendered)
+from tools import probe
+from tools.probe_thoughts import Thoughts
+from tools.probe_ways import INPUTS, TRAINED, Queries, ways_of
+
+K = 3
+
+
+# -------------------------------------------------------------------------------------------------- the hook
+
+
+def test_a_hook_that_gives_back_its_input_changes_no_bit_and_runs_without_graphs(model, world):
+    batch = collate(rendered(model, mixed_items(world)), model.processor)
+    prefix, suffix = model.prefix(batch), model.lm.embed_tokens(batch["suffix"])
+    seen = []
+
+    def look(k, x):
+        seen.append((k, x.shape))
+        return x
+
+    plain = rollout(model.lm, model.adapter, prefix, K, suffix)
+    hooked = rollout(model.lm, model.adapter, prefix, K, suffix, graphs=pytest.fail, hook=look)
+    assert all(torch.equal(a, b) for a, b in zip(plain, hooked))
+    assert seen == [(k, suffix[:, 0].shape) for k in range(K)]
+    other = rollout(model.lm, model.adapter, prefix, K, suffix, hook=lambda k, x: 0 * x)
+    assert (other.suffix - plain.suffix).abs().max() > 1e-3
+
+
+# --------------------------------------------------------------------------------------------- interventions
+
+
+def by_transformers(m, sample, adapter, steps=K):
+    """One query through transformers' modules -> its embedding (D,), the inputs (K, D) of the steps.
+
+    adapter: z, k, anchor -> input of the step.
+    """
+    h, cache = reference_prefill(m, sample)
+    anchor, z, inputs = h[sample["disc"]][None], h[-1][None], []
+    position = int(sample["positions"].max()) + 1
+    for k in range(steps):
+        inputs.append(adapter(z, k, anchor))
+        z = reference_step(m, inputs[-1][:, None], position + k, cache)[:, 0]
+    suffix = m.lm.embed_tokens(torch.tensor([sample["suffix"]]))
+    h = reference_step(m, suffix, position + steps, cache)
+    return F.normalize(h[0, -1], dim=-1), torch.cat(inputs) if steps else None
+
+
+def experts_by_hand(m, weights, z):
+    """The adapter's formula for given weights of the experts."""
+    a = m.adapter
+    n, out = F.layer_norm(z, z.shape[-1:], a.ln.weight, a.ln.bias), z
+    for e, weight in enumerate([1.0, *weights]):  # the shared one first
+        hidden = F.gelu(n @ a.w1[e] + a.b1[e, 0])
+        out = out + weight * (hidden @ a.w2[e] + a.b2[e, 0])
+    return out
+
+
+@torch.no_grad()
+def test_every_way_equals_the_same_change_in_transformers(world):
+    m = make_model(latent_steps=K)
+    items = mixed_items(world)[:4]
+    samples, queries = rendered(m, items), Queries(m, [parse_item(item) for item in items])
+
+    def usual(z, k, anchor):
+        return m.adapter(z, k, anchor)[0]
+
+    plain = [by_transformers(m, sample, usual) for sample in samples]
+    inputs = torch.stack([x for _, x in plain], 1)  # (K, B, D)
+    anchors = queries.anchor.roll(1, 0)
+    expected = {
+        TRAINED: lambda b: usual,
+        "inputs zero": lambda b: lambda z, k, anchor: torch.zeros_like(z),
+        "inputs of another query": lambda b: lambda z, k, anchor: inputs[k, b - 1][None],
+        "inputs mean": lambda b: lambda z, k, anchor: inputs[k].mean(0)[None],
+        "adapter left out": lambda b: lambda z, k, anchor: z,
+        "expert 2 alone": lambda b: lambda z, k, anchor: experts_by_hand(m, (0, 0, 1, 0), z),
+        "experts uniform": lambda b: lambda z, k, anchor: experts_by_hand(m, [0.25] * 4, z),
+        "anchor shuffled": lambda b: lambda z, k, anchor: usual(z, k, anchors[b][None]),
+        "anchor zero": lambda b: lambda z, k, anchor: usual(z, k, 0 * anchor),
+    }
+    ways = ways_of(m)
+    for name, adapter_of in expected.items():
+        theirs = [by_transformers(m, sample, adapter_of(b))[0] for b, sample in enumerate(samples)]
+        assert_close(ways[name].embed(queries), torch.stack(theirs), name, 1e-5)
+    for k in range(K):
+        theirs = [by_transformers(m, sample, usual, k)[0] for sample in samples]
+        assert_close(ways[f"K = {k}"].embed(queries), torch.stack(theirs), f"K = {k}", 1e-5)
+    assert m.adapter.top_k == 2 and torch.equal(ways[TRAINED].embed(queries), queries.roll(K)[0])
+
+
+@torch.no_grad()
+def test_hidden_latents_are_those_that_a_mask_hides_from_the_suffix(world, monkeypatch):
+    m = make_model(latent_steps=K)
+    sides = [parse_item(item) for item in mixed_items(world)[:3]]
+    queries, mask_of = Queries(m, sides), latent.mask_of
+    ours = ways_of(m)["latents hidden from the suffix"].embed(queries)
+
+    def hiding(x, cache):
+        mask = mask_of(x, cache)
+        if mask is not None:  # the last pass: the last latent, then the suffix
+            mask[1:, :K] = -torch.inf
+        return mask
+
+    monkeypatch.setattr(latent, "mask_of", hiding)
+    masked, _, _ = queries.roll(K)
+    assert_close(ours, masked, "hidden", 1e-9)
+    assert (ours - queries.trained).abs().max() > 1e-3
+
+
+def test_noise_has_the_length_of_the_inputs_and_another_direction(model):
+    x = 3 * torch.randn(K, 5, 128, dtype=torch.float64)
+    noise = INPUTS["noise"](x)
+    assert_close(noise.norm(dim=-1), x.norm(dim=-1), "length", 1e-9)
+    assert F.cosine_similarity(noise, x, dim=-1).abs().max() < 0.5
+
+
+# --------------------------------------------------------------------------------------------- the table
+
+
+def rows_for(m, texts):
+    """Every text is its own candidate, as trained: 100% by construction -> {row: dict}"""
+    sides = [parse_item(text) for text in texts]
+    n = len(sides)
+    task = Task("x/own", sides, sides, [{i: 1} for i in range(n)], [None] * n, [str(i) for i in range(n)])
+    cfg = probe.Config(limit=0)
+    result, _ = probe.probe(m, [task], n, set(), cfg)
+    return result["all"]
+
+
+def test_the_table_tells_used_latents_from_latents_that_are_the_same_for_all():
+    m = make_model(latent_steps=K).float()
+    texts = [f"red {i}" for i in range(60)]
+    used = rows_for(m, texts)
+    assert used[TRAINED]["score"] == 1
+    for name in ("K = 0", "inputs zero", "inputs of another query", "inputs noise"):
+        assert re.match(r"the \w+ are (a little )?used: 100.0 -> ", used[name]["verdict"]), used[name]
+    with torch.no_grad():
+        m.adapter.b2[0] += 1e4 * torch.randn(m.lm.config.hidden_size)  # drowns what the state says
+    same = rows_for(m, texts)
+    for name in ("inputs of another query", "inputs mean"):
+        assert same[name]["verdict"] == "the thoughts are not used: 100.0 -> 100.0"
+    assert same["anchor shuffled"]["verdict"] == "the anchor is not used: 100.0 -> 100.0"
+    assert " used: 100.0 -> " in same["inputs zero"]["verdict"]
+
+
+def test_verdicts_by_hand():
+    right, wrong = np.ones(200), np.zeros(200)
+    few = np.r_[np.ones(190), np.zeros(10)]
+    say = functools.partial(probe.verdict, "inputs zero", "the thoughts are")
+    assert say(wrong, right) == "the thoughts are used: 100.0 -> 0.0"
+    assert say(few, right) == "the thoughts are a little used: 100.0 -> 95.0"
+    assert say(right, right) == "the thoughts are not used: 100.0 -> 100.0"
+    assert say(np.array([1.0, 1, 1, 1, 0]), np.ones(5)) == "undecided with 5 queries: 100.0 -> 80.0"
+    assert say(right, few) == "the thoughts are in the way: 95.0 -> 100.0"
+    assert probe.verdict("single", "", wrong, right) == "latent is better than single: 100.0 against 0.0"
+    assert probe.verdict("cot", "", right, few) == "latent is worse than cot: 95.0 against 100.0"
+    assert probe.verdict("cot", "", few, few) == "latent is no better than cot: 95.0 against 95.0"
+
+
+# --------------------------------------------------------------------------------------------- agreement
+
+
+@pytest.fixture(scope="module")
+def turtle():
+    """A model of turtle world with random weights."""
+    return Plume.random(World().texts(), latent_steps=8)
+
+
+@torch.no_grad()
+def test_agreement_is_with_the_worlds_own_walk(turtle):
+    test, token_of = World("test"), turtle.processor.tokenizer.convert_tokens_to_ids
+    rows = [0, 1, 450, 2799]  # tiles, words, a page
+    sides = [test[i][0] for i in rows]
+    queries, thoughts = Queries(turtle, sides), Thoughts()
+    thoughts.add(queries, Curriculum(8, 1), sides)
+    states = torch.cat([queries.start[:, None], queries.latents], 1)
+    best = turtle.backbone.lm_head(states).argmax(-1)  # (B, 9)
+    for b, i in enumerate(rows):
+        passed = walk(test.starts[i], test.programs[i])
+        (ids,) = zip(*(turtle.processor.encode(state_word(state)) for state in passed))
+        assert thoughts.expected[b] == dict(enumerate(ids)) and None not in ids
+        assert [tokens[0] for tokens in thoughts.tokens[b]] == best[b].tolist()
+        for k in range(8):
+            thoughts.tokens[b][k][0] = ids[k]
+    assert thoughts.agreement() == ([1.0] * 4, dict.fromkeys(range(8), 1.0))
+    thoughts.tokens[0][3][0] = thoughts.tokens[2][3][0] = thoughts.tokens[2][5][0] = token_of("<eot>")
+    shares, by_step = thoughts.agreement()
+    assert shares == [7 / 8, 1, 6 / 8, 1]
+    assert (by_step[3], by_step[5], by_step[0]) == (0.5, 0.75, 1)
+    before = F.cosine_similarity(states[1, 1], states[1, 0], dim=-1)
+    anchor = F.cosine_similarity(states[1, 8], queries.anchor[1], dim=-1)
+    assert_close(thoughts.to_before[1][0], before, "cosine to the state before")
+    assert_close(thoughts.to_anchor[1][8], anchor, "cosine to the anchor")
+
+
+# ------------------------------------------------------------------------------------------- the command
+
+
+class Report(HTMLParser):
+    """Which tags, pictures and texts an HTML file has; fails when tags are not closed in order."""
+
+    ALONE = ("meta", "img", "br")
+
+    def __init__(self, text):
+        super().__init__()
+        self.open, self.images, self.titles, self.links, self.tags = [], [], [], [], set()
+        self.feed(text)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.add(tag)
+        if tag not in self.ALONE:
+            self.open.append(tag)
+        if tag == "img":
+            self.images.append(dict(attrs))
+        self.links += [value for name, value in attrs if name in ("src", "href")]
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, text):
+        if self.open and self.open[-1] == "h3":
+            self.titles.append(text)
+
+
+def check_report(path, trajectories):
+    """The file is whole, names every query shown, and needs nothing from elsewhere."""
+    text = path.read_text()
+    report = Report(text)
+    titles = sorted(f"{t['task']}, query {t['id']}" for t in trajectories)
+    assert sorted(report.titles) == titles and titles
+    assert all(image["alt"] for image in report.images)
+    assert all(link.startswith(("data:image/", "#")) for link in report.links)
+    assert not report.tags & {"script", "link", "iframe", "object"} and "url(" not in text
+    assert len(text) < 10e6
+    return report
+
+
+def test_probe_of_turtle_world_by_command_line(turtle, tmp_path):
+    turtle.save_pretrained(tmp_path / "ck")
+    files = ["--html", tmp_path / "r.html", "--json", tmp_path / "r.json"]
+    few = ["--ckpt", tmp_path / "ck", "--queries=9", "--limit=3"]
+    printed = call("tools.probe", *few, "--task=video_cls", *files).stdout
+    for word in ("9 of 400 queries", "inputs noise", "expert 3 alone", "latents hidden", "cot", "agreement"):
+        assert word in printed
+    result = json.loads((tmp_path / "r.json").read_text())
+    rows = result["tasks"]["video_cls/turtle"]["rows"]
+    assert list(rows)[:2] == ["as trained", "K = 0"] and 0 <= rows["agreement"]["score"] < 0.5
+    assert np.array(result["tasks"]["video_cls/turtle"]["experts"]).shape == (8, 4)
+    first = result["trajectories"][0]
+    assert len(first["steps"]) == 9 and len(first["retrieved"]) == 5
+    assert {"tokens", "agrees", "rationale", "to_before", "to_anchor", "experts"} <= first["steps"][3].keys()
+    report = check_report(tmp_path / "r.html", result["trajectories"])
+    assert any("16 frames" in image["alt"] or "6 frames" in image["alt"] for image in report.images)
+
+    name = first["id"]
+    printed = call("tools.probe", *few, "--task=image_qa", f"--ids={name}", "--limit=0").stdout
+    assert f"image_qa/turtle, query {name}: " in printed and "would retrieve" in printed
+    for flags, why in (
+        (["--ids=nobody"], "no query has this id"),
+        (["--task=image_qaa"], "Did you mean 'image_qa'"),
+        (["--segments=3"], "8 latent steps are no multiple"),
+        (["--batch_size=1"], "at least 2"),
+        (["--html", tmp_path / "no" / "x.html"], "in folders that exist"),
+    ):
+        failed = call("tools.probe", *few, "--task=image_qa", *flags, check=False)
+        assert failed.returncode == 1 and why in failed.stderr, failed.stderr
+
+
+def test_probe_of_folders_without_rationales_by_command_line(small, world, tmp_path):
+    files = ["--html", tmp_path / "r.html", "--json", tmp_path / "r.json"]
+    flags = ["--data", world / "tasks", "--ckpt", small, "--limit=3", "--show=2"]
+    printed = call("tools.probe", *flags, *files).stdout
+    assert "no query comes with a rationale" in printed and "agreement" not in printed
+    result = json.loads((tmp_path / "r.json").read_text())
+    report = check_report(tmp_path / "r.html", result["trajectories"])
+    alts = [image["alt"] for image in report.images]
+    assert "picture: red bar.png" in alts or "picture: Represent." in alts
+    assert "each with the first 5 of up to 12 candidates" in (tmp_path / "r.html").read_text()
+
+    if chromium := shutil.which("chromium"):
+        shown = tmp_path / "shown.png"
+        done = subprocess.run(
+            [chromium, "--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr",
+             f"--user-data-dir={tmp_path / 'profile'}", f"--screenshot={shown}",
+             f"file://{tmp_path / 'r.html'}"], capture_output=True, text=True, timeout=120)
+        assert shown.exists() and "CONSOLE" not in done.stderr, done.stderr
+
+
+@pytest.mark.parametrize("settings, left_out", [
+    (dict(kind="none"), ["adapter left out", "expert 0 alone", "anchor zero"]),
+    (dict(kind="mlp"), ["expert 0 alone", "anchor zero"]),
+    (dict(anchor=False), ["anchor zero"]),
+], ids=str)
+def test_what_a_checkpoint_does_not_have_is_left_out_and_said(settings, left_out):
+    m = make_model(latent_steps=2, adapter=settings)
+    rows = ways_of(m)
+    for name in ("inputs zero", "adapter left out", "expert 0 alone", "anchor zero"):
+        assert (name in rows) == (name not in left_out)
+    said = probe.what_is_left_out(m, probe.Config(), [], 0, [1.0])
+    assert len(said) == 1 and "no rows for" in said[0]
+
+
+def test_no_latent_steps_is_an_error_and_one_query_leaves_out_what_needs_another():
+    with pytest.raises(DataError, match="K = 0 has no latent steps"):
+        probe.curriculum_of(probe.Config(), 0)
+    m = make_model(latent_steps=1).float()
+    sides = [parse_item(f"number {i}") for i in range(7)]
+    task = Task("x/one", sides[:1], sides, [{0: 1}], [[0, 3]], ["only"])
+    result, shown = probe.probe(m, [task], 1, set(), probe.Config(limit=0, show=1))
+    assert "inputs of another query" not in result["all"] and "inputs zero" in result["all"]
+    assert "one query has no other" in " ".join(result["notes"])
+    assert len(shown[0][0]["retrieved"]) == 2  # of its two candidates
