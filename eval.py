@@ -492,7 +492,8 @@ def steps_do_nothing(embedder, task, vectors):
     """Whether the score is above that of K = 0 by no more than the 95% interval of the difference.
 
     A second evaluation would cost as much as the first.  So only queries are embedded again, with K = 0, at
-    most 100 of a task, and ranked against the same candidates.
+    most 100 of a task, and ranked against the same candidates: turtle world takes 12.3 s and not 11.0 (2 CPU
+    cores, 2026-11-26).
     """
     rows = spread(len(task.queries), 100)
     task = only(task, rows)

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 import eval as evaluation
 from curriculum import Curriculum
-from data import DataError, command, nearest, parse_flags
+from data import DataError, closest, command, parse_flags
 from eval import (
     Embedder, find_tasks, fingerprint, interval, is_published, load, only, per_query_scores, select, spread,
     writable, write_json)
@@ -179,7 +179,7 @@ def tasks_of(cfg):
         total += len(task.queries)
         tasks.append(only(task, sorted(rows)))
     for name in sorted(ids - known.keys()):
-        raise DataError(f"--ids {name!r}: no query has this id.{nearest(name, list(known)[:50])}")
+        raise DataError(f"--ids {name!r}: no query has this id.{closest(name, known)}")
     return tasks, total, ids
 
 

@@ -52,6 +52,7 @@ summary { cursor: pointer; padding: .3rem 0; }
 .cards { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fill, minmax(min(100%, 36rem), 1fr)); }
 article { background: var(--card); border: 1px solid var(--line); border-radius: .5rem; padding: 1rem;
   min-width: 0; }
+article :is(th, td) { padding: .2rem .4rem; }
 article p { overflow-wrap: anywhere; }
 img { max-width: 100%; height: auto; vertical-align: top; border-radius: 2px; }
 img.small { image-rendering: pixelated; }
@@ -202,10 +203,10 @@ def trajectory_table(steps):
         mark = ' <span class="right">\u2713</span>' if step["right"] else ""
         lines.append([
             name_cell(str(k)), f"<td>{said(step)} {step['tokens'][0][1]:.2f}</td>",
-            f"<td>{escape(others)}</td>", f"<td>{experts}</td>", f'<td class="number">{before}</td>',
-            f'<td class="number">{step["to_anchor"]:.2f}</td>',
-            f"<td>{escape(step['retrieved'])}{mark}</td>"])
-    heads = ["state", "says", "then", "experts", "to before", "to anchor", "would retrieve"]
+            f"<td>{escape(step['retrieved'])}{mark}</td>", f'<td class="number">{before}</td>',
+            f'<td class="number">{step["to_anchor"]:.2f}</td>', f"<td>{experts}</td>",
+            f"<td>{escape(others)}</td>"])
+    heads = ["state", "says", "would find", "to before", "to anchor", "experts", "or says"]
     return table(heads, lines, "the trajectory, state by state")
 
 
