@@ -185,9 +185,10 @@ class Plume(nn.Module):
         per_token = dict(ce=ce, first=ce[batch["first"]], read=read)
         return dict(per_pair=per_pair, per_token=per_token)
 
-    @torch.no_grad()
     def embed(self, batch, mode="latent", steps=None, limit=512):
         """A collated batch on the model's device -> (B, D) unit float32, (B,) tokens decoded.  See `encode`.
+
+        Gradients reach the weights, except in mode "cot", unless the caller asks for none (torch.no_grad).
         """
         prefix, rule = self.prefix(batch), self.settings["latent_positions"]
         none = torch.zeros_like(batch["lengths"])
@@ -199,7 +200,8 @@ class Plume(nn.Module):
             return unit(single_pass(self.lm, prefix)), none
         steps = self.settings["latent_steps"] if steps is None else steps
         suffix = self.lm.embed_tokens(batch["suffix"])
-        r = rollout(self.lm, self.adapter, prefix, steps, suffix, rule, graphs=self.graphs)
+        graphs = None if torch.is_grad_enabled() else self.graphs  # they carry no gradients
+        r = rollout(self.lm, self.adapter, prefix, steps, suffix, rule, self.checkpointing, graphs)
         return unit(at(r.suffix, batch["gen"])), none
 
     def encode(self, items, mode="latent", steps=None, batch_size=16, progress=False, limit=512, took=None,
@@ -313,6 +315,7 @@ class Plume(nn.Module):
                 raise
             bad[i] = str(e)
 
+    @torch.no_grad()
     def embed_rows(self, out, rows, samples, mode, steps, limit, took):
         """One batch: out[rows] = embeddings of these samples."""
         batch = to_device(collate([samples[i] for i in rows], self.processor), self.device)

@@ -12,9 +12,10 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from data import DataError
+from data import DataError, collate
+from latent import Graphs
 from model import media_bytes
-from test_plume import HERE, assert_close, make_model, picture
+from test_plume import HERE, assert_close, gradients, make_model, mixed_items, picture, rendered
 
 
 def test_windows_of_encode_keep_the_order_and_the_name_of_a_bad_item(model, world):
@@ -266,3 +267,37 @@ def test_a_string_that_names_a_picture_file_is_embedded_as_text_with_one_warning
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         model.encode(["gone.png", "a picture.png of a cat", {"text": "red bar.png"}, "model.py"])
+
+
+@pytest.mark.parametrize("mode, name", [("latent", "gen"), ("single", "disc")])
+def test_gradients_of_embed_are_those_of_a_training_pass(mode, name, world):
+    m, found = make_model(), []
+    batch = collate(rendered(m, mixed_items(world)), m.processor)
+    m.graphs = Graphs()  # for inference: they carry no gradients
+    for checkpointing in (False, True):
+        m.checkpointing = checkpointing
+        vectors, _ = m.embed(batch, mode)
+        for output in (vectors, m(batch, 8)["per_pair"][name]):
+            m.zero_grad()
+            output.sin().sum().backward()
+            found.append(dict(gradients(m), output=output.detach()))
+    everywhere = {name for name, g in found[0].items() if g.any()}
+    assert {"backbone.model.visual.patch_embed.proj.weight", "output"} <= everywhere
+    assert any(name.startswith("adapter") for name in everywhere) == (mode == "latent")
+    for grads in found[1:]:
+        for name in everywhere:
+            assert_close(grads[name], found[0][name], name, 1e-10)
+
+
+def test_encode_keeps_no_graph_and_leaves_the_callers_gradients_on(model, monkeypatch):
+    embed, graphs = model.embed, []
+
+    def watched(*args):
+        vectors, tokens = embed(*args)
+        graphs.append(vectors.requires_grad)
+        return vectors, tokens
+
+    monkeypatch.setattr(model, "embed", watched)
+    for _ in model.encoding(["red", "blue", "green"], batch_size=1, sort=False):
+        assert torch.is_grad_enabled()  # between two windows
+    assert graphs == [False] * 3

@@ -63,6 +63,7 @@ def run_again(function, device):
     return replay, outputs
 
 
+@torch.no_grad()
 def embed_with_and_without(m, graphs, items, K=8):
     """Asserts that `graphs` gives what no graphs give -> how many shapes are recorded."""
     batch = to_device(collate(rendered(m, items), m.processor), m.device)

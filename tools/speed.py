@@ -333,6 +333,7 @@ class Kernels(TorchDispatchMode):
         return operator(*args, **(kwargs or {}))
 
 
+@torch.no_grad()
 def kernels_of_a_step(model, batch):
     """Kernels of one latent step: those of 8 steps without those of 4, divided by 4."""
     counts = {}
