@@ -23,6 +23,7 @@ import os
 import re
 import secrets
 import shutil
+import string
 import struct
 import sys
 import threading
@@ -777,6 +778,30 @@ TEMPLATE = dict(
     closing="</think>\n",  # between <eot> and <gen_emb>, which end the thought and the whole
     answer="<answer>{answer}</answer>\n",  # behind the closing, as long as the curriculum writes it
 )
+# The prefix in Jinja, for transformers' `apply_chat_template`: one turn of the user
+JINJA = """\
+{%- set content = messages[0]['content'] -%}
+{%- if content is string -%}
+    {%- set content = [{'type': 'text', 'text': content}] -%}
+{%- endif -%}
+{%- if messages | length != 1 or messages[0]['role'] != 'user' -%}
+    {{- raise_exception('PLUME embeds one turn of the user, without a system text of its own') -}}
+{%- endif -%}
+{{- $before -}}
+{%- if $white_image and not content | selectattr('type', 'in', ['image', 'video']) | list -%}
+    {{- '<|vision_start|><|image_pad|><|vision_end|>' -}}
+{%- endif -%}
+{%- for part in content -%}
+    {%- if part['type'] == 'text' -%}
+        {{- part['text'] -}}
+    {%- elif part['type'] in ['image', 'video'] -%}
+        {{- '<|vision_start|><|' + part['type'] + '_pad|><|vision_end|>' -}}
+    {%- else -%}
+        {{- raise_exception('PLUME embeds text, image and video, not ' + part['type']) -}}
+    {%- endif -%}
+{%- endfor -%}
+{{- $behind -}}
+"""
 NEEDED = dict(turns=("{item}", "<bot>"), anchor=("<disc_emb>",), answer=("{answer}",))  # once each
 
 
@@ -840,6 +865,7 @@ class Processor:
         before, behind = turns.split("{item}")
         self.before = before.replace("{system}", template["system"])
         self.behind = behind.replace("{system}", template["system"])
+        tokenizer.chat_template = self.jinja()
         # a copy that reads special tokens in a user's text as plain characters; ours are added by id
         self.backend = tokenizers.Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
         self.backend.encode_special_tokens = True
@@ -851,6 +877,13 @@ class Processor:
 
     def __reduce__(self):  # the copy's setting does not survive pickling to a worker: make it anew there
         return Processor, (self.tokenizer, self.prompt, self.limits, self.white_image, self.template)
+
+    def jinja(self):
+        """What `sequence` does, as a Jinja template.  Special tokens in a text are tokens there."""
+        anchor = self.template["anchor"].replace("{prompt}", self.prompt)
+        values = dict(before=self.before, behind=anchor + self.behind, white_image=self.white_image)
+        literals = {name: json.dumps(value, ensure_ascii=False) for name, value in values.items()}
+        return string.Template(JINJA).substitute(literals)
 
     def render(self, side, stage=None, curriculum=None):
         """The one prompt of training, evaluation and `encode`: a Side -> prefix and suffix.

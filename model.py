@@ -18,6 +18,7 @@ import os
 import re
 import secrets
 import shutil
+import string
 import threading
 import time
 import warnings
@@ -31,6 +32,7 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+import transformers
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -57,9 +59,12 @@ WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 # What transformers raises for a configuration that makes no sense
 CONFIG_ERRORS = (OSError, ValueError, TypeError, LookupError, RuntimeError, AttributeError, ArithmeticError,
                  StrictDataclassError)
-# What a checkpoint of ours consists of
+# What a checkpoint of ours consists of, and a model card
+HUB = os.path.join(os.path.dirname(os.path.abspath(__file__)), "hub")
+HUB_FILES = ("modules.json", "config_sentence_transformers.json", "sentence_bert_config.json", "plume_st.py")
 FILES = ("config.json", WEIGHTS, "preprocessor_config.json", "tokenizer.json", "tokenizer_config.json",
-         "train_state.pt")
+         "chat_template.jinja", "train_state.pt", *HUB_FILES)
+CARD, OUR_CARD = "README.md", "<!-- written by PLUME; saving again replaces this file"
 AHEAD = 1 << 27  # bytes of media that `encode` holds for a window, and about as many are read ahead
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 SPECIAL_IDS = ("image_pad", "video_pad", "vision_start", "vision_end")  # tokens that a Qwen2-VL config names
@@ -231,11 +236,7 @@ class Plume(nn.Module):
         A window is 8 batches, or less when their media take AHEAD bytes; about as much is read ahead.
         sort: the rows of a window are batched by length; False: batches are neighbours as given.
         """
-        if mode not in MODES:
-            raise ValueError(f"mode {quote(mode)}.{nearest(mode, MODES)}")
-        if steps is not None and (mode != "latent" or not 0 <= steps <= MAX_STEPS):
-            raise ValueError(f"steps {steps} in mode {mode!r}: steps are 0..{MAX_STEPS} and belong to mode "
-                             "'latent'")
+        check_mode(mode, steps)
         width = self.lm.config.hidden_size
         if dim is not None and not 1 <= dim <= width:
             raise ValueError(f"dim {dim}: this model has 1 to {width} components")
@@ -366,7 +367,7 @@ class Plume(nn.Module):
             return cls(quietly(Qwen2VLForConditionalGeneration, config), tokenizer, settings)
 
     @classmethod
-    def from_pretrained(cls, path, device=None, dtype=None, **settings):
+    def from_pretrained(cls, path, device=None, dtype=None, revision=None, token=None, **settings):
         """Load a checkpoint: a local folder, or the name of a repository on the Hugging Face hub.
 
         (a) ours, with a `plume` block in config.json; (b) the released layout, known by its
@@ -374,9 +375,10 @@ class Plume(nn.Module):
         training from: the tokens are added, their rows start at the mean of the old ones, the adapter starts
         near the identity.
         device, dtype: default the best there is, printed with the reason.
+        revision, token: on the hub, a branch, tag or commit, and the right to read it.
         settings: override the `plume` block.
         """
-        path = local_folder(os.fspath(path))
+        path = local_folder(os.fspath(path), revision, token)
         device, dtype = pick_device(device, dtype)
         raw = read_json(os.path.join(path, "config.json"))
         if raw.get("model_type") != "qwen2_vl":
@@ -427,6 +429,8 @@ class Plume(nn.Module):
         """
         with replacing(path) as folder:
             self.write(folder, released)
+            if not released:
+                self.write_hub_files(folder)
 
     def write(self, folder, released=False, state=None):
         """The files of `save_pretrained`, into an empty folder; state: the whole one of a sharded model."""
@@ -461,6 +465,20 @@ class Plume(nn.Module):
             max_pixels=limits.max_pixels, patch_size=PATCH, merge_size=MERGE, temporal_patch_size=TEMPORAL)
         with open(os.path.join(folder, "preprocessor_config.json"), "w") as f:
             json.dump(media, f, indent=1)
+
+    def write_hub_files(self, folder, run="Nothing is known here about its training."):
+        """What sentence-transformers reads, and a model card; run: how it was trained, in Markdown."""
+        for name in HUB_FILES:
+            shutil.copyfile(os.path.join(HUB, name), os.path.join(folder, name))
+        with open(os.path.join(HUB, "card.md")) as f:
+            card = string.Template(f.read())
+        size = sum(p.numel() for p in self.parameters()) / 1e6
+        text = card.substitute(
+            dim=self.lm.config.hidden_size, size=f"{size:,.1f}", steps=self.settings["latent_steps"], run=run,
+            settings=json.dumps(self.settings, indent=1, ensure_ascii=False),
+            versions=f"torch {torch.__version__}, transformers {transformers.__version__}")
+        with open(os.path.join(folder, CARD), "w", encoding="utf-8") as f:
+            f.write(text)
 
     def warn_of_lost_settings(self):
         """Names the settings for which somebody who loads the released layout gets other values."""
@@ -540,6 +558,15 @@ def attend_frames(att, x, cos, sin, groups):
         seen.append(F.scaled_dot_product_attention(*group).transpose(1, 2).flatten(0, 1))
         begin = end
     return att.proj(torch.cat(seen).flatten(1))
+
+
+def check_mode(mode, steps):
+    """Raises ValueError for what `embed` does not know."""
+    if mode not in MODES:
+        raise ValueError(f"mode {quote(mode)}.{nearest(mode, MODES)}")
+    if steps is not None and (mode != "latent" or not 0 <= steps <= MAX_STEPS):
+        raise ValueError(f"steps {steps} in mode {mode!r}: steps are 0..{MAX_STEPS} and belong to mode "
+                         "'latent'")
 
 
 def unit(x):
@@ -724,12 +751,16 @@ def quietly(make, *args, **kwargs):
             transformers_logging.enable_progress_bar()
 
 
-def local_folder(path):
+def local_folder(path, revision=None, token=None):
     """A checkpoint folder, or the name of one on the hub, which is downloaded -> the folder."""
+    if os.path.isdir(path) and revision is not None:
+        raise DataError(f"{path}: a folder here has no revision {quote(revision)}; leave it out, or give the "
+                        "name of a repository on the hub")
     if not os.path.isdir(path):
+        kinds = ["*.json", "*.safetensors", "*.txt"]
         try:
-            kinds = ["*.json", "*.safetensors", "*.txt"]
-            path = huggingface_hub.snapshot_download(path, allow_patterns=kinds)
+            path = huggingface_hub.snapshot_download(
+                path, allow_patterns=kinds, revision=revision, token=token)
         except (OSError, ValueError) as e:  # no such name, or no network
             raise FileNotFoundError(f"{quote(path)}: no such checkpoint folder, and the Hugging Face hub "
                                     f"says: {reason(e)}") from e
@@ -896,7 +927,17 @@ def checkpoint_files(folder):
     names = {*FILES, INDEX}
     with contextlib.suppress(DataError, FileNotFoundError):
         names |= {os.path.basename(file) for file in weight_files(folder)}
+    if is_our_card(os.path.join(folder, CARD)):
+        names.add(CARD)
     return {name for name in names if os.path.isfile(os.path.join(folder, name))}
+
+
+def is_our_card(file):
+    """Whether this model card is of `write_hub_files`; somebody else's stays where it is."""
+    if not os.path.isfile(file):
+        return False
+    with open(file, "rb") as f:
+        return OUR_CARD.encode() in f.read(1000)
 
 
 def remove_checkpoint(folder, names):
@@ -944,6 +985,10 @@ def replacing(path, keep=None):
         if there:
             shutil.copymode(path, temporary)
         yield temporary
+        card = os.path.join(path, CARD)
+        if os.path.lexists(card) and not is_our_card(card):
+            with contextlib.suppress(FileNotFoundError):
+                os.remove(os.path.join(temporary, CARD))
         new = set(os.listdir(temporary))
         clash = [name for name in sorted(new) if os.path.isdir(os.path.join(path, name))]
         if clash:
