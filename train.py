@@ -141,6 +141,8 @@ FREE_ON_RESUME = (
     "resume", "out", "media", "workers", "save_every", "keep", "log_every", "wandb", "tensorboard", "device",
     "checkpointing", "micro_batch", "fsdp")
 
+NOT_ON_CARD = ("out", "resume", "wandb", "media", "device")  # of this machine, not of the recipe
+
 MOVED = dict(  # flags of earlier versions, and the command that does it now, with the other flags as here
     ablations="python -m tools.ablations --json FILE", seeds="python -m tools.ablations --seeds N",
     dry_run="python -m tools.dry_run")
@@ -229,6 +231,7 @@ def train(cfg, given, curriculum, device, dtype):
     batches = Batches(pairs, model.processor, curriculum, cfg.skip_bad, cfg.micro_batch)
     loader = load(batches, StepSampler(schedule, progress, start, rank, world), cfg.workers, device)
     log, stop, saved, clock = Log(cfg, config, start, steps), StopOnSignal(), start, time.perf_counter()
+    scored = ""
     for batch in loader:
         step, stage, wait = batch["step"], batch["stage"], time.perf_counter() - clock
         entered = step > 0 and progress.place(step) != progress.place(step - 1)
@@ -258,6 +261,7 @@ def train(cfg, given, curriculum, device, dtype):
         last = step + 1 == steps or total["stop"] > 0
         if cfg.eval_every and ((step + 1) % cfg.eval_every == 0 or step + 1 == steps):
             metrics["hit"] = hit_at_1(model, pairs, held, autocast)
+            scored = f"{metrics['hit']:.1%} on {len(held)} held-out pairs after {step + 1} steps"
             clock = time.perf_counter()
         reached = progress.stages[progress.place(step)].index
         row = dict(step=step, reached=reached, stage=stage.index, K=stage.latent_steps, answer=stage.answer,
@@ -266,7 +270,7 @@ def train(cfg, given, curriculum, device, dtype):
         log.write(row, batch["bad"], parts, shown=entered or last or step % cfg.log_every == 0)
         if last or (step + 1) % cfg.save_every == 0 or progress.place(step + 1) != progress.place(step):
             state = dict(step=step + 1, ranks=world, progress=progress.state(), config=config)
-            kept = save(cfg, model, optimizer, state, saved, kept)
+            kept = save(cfg, model, optimizer, state, saved, kept, about_run(cfg, step + 1, steps, scored))
             saved, clock = step + 1, time.perf_counter()
         if last:
             break
@@ -587,10 +591,24 @@ def hit_at_1(model, pairs, rows, autocast):
 # ------------------------------------------------------------------------------------- checkpoints
 
 
-def save(cfg, model, optimizer, state, saved, kept):
+def about_run(cfg, done, steps, scored):
+    """What the model card tells of the run, in Markdown; scored: its last hit@1, or ""."""
+    default, flags = asdict(Config()), []
+    for name, value in asdict(cfg).items():
+        if value != default[name] and name not in NOT_ON_CARD:
+            flags.append(f"--{name} {shlex.quote(str(value))}")
+    data = "pairs of turtle world" if not cfg.data else "the pairs of --data"
+    lines = [f"{done:,} of {steps:,} steps on {data}:", "```", " ".join(["python train.py", *flags]), "```"]
+    if scored:
+        lines.append(f"hit@1 {scored}.")
+    return "\n".join(lines)
+
+
+def save(cfg, model, optimizer, state, saved, kept, card):
     """Writes OUT/checkpoint on rank 0 -> the names of the earlier ones that --keep has kept.
 
-    saved: the step of the one that stands there now.  Only what this run has kept is ever removed.
+    saved: the step of the one that stands there now; card: what the model card tells of the run.  Only what
+    this run has kept is ever removed.
     """
     whole = StateDictOptions(full_state_dict=True, cpu_offload=True)  # gathers shards: all ranks have to ask
     weights = get_model_state_dict(model, options=whole)
@@ -610,6 +628,7 @@ def save(cfg, model, optimizer, state, saved, kept):
     try:
         with replacing(path, keep) as folder:
             model.write(folder, state=weights)
+            model.write_hub_files(folder, card)
             file = os.path.join(folder, "train_state.pt")
             with write_errors(file):
                 torch.save(dict(state, kept=kept), file)
@@ -619,8 +638,7 @@ def save(cfg, model, optimizer, state, saved, kept):
     for name in gone:
         folder = os.path.join(cfg.out, name)
         if os.path.isdir(folder):
-            template = {"chat_template.jinja"} & set(os.listdir(folder))  # of some tokenizers
-            remove_checkpoint(folder, checkpoint_files(folder) | template)
+            remove_checkpoint(folder, checkpoint_files(folder))
     return kept
 
 

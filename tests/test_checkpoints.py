@@ -304,7 +304,6 @@ NOTES = {  # as in a cloned repository, some under names that a checkpoint of ot
     "vocab.json": "{}",
     "merges.txt": "",
     "generation_config.json": "{}",
-    "chat_template.jinja": "for other software",
 }
 
 

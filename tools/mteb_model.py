@@ -1,0 +1,53 @@
+"""PLUME as a model of MTEB (pip install mteb), for its text, ViDoRe and MIEB tasks.
+
+    import mteb
+    from tools.mteb_model import PlumeEncoder
+
+    mteb.evaluate(PlumeEncoder("out/checkpoint"), mteb.get_benchmark("ViDoRe(v2)").tasks)
+
+MTEB keeps results by name and revision: the revision is the hash of the weights and settings.
+"""
+
+import os
+
+from mteb.models import ModelMeta
+from mteb.models.abs_encoder import AbsEncoder
+from mteb.models.model_meta import ScoringFunction
+
+from eval import fingerprint
+from model import Plume
+
+KINDS = ("text", "image", "video")
+
+
+class PlumeEncoder(AbsEncoder):
+    """A checkpoint for `mteb.evaluate`.
+
+    mode, steps: see `Plume.encode`; prompts: {a task, a task type, "query" or "document": the text in front}.
+    """
+
+    def __init__(self, path, mode="latent", steps=None, prompts=None, **loading):
+        self.model, self.mode, self.steps = Plume.from_pretrained(path, **loading), mode, steps
+        self.model_prompts = self.validate_task_to_prompt_name(prompts) or {}
+        name = os.path.basename(os.path.abspath(path))
+        given = dict(mode=mode, steps=steps, prompts=self.model_prompts)
+        self.mteb_model_meta = ModelMeta.create_empty(dict(
+            name=f"plume/{name}", revision=fingerprint(self.model), similarity_fn_name=ScoringFunction.COSINE,
+            modalities=list(KINDS), embed_dim=self.model.lm.config.hidden_size,
+            experiment_kwargs={key: value for key, value in given.items() if value}))
+
+    def encode(self, inputs, *, task_metadata, prompt_type=None, batch_size=16, show_progress_bar=True,
+               **unused):
+        """inputs: MTEB's loader of batches, dicts of lists -> float32 array (N, D) of unit rows."""
+        prompt = self.model_prompts.get(self.get_prompt_name(task_metadata, prompt_type), "")
+        items = (item for batch in inputs for item in items_of(batch, prompt))
+        return self.model.encode(items, self.mode, self.steps, batch_size, show_progress_bar)
+
+
+def items_of(batch, prompt):
+    """A batch of MTEB -> items as `Plume.encode` takes them, the prompt in front of their texts."""
+    columns = {kind: batch[kind] for kind in KINDS if kind in batch}
+    items = [dict(zip(columns, row)) for row in zip(*columns.values(), strict=True)]
+    if prompt:
+        items = [item | dict(text=prompt + item.get("text", "")) for item in items]
+    return items

@@ -1,0 +1,61 @@
+"""PLUME as a model of MTEB, on tasks made here."""
+
+import numpy as np
+import pytest
+
+from model import Plume
+from test_plume import NAMES
+
+mteb = pytest.importorskip("mteb", reason="needs mteb: pip install mteb")
+datasets = pytest.importorskip("datasets", reason="needs datasets: pip install datasets")
+
+from mteb.abstasks.retrieval import AbsTaskRetrieval
+from mteb.abstasks.task_metadata import TaskMetadata
+
+from tools.mteb_model import PlumeEncoder
+
+NO_DATA_SET = dict(path="nobody/nothing", revision="1")
+
+
+def make_task(task_name, kind, modality, documents):
+    """Retrieval with the query "Find: NAME" for every name, document i for name i."""
+    corpus = datasets.Dataset.from_list([dict(id=f"d{i}", **document) for i, document in enumerate(documents)])
+    if modality == "image":
+        corpus = corpus.cast_column("image", datasets.Image())
+    queries = datasets.Dataset.from_list([dict(id=f"q{i}", text=f"Find: {n}") for i, n in enumerate(NAMES)])
+    relevant = {f"q{i}": {f"d{i}": 1} for i in range(len(NAMES))}
+    split = dict(corpus=corpus, queries=queries, relevant_docs=relevant, top_ranked=None)
+
+    class Local(AbsTaskRetrieval):
+        metadata = TaskMetadata(
+            name=task_name, description="made here", dataset=NO_DATA_SET, type=kind,
+            category=f"t2{modality[0]}", modalities=sorted({"text", modality}), eval_langs=["eng-Latn"],
+            main_score="hit_rate_at_1")
+
+        def load_data(self, *given, **more):
+            self.dataset, self.data_loaded = {"default": {"test": split}}, True
+
+    return Local()
+
+
+def test_mteb_scores_text_and_pictures_as_ranking_by_hand(small, world, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    names = [dict(title="", text=name) for name in NAMES]
+    pictures = [dict(image=str(world / f"{name}.png")) for name in NAMES]
+    tasks = [make_task("LocalNames", "Retrieval", "text", names),
+             make_task("LocalPictures", "Any2AnyRetrieval", "image", pictures)]
+    plume, prompt = Plume.from_pretrained(small, "cpu"), "Represent the query. "
+    queries = plume.encode([f"{prompt}Find: {name}" for name in NAMES])
+    encoder = PlumeEncoder(small, mode="single", prompts=dict(query=prompt), device="cpu")
+    with_prompt = PlumeEncoder(small, prompts=dict(query=prompt), device="cpu")
+    cache = mteb.ResultCache(tmp_path)
+    mteb.evaluate(encoder, tasks, cache=cache, show_progress_bar=False)  # its results are its own
+    results = mteb.evaluate(with_prompt, tasks, cache=cache, encode_kwargs=dict(batch_size=5))
+    for result, documents in zip(results.task_results, (NAMES, pictures), strict=True):
+        found = (queries @ plume.encode(documents).T).argmax(1)
+        by_hand = float((found == np.arange(len(NAMES))).mean())
+        assert result.scores["test"][0]["hit_rate_at_1"] == pytest.approx(by_hand, abs=1e-4)
+    first, second = encoder.mteb_model_meta, with_prompt.mteb_model_meta
+    assert first.revision == second.revision and first.experiment_name != second.experiment_name
+    other = PlumeEncoder(small, device="cpu", latent_steps=3)
+    assert other.mteb_model_meta.revision != first.revision  # so that no result of another model is read
