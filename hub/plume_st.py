@@ -17,13 +17,14 @@ from sentence_transformers.base.modules import InputModule
 from torch.nn.utils.rnn import pad_sequence
 
 MODALITIES = ("text", "image", "video", "message")
-NEEDED = ("this checkpoint needs PLUME's own code: set the environment variable PLUME_HOME to the folder with "
-          "its model.py, or start Python there")
+NEEDED = ("this checkpoint needs PLUME's own code: set the environment variable PLUME_HOME to the folder "
+          "with its model.py, or start Python there")
 
 
 def plume():
     """PLUME's module `model`: of the folder PLUME_HOME, if it is set, or else wherever Python finds it."""
     home = os.environ.get("PLUME_HOME")
+    needed = f"{NEEDED} (PLUME_HOME is {home!r})"
     if home and home not in sys.path:
         sys.path.insert(0, home)
     try:
@@ -31,9 +32,9 @@ def plume():
     except ModuleNotFoundError as e:
         if e.name != "model":  # PLUME is there, one of its packages is not
             raise
-        raise ModuleNotFoundError(f"no module 'model': {NEEDED} (PLUME_HOME is {home!r})", name="model") from e
+        raise ModuleNotFoundError(f"no module 'model': {needed}", name="model") from e
     if not hasattr(module, "Plume"):
-        raise ImportError(f"{module.__file__} is another module 'model': {NEEDED} (PLUME_HOME is {home!r})")
+        raise ImportError(f"{module.__file__} is another module 'model': {needed}")
     return module
 
 
@@ -50,15 +51,26 @@ class PlumeEmbedder(InputModule):
         self.plume, self.modalities = model, list(modalities)
 
     @classmethod
-    def load(cls, model_name_or_path, subfolder="", model_kwargs=None, token=None, cache_folder=None,
-             revision=None, local_files_only=False, **unused):
-        """A checkpoint folder or its name on the hub; of model_kwargs only "dtype" is taken."""
+    def load(cls, model_name_or_path, subfolder="", token=None, cache_folder=None, revision=None,
+             local_files_only=False, model_kwargs=None, config_kwargs=None, processor_kwargs=None,
+             backend="torch", **unused):
+        """A checkpoint folder or its name on the hub.
+
+        model_kwargs: a "dtype"; config_kwargs: settings in place of those in the checkpoint's plume block.
+        """
+        model_kwargs = dict(model_kwargs or {})
+        dtype = model_kwargs.pop("dtype", model_kwargs.pop("torch_dtype", None))
+        refused = [*model_kwargs, *(processor_kwargs or ())]
+        if backend != "torch":
+            refused.append(f"backend {backend!r}")
+        if refused:
+            raise ValueError(f"{', '.join(refused)}: not known here; model_kwargs may have a 'dtype', "
+                             "config_kwargs what the plume block of config.json has")
         hub = dict(subfolder=subfolder, token=token, cache_folder=cache_folder, revision=revision,
                    local_files_only=local_files_only)
-        given = model_kwargs or {}
-        dtype = given.get("dtype", given.get("torch_dtype"))
         folder = cls.load_dir_path(model_name_or_path, **hub)
-        model = plume().Plume.from_pretrained(folder, dtype=None if dtype == "auto" else dtype)
+        dtype = None if dtype == "auto" else dtype
+        model = plume().Plume.from_pretrained(folder, dtype=dtype, **config_kwargs or {})
         return cls(model, **cls.load_config(model_name_or_path, **hub))
 
     def save(self, output_path, *unused, **also_unused):
@@ -70,8 +82,8 @@ class PlumeEmbedder(InputModule):
         items = list(plume().told_of_file_names(inputs))
         with ThreadPoolExecutor(4) as pool:
             samples = list(pool.map(self.read, items, [prompt] * len(items)))
-        ids = [torch.tensor(sample["ids"]) for sample in samples]
-        return dict(input_ids=pad_sequence(ids, batch_first=True), rows=torch.arange(len(ids)), samples=samples)
+        ids = pad_sequence([torch.tensor(sample["ids"]) for sample in samples], batch_first=True)
+        return dict(input_ids=ids, rows=torch.arange(len(samples)), samples=samples)
 
     def read(self, item, prompt):
         core = plume()
@@ -88,8 +100,11 @@ class PlumeEmbedder(InputModule):
         samples = [features["samples"][row] for row in features["rows"].tolist()]
         batch = core.to_device(core.collate(samples, self.plume.processor), self.plume.device)
         vectors, _ = self.plume.embed(batch, mode, steps)  # (B, D)
-        if not torch.is_grad_enabled() and not vectors.isfinite().all():
-            self.plume.not_finite([s["where"] for s, row in zip(samples, vectors) if not row.isfinite().all()])
+        if not torch.is_grad_enabled():
+            finite = vectors.isfinite().all(1).tolist()
+            wrong = [sample["where"] for sample, fine in zip(samples, finite) if not fine]
+            if wrong:
+                self.plume.not_finite(wrong)
         return features | dict(sentence_embedding=vectors)
 
     def get_embedding_dimension(self):

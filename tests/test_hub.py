@@ -92,4 +92,5 @@ def test_the_card_of_a_run_has_its_flags_and_its_last_held_out_score(world, tmp_
     score = printed.split("hit@1 ")[-1].split(" ")[0]
     card = (tmp_path / "out" / "checkpoint" / "README.md").read_text()
     assert "4 of 4 steps" in card and f"hit@1 {score} on 2 held-out pairs after 4 steps." in card
-    assert "--steps 4" in card and "--eval_every 2" in card and str(tmp_path) not in card.replace(str(world), "")
+    assert "--steps 4" in card and "--eval_every 2" in card
+    assert str(tmp_path) not in card  # where it was written is not part of the recipe

@@ -57,7 +57,8 @@ def test_the_same_batches_give_the_same_bits_and_others_the_same_numbers(load, s
 def test_a_prompt_stands_in_front_of_the_text_and_behind_the_picture(load, small, plume, world):
     m, red = load(small, prompts=dict(ask="Which? ")), str(world / "red bar.png")
     items = ["red", {"image": red}, {"image": red, "text": "bar"}, Path(red)]
-    expected = ["Which? red"] + [{"image": red, "text": text} for text in ("Which? ", "Which? bar", "Which? ")]
+    texts = ("Which? ", "Which? bar", "Which? ")
+    expected = ["Which? red"] + [{"image": red, "text": text} for text in texts]
     assert_close(m.encode(items, prompt_name="ask"), plume.encode(expected), "prompt", 1e-6)
     assert_close(m.encode_query(items), plume.encode(items), "none of its own", 1e-6)
 
@@ -91,6 +92,12 @@ def test_what_it_offers_and_what_it_refuses(load, small, plume, monkeypatch):
     with pytest.raises(DataError, match="needs 'float32' or 'bfloat16'"):
         load(small, model_kwargs=dict(dtype="float16"))
     assert load(small, model_kwargs=dict(dtype="bfloat16")).dtype == torch.bfloat16
+    assert load(small, config_kwargs=dict(latent_steps=3))[0].plume.settings["latent_steps"] == 3
+    for given in (dict(processor_kwargs=dict(max_pixels=9)), dict(model_kwargs=dict(device_map="auto"))):
+        with pytest.raises(ValueError, match="(max_pixels|device_map): not known here"):
+            load(small, **given)
+    m.gradient_checkpointing_enable()
+    assert m[0].plume.checkpointing
     m[0].plume.lm.norm.weight.data[3] = torch.nan
     with pytest.raises(DataError, match="item 'red': the embedding is not finite"):
         m.encode(["red"])

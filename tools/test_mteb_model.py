@@ -19,7 +19,8 @@ NO_DATA_SET = dict(path="nobody/nothing", revision="1")
 
 def make_task(task_name, kind, modality, documents):
     """Retrieval with the query "Find: NAME" for every name, document i for name i."""
-    corpus = datasets.Dataset.from_list([dict(id=f"d{i}", **document) for i, document in enumerate(documents)])
+    rows = [dict(id=f"d{i}", **document) for i, document in enumerate(documents)]
+    corpus = datasets.Dataset.from_list(rows)
     if modality == "image":
         corpus = corpus.cast_column("image", datasets.Image())
     queries = datasets.Dataset.from_list([dict(id=f"q{i}", text=f"Find: {n}") for i, n in enumerate(NAMES)])
