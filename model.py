@@ -468,17 +468,20 @@ class Plume(nn.Module):
 
     def write_hub_files(self, folder, run="Nothing is known here about its training."):
         """What sentence-transformers reads, and a model card; run: how it was trained, in Markdown."""
-        for name in HUB_FILES:
-            shutil.copyfile(os.path.join(HUB, name), os.path.join(folder, name))
-        with open(os.path.join(HUB, "card.md")) as f:
+        with open(os.path.join(HUB, "card.md"), encoding="utf-8") as f:
             card = string.Template(f.read())
         size = sum(p.numel() for p in self.parameters()) / 1e6
         text = card.substitute(
             dim=self.lm.config.hidden_size, size=f"{size:,.1f}", steps=self.settings["latent_steps"], run=run,
             settings=json.dumps(self.settings, indent=1, ensure_ascii=False),
             versions=f"torch {torch.__version__}, transformers {transformers.__version__}")
-        with open(os.path.join(folder, CARD), "w", encoding="utf-8") as f:
+        file = os.path.join(folder, CARD)
+        with write_errors(file), open(file, "w", encoding="utf-8") as f:
             f.write(text)
+        for name in HUB_FILES:
+            file = os.path.join(folder, name)
+            with write_errors(file):
+                shutil.copyfile(os.path.join(HUB, name), file)
 
     def warn_of_lost_settings(self):
         """Names the settings for which somebody who loads the released layout gets other values."""
