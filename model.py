@@ -60,7 +60,7 @@ WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 CONFIG_ERRORS = (OSError, ValueError, TypeError, LookupError, RuntimeError, AttributeError, ArithmeticError,
                  StrictDataclassError)
 # What a checkpoint of ours consists of, and a model card
-HUB = os.path.join(os.path.dirname(os.path.abspath(__file__)), "hub")
+HUB = os.path.join(os.path.dirname(os.path.abspath(__file__)), "tools", "hub")
 HUB_FILES = ("modules.json", "config_sentence_transformers.json", "sentence_bert_config.json", "plume_st.py")
 FILES = ("config.json", WEIGHTS, "preprocessor_config.json", "tokenizer.json", "tokenizer_config.json",
          "chat_template.jinja", "train_state.pt", *HUB_FILES)
