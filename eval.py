@@ -498,7 +498,8 @@ def steps_do_nothing(embedder, task, vectors):
     rows = spread(len(task.queries), 100)
     task = only(task, rows)
     label, size = f"{task.name} with K = 0", embedder.cfg.batch_size
-    without = embedder.model.encode(task.queries, "latent", 0, size, progress=label)
+    dim = embedder.cfg.dim or None
+    without = embedder.model.encode(task.queries, "latent", 0, size, progress=label, dim=dim)
     values = []
     for queries in (vectors[0][rows], torch.from_numpy(without)):
         _, per_query = per_query_scores(task, (queries, vectors[1]))
