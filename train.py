@@ -93,7 +93,7 @@ class Config:
     global_batch: int = 32  # pairs in one contrastive batch, over all ranks; part of the recipe
     micro_batch: int = 0  # pairs that a rank runs through the model at a time: memory, not recipe;
     #     0: its whole share of the global batch
-    epochs: float = 1.0  # passes over the data; ignored when --steps is given
+    epochs: float = 1.5  # passes over the data; ignored when --steps is given
     steps: int = 0  # optimizer steps; 0: from --epochs
     lr: float = 2e-3  # peak learning rate for the tiny preset in turtle world;
     #     1e-3 on real pictures, 1e-5 for a pretrained backbone

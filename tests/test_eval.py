@@ -105,7 +105,7 @@ def test_latent_steps_that_do_nothing_are_found_with_fewer_queries_and_said():
     m = make_model(latent_steps=3).float()
     sides = [parse_item(f"red {i}") for i in range(150)]
     task = Task("x/own", sides, sides, [{i: 1} for i in range(150)], [None] * 150, list(range(150)))
-    embedder = SimpleNamespace(model=m, cfg=SimpleNamespace(batch_size=32))
+    embedder = SimpleNamespace(model=m, cfg=SimpleNamespace(batch_size=32, dim=0))
     for steps, idle in ((3, False), (0, True)):  # each text is its own candidate, embedded with these steps
         vectors = torch.from_numpy(m.encode(sides, steps=steps))
         assert evaluation.steps_do_nothing(embedder, task, (vectors, vectors)) == idle

@@ -280,10 +280,10 @@ def limited(*a, **k):
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))  # no file may be longer: what a full disk does
     return write(*a, **k)
 
-def late(cfg, model, optimizer, state, saved, kept):
+def late(cfg, model, optimizer, state, *rest):
     if state["step"] == at:
         train.Plume.write = limited
-    return save(cfg, model, optimizer, state, saved, kept)
+    return save(cfg, model, optimizer, state, *rest)
 
 train.save = late
 train.command(train.main)
