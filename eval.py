@@ -752,8 +752,8 @@ def main(argv):
     print(table(results))
     idle = sum(1 for r in results.values() if r.get("steps_do_nothing"))
     if idle:
-        print(f"warning: the latent steps do nothing that shows in {idle} of {len(results)} tasks, K = 0 with "
-              "at most 100 queries of each is within the interval: python -m tools.probe")
+        print(f"warning: the latent steps do nothing that shows in {idle} of {len(results)} tasks, K = 0 "
+              "with at most 100 queries of each is within the interval: python -m tools.probe")
     if cfg.json:
         write_json(cfg.json, dict(ckpt=cfg.ckpt, mode=cfg.mode, steps=steps, dim=cfg.dim, data=cfg.data,
                                   tasks=results, left_out=left_out))

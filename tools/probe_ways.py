@@ -71,7 +71,8 @@ def ways_of(model):
             alone = torch.full((adapter.experts,), -torch.inf)
             alone[e] = 0
             ways[f"expert {e} alone"] = Way("the routing is", functools.partial(routed, alone))
-        ways["experts uniform"] = Way("the routing is", functools.partial(routed, torch.zeros(adapter.experts)))
+        uniform = torch.zeros(adapter.experts)
+        ways["experts uniform"] = Way("the routing is", functools.partial(routed, uniform))
     if adapter.experts and adapter.anchor:
         for name, change in dict(shuffled=of_another_query, zero=torch.zeros_like).items():
             embed = functools.partial(other_anchor, change)
