@@ -19,6 +19,7 @@ import inspect
 import io
 import itertools
 import json
+import math
 import os
 import re
 import secrets
@@ -234,34 +235,50 @@ def frame_files(folder):
     return [os.path.join(folder, name) for name in sorted(names, key=by_number)]
 
 
+@dataclass(frozen=True)
+class Part:
+    """Of a video file what is shown from second `start` to right before `end`; its first frame is at 0."""
+
+    video: str
+    start: float = 0.0
+    end: float = math.inf
+
+    def __str__(self):
+        return f"{self.video} ({self.start:g} - {self.end:g} s)"
+
+
 def load_frames(source, count):
     """A clip -> at most `count` RGB Pillow images, evenly spaced in time from the first frame to the last.
 
-    source: a video file, a folder of frame files (natural order), or a list of what `load_image` takes.
+    source: a video file, a `Part` of one, a folder of frame files (natural order), or a list of what
+    `load_image` takes.
     A clip with fewer frames gives all it has.  Frames of a file are shown as a player does: with the rotation
     and the aspect ratio that the file asks for.  Decoding keeps only the chosen frames in memory.
     """
     if count < 1:
         raise DataError(f"num_frames {count}: a clip needs at least 1")
-    if isinstance(source, (list, tuple)) or os.path.isdir(source):
-        frames = source if isinstance(source, (list, tuple)) else frame_files(source)
+    is_list = isinstance(source, (list, tuple))
+    if is_list or not isinstance(source, Part) and os.path.isdir(source):
+        frames = source if is_list else frame_files(source)
         if not frames:
             raise DataError(f"{quote(source)}: a clip given as frames, but there is no frame in it")
         if len(frames) > count:
             frames = [frames[round(i)] for i in np.linspace(0, len(frames) - 1, count)]
         return [load_image(f) for f in frames]
+    part = source if isinstance(source, Part) else Part(source)
     try:
-        return decode_frames(source, count)
+        return decode_frames(part, count)
     except DECODER_ERRORS as e:  # FFmpegError is an OSError or ValueError
         raise DataError(f"{source}: cannot be used as a video: {e}") from e
 
 
-def decode_frames(source, count):
+def decode_frames(part, count):
     """The headers say when each frame is shown; those nearest to `count` evenly spaced times are decoded.
 
     What lies between two of them is jumped over where a key frame stands there.  Where the frames then do not
     come at the times of their headers, all are decoded.
     """
+    source = part.video
     with av.open(source, options=VIDEO_OPTIONS) as container:
         stream = container.streams.best("video")
         if stream is None or stream.codec_context is None:
@@ -269,7 +286,7 @@ def decode_frames(source, count):
         size = stream.codec_context.width, stream.codec_context.height
         shape = display_size(*size, stream.sample_aspect_ratio)
         track = read_headers(container, stream, source)
-    wanted = track.times
+    wanted = times_within(track, part)
     if len(wanted) > count:
         wanted = np.linspace(wanted[0], wanted[-1], count)
 
@@ -295,6 +312,8 @@ class Track:
     start: int | None  # that one's time; None where a header lacks its time: then frames are counted
     times: list  # of all frames that are shown, sorted
     keys: list  # of the key frames among them, sorted
+    end: float  # when the last frame is no longer shown
+    unit: float  # in seconds
 
 
 Header = namedtuple("Header", "time duration is_key is_discarded")  # of a packet
@@ -311,20 +330,38 @@ def read_headers(container, stream, source):
     start = headers[first].time if headers else None
     shown = [header for header in headers[first:] if not header.is_discarded]
     if start is None or any(header.time is None for header in shown):
-        start, times, keys = None, list(range(len(shown))), []
+        start, times, keys, end = None, list(range(len(shown))), [], len(shown)
     else:
         shown = [header for header in shown if header.time >= start]
         times = sorted(header.time for header in shown)
         keys = sorted(header.time for header in shown if header.is_key)
+        end = max((header.time + header.duration for header in shown), default=0)
     if not times:
         raise DataError("no frames in the video track")
     if start is not None and container.duration and not container.streams.audio:
-        end = float(max(header.time + header.duration for header in shown) * stream.time_base)
-        promised = container.duration / av.time_base
-        if end < 0.8 * promised:
-            warnings.warn(f"{source}: {promised:.1f} s promised, but the frames end after {end:.1f} s "
+        seconds, promised = float(end * stream.time_base), container.duration / av.time_base
+        if seconds < 0.8 * promised:
+            warnings.warn(f"{source}: {promised:.1f} s promised, but the frames end after {seconds:.1f} s "
                           "(cut off?); using these")
-    return Track(stream.index, first, start, times, keys)
+    if end == times[-1]:  # the header says no duration: the last frame is shown as long as the others
+        end += (times[-1] - times[0]) / max(1, len(times) - 1)
+    return Track(stream.index, first, start, times, keys, end, float(stream.time_base))
+
+
+def times_within(track, part):
+    """The times of the frames that begin in a part; where none does, of the one that is shown meanwhile."""
+    if part.start == 0 and part.end == math.inf:
+        return track.times
+    if track.start is None:
+        raise DataError("a part of it is wanted, but the file does not say when its frames are shown")
+    seconds = [round((time - track.times[0]) * track.unit, 6) for time in track.times]
+    begin, end = bisect.bisect_left(seconds, part.start), bisect.bisect_left(seconds, part.end)
+    if begin < end:
+        return track.times[begin:end]
+    length = (track.end - track.times[0]) * track.unit
+    if part.start >= length:
+        raise DataError(f"the part begins at {part.start:g} s, and the clip ends after {length:.2f} s")
+    return track.times[begin - 1 : begin]
 
 
 def nearest_frames(source, track, wanted):
@@ -450,7 +487,7 @@ class Side:
 
     def key(self):
         """Equal for sides with the same text and media: what makes two targets the same target."""
-        return repr([(kind, v if isinstance(v, (str, list)) else id(v)) for kind, v in self.parts])
+        return repr([(kind, v if isinstance(v, (str, list, Part)) else id(v)) for kind, v in self.parts])
 
     def hash(self):
         """`key` as a signed number of 64 bits."""
@@ -463,7 +500,7 @@ MEDIA_KEYS = {"image": "image", "images": "image", "video": "video", "videos": "
 SIDE_KEYS = ("conversations", *MEDIA_KEYS)
 TURN_KEYS = ("from", "value", "role", "content")
 SPEAKERS = {"human": "human", "user": "human", "gpt": "gpt", "assistant": "gpt"}
-ITEM_KEYS = ("text", "image", "video")
+ITEM_KEYS = ("text", "image", "video", "start", "end")
 
 
 def only_keys(raw, known, where):
@@ -555,6 +592,7 @@ def parse_item(item, root="", where="item"):
     """An item to embed -> Side.  item: a string, a picture, or {"text"?, "image"?, "video"?}.
 
     image: what `as_image` takes, or a list of these; video: a path, a folder of frames, or a list of frames.
+    Beside the path of a video file "start" and "end" may say in seconds which part of it is meant.
     A bare Pillow image, Path or array is a picture.  Media stand in front of the text, unless it has one
     <image> (<video>) for each.
     """
@@ -563,10 +601,12 @@ def parse_item(item, root="", where="item"):
     if isinstance(item, str):
         item = {"text": item}
     if not isinstance(item, dict) or all(value is None for value in item.values()):
-        needs = f"a string, a picture or an object with some of {ITEM_KEYS}"
+        needs = f"a string, a picture or an object with some of {ITEM_KEYS[:3]}"
         raise DataError(f"{where}: needs {needs}, got {quote(item)}")
     only_keys(item, ITEM_KEYS, where)
-    text, image, video = (item.get(key) for key in ITEM_KEYS)
+    text, image, video, start, end = (item.get(key) for key in ITEM_KEYS)
+    if start is not None or end is not None:
+        video = part_of(video, start, end, where)
     if not isinstance(text, (str, type(None))):
         raise DataError(f"{where}: 'text' must be a string, got {type(text).__name__}")
     if isinstance(image, (list, tuple)) and not image:
@@ -579,6 +619,19 @@ def parse_item(item, root="", where="item"):
         else:
             front += [(kind, resolve(source, kind, root, where)) for source in given]
     return Side(front + place(text, marked, root, where), where=where)
+
+
+def part_of(video, start, end, where):
+    """The item's values of these keys -> Part."""
+    if not isinstance(video, (str, os.PathLike)):
+        raise DataError(f"{where}: 'start' and 'end' belong to a 'video' that is a file, not {quote(video)}")
+    start, end = 0 if start is None else start, math.inf if end is None else end
+    for seconds in (start, end):
+        if isinstance(seconds, bool) or not isinstance(seconds, (int, float)):
+            raise DataError(f"{where}: 'start' and 'end' are seconds, got {quote(seconds)}")
+    if not 0 <= start < end or start == math.inf:
+        raise DataError(f"{where}: 'start' {start}, 'end' {end}: need 0 <= start < end, in seconds")
+    return Part(os.fsdecode(video), float(start), float(end))
 
 
 def place(text, media, root, where, disc=False):
@@ -613,6 +666,11 @@ def place(text, media, root, where, disc=False):
 
 def resolve(source, kind, root, where):
     """A medium (kind: image, video or frame) -> a path under the root, a Pillow image, or a list of these."""
+    if isinstance(source, Part):
+        file = resolve(source.video, kind, root, where)
+        if os.path.isdir(file):
+            raise DataError(f"{where}: 'start' and 'end' belong to a video file, {file} is a folder")
+        return replace(source, video=file)
     if isinstance(source, PICTURE) and kind != "video":
         try:
             return as_image(source)
@@ -970,7 +1028,7 @@ class Processor:
             frames = load_frames(source, limits.num_frames)
             return patchify(frames, limits.video_min_pixels, limits.video_max_pixels)
         except DataError as e:
-            if isinstance(source, (str, os.PathLike)) and str(source) not in str(e):
+            if isinstance(source, (str, os.PathLike, Part)) and str(source) not in str(e):
                 raise DataError(f"{source}: {e}") from e
             raise
 

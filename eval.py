@@ -10,9 +10,9 @@
     python eval.py --compare a.json b.json                      two score files, task by task
 
 A folder with rows/, image-tasks/, video-tasks/ or visdoc-tasks/ is a copy of MMEB-V2 (tasks/mmeb.py has its
-78 tasks); in any other DIR/<meta-task>/<dataset>/ holds corpus.jsonl ({"_id", "text"?, "image"?, "video"?}),
-queries.jsonl (the same keys, and perhaps "candidates": [ids], to be ranked only against those) and qrels.tsv
-(query-id, corpus-id, score; a header line).
+78 tasks); in any other DIR/<meta-task>/<dataset>/ holds corpus.jsonl ({"_id", "text"?, "image"?, "video"?,
+"start"?, "end"?}; seconds of a video file), queries.jsonl (the same keys, and perhaps "candidates": [ids], to
+be ranked only against those) and qrels.tsv (query-id, corpus-id, score; a header line).
 
 hit@k: share of queries with a relevant document among the first k.
 ndcg@5: linear gains from the graded scores.
@@ -45,7 +45,7 @@ import transformers
 from PIL import Image
 from tqdm import tqdm
 
-from data import DataError, command, frame_files, nearest, parse_flags, target_size, writing
+from data import DataError, Part, command, frame_files, nearest, parse_flags, target_size, writing
 from model import MODES, RELEASED, Plume, unit
 from tasks.beir import list_tasks, read_task
 from tasks.mmeb import MMEB, modality, read_published
@@ -83,7 +83,7 @@ class Config:
     # report
     scores: str = ""  # folder for a JSON a task, tables, and the embeddings with which a stopped run goes on;
     #     for MMEB-V2: out/scores
-    json: str = ""  # also write the scores, and the rank of every query, to this file
+    json: str = ""  # also write the scores, and of every query rank and first ten with scores, to this file
 
 
 def select(tasks, wanted, root):
@@ -111,23 +111,46 @@ def data_set(name):
 # --------------------------------------------------------------------------------------- ranking and metrics
 
 
+def candidate_scores(queries, corpus, candidates, elements=1 << 26):
+    """Yields the scores of each query's candidates, and their corpus rows (None: all).
+
+    queries (N, D), corpus (M, D) unit rows; candidates: corpus rows a query, or None for all.
+    At most about `elements` scores are in memory.
+    """
+    block = max(1, elements // len(corpus))
+    for begin in range(0, len(queries), block):
+        scores = (queries[begin : begin + block] @ corpus.T).cpu().numpy()
+        for row, among in zip(scores, candidates[begin : begin + block]):
+            if among is None:
+                yield row, None
+            else:
+                among = list(dict.fromkeys(among))
+                yield row[among], among
+
+
 def rank(queries, corpus, relevant, candidates, elements=1 << 26):
     """Rank of every relevant document, ties counted against the model.
 
-    queries (N, D), corpus (M, D) unit rows; relevant: a dict {corpus row: gain} a query; candidates: corpus
-    rows a query, or None for all.  -> a list of (gain, rank from 1) a query.
-    At most about `elements` scores are in memory.
+    relevant: a dict {corpus row: gain} a query; the others as for `candidate_scores`.
+    -> a list of (gain, rank from 1) a query.
     """
-    out, block = [], max(1, elements // len(corpus))
-    for begin in range(0, len(queries), block):
-        scores = (queries[begin : begin + block] @ corpus.T).cpu().numpy()
-        for i, row in enumerate(scores, begin):
-            gains = relevant[i]
-            if candidates[i] is not None:  # ranked against its own list only
-                rows = list(dict.fromkeys(candidates[i]))
-                gains = {place: gains[c] for place, c in enumerate(rows) if c in gains}
-                row = row[rows]
-            out.append(ranks_of(row, gains))
+    out = []
+    for gains, (scores, rows) in zip(relevant, candidate_scores(queries, corpus, candidates, elements)):
+        if rows is not None:  # ranked against its own list only
+            gains = {place: gains[row] for place, row in enumerate(rows) if row in gains}
+        out.append(ranks_of(scores, gains))
+    return out
+
+
+def first_found(queries, corpus, candidates, count):
+    """-> for each query its first `count` candidates as (corpus row, score), best first."""
+    out = []
+    for scores, rows in candidate_scores(queries, corpus, candidates):
+        best = torch.from_numpy(scores).topk(min(count, len(scores)))
+        found = best.indices.tolist()
+        if rows is not None:
+            found = [rows[place] for place in found]
+        out.append(list(zip(found, best.values.tolist())))
     return out
 
 
@@ -172,7 +195,17 @@ def evaluate(task, vectors):
         scores, metric=task.metric, interval=interval(per_query[task.metric]),
         queries=n, candidates=float(np.mean(sizes)), chance=chance,
         at_chance=scores["hit@1"] <= chance + 2 * math.sqrt(chance * (1 - chance) / n),
-        ranks=dict(zip(task.query_ids, map(first_rank, ranks))))
+        ranks=dict(zip(task.query_ids, map(first_rank, ranks))), **runs(task, vectors))
+
+
+def runs(task, vectors, count=10):
+    """The first `count` a query with scores, and what is right: {query id: {corpus id: score}}, as BEIR."""
+    found, relevant, ids = {}, {}, task.corpus_ids
+    for query, gains, first in zip(
+            task.query_ids, task.relevant, first_found(*vectors, task.candidates, count)):
+        found[query] = {ids[row]: round(score, 6) for row, score in first}
+        relevant[query] = {ids[row]: gain for row, gain in gains.items()}
+    return dict(found=found, relevant=relevant)
 
 
 def per_query_scores(task, vectors):
@@ -319,6 +352,9 @@ class Embedder:
         if kind == "video" and isinstance(value, str) and os.path.isdir(value):
             sources = frame_files(value)
         area, count = high, limits.num_frames  # of a video file: only decoding would tell
+        if isinstance(value, Part):
+            sources = [value.video]
+            h.update(f"{value.start} {value.end}".encode())
         for source in sources:
             digest, size = self.hash(source)
             h.update(digest)
@@ -470,7 +506,8 @@ def without_bad(task, queries, corpus):
         raise DataError(f"{task.name}: no query is left; {len(bad)} problems, the first: {bad[0]}")
     task = replace(
         task, queries=[task.queries[i] for i in kept], query_ids=[task.query_ids[i] for i in kept],
-        corpus=[task.corpus[row] for row in rows], relevant=relevant, candidates=candidates, bad=bad)
+        corpus=[task.corpus[row] for row in rows], corpus_ids=[task.corpus_ids[row] for row in rows],
+        relevant=relevant, candidates=candidates, bad=bad)
     return task, (queries[0][kept], corpus[0][rows])
 
 

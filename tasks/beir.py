@@ -4,6 +4,7 @@
                               queries.jsonl    the same keys, and perhaps "candidates": [ids]
                               qrels.tsv        a header, then query-id, corpus-id, score
 
+Of a video file "start" and "end" may say in seconds which part is meant.
 A query with candidates is ranked only against those.  Media paths are relative to DIR.
 `Task` is what every kind of task becomes before it is ranked.
 """
@@ -25,6 +26,7 @@ class Task:
     relevant: list  # one dict a query
     candidates: list  # for each query its list of corpus rows, or None: the whole corpus
     query_ids: list
+    corpus_ids: list
     metric: str = "hit@1"  # the one that is reported
     about: dict = field(default_factory=dict)  # where it comes from
     bad: list = field(default_factory=list)  # what was left out, and why
@@ -87,7 +89,7 @@ def read_task(root, name):
     ids = list(query_row)
     return Task(
         name, [queries[row] for row in kept], corpus, relevant, candidates, [ids[row] for row in kept],
-        about=dict(not_judged=len(queries) - len(kept)))
+        list(corpus_row), about=dict(not_judged=len(queries) - len(kept)))
 
 
 def read_items(path, root, own_key):

@@ -821,11 +821,11 @@ class Problems:
 
 
 class Candidates:
-    """The candidates of a task, each once: `sides` are its corpus."""
+    """The candidates of a task, each once: `sides` are its corpus, `names` their ids."""
 
     def __init__(self, tree, problems):
         self.tree, self.problems = tree, problems
-        self.sides = []
+        self.sides, self.names = [], []
         self.known = {}  # name -> (item, its row in sides or None: it cannot be used)
         self.renamed = 0  # how often a known name came with another item; the first counts
 
@@ -837,6 +837,7 @@ class Candidates:
                 side = self.tree.side(item, f"{self.problems.name}: {where}")
                 self.known[name] = item, len(self.sides)
                 self.sides.append(side)
+                self.names.append(name)
             except DataError as e:
                 self.problems.add(where, e)
         first, row = self.known[name]
@@ -924,4 +925,5 @@ def read_published(root, name, released=False, skip_bad=False, extract=True):
         data=os.path.realpath(root), hub=tree.hub, version=version, revision=tree.revision, rows=count,
         renamed=found.renamed, media=sum(tree.media.values()), media_wanted=len(tree.media))
     metric = "ndcg@5" if task.is_document else "hit@1"
-    return Task(task.full_name, queries, found.sides, relevant, candidates, ids, metric, about, bad)
+    return Task(
+        task.full_name, queries, found.sides, relevant, candidates, ids, found.names, metric, about, bad)

@@ -3,12 +3,14 @@
 import json
 import shutil
 
+import numpy as np
 import pytest
 
 import eval as evaluation
-from data import DataError
+from data import DataError, load_frames
+from model import Plume
 from tasks.beir import list_tasks, read_task
-from test_plume import call
+from test_plume import assert_close, call, picture, write_clip
 
 HEADER = "query-id\tcorpus-id\tscore"
 
@@ -84,6 +86,28 @@ def test_tasks_say_what_is_wrong(world, tmp_path):
         (folder / file).write_text(right)
     with pytest.raises(DataError, match="Did you mean 'image_ret'"):
         evaluation.select(list_tasks(str(world / "tasks")), "image_rett", "root")
+
+
+def test_parts_of_a_clip_are_documents_of_their_own(small, tmp_path):
+    clip = tmp_path / "clip.mp4"  # of two seconds, eight frames each
+    write_clip(clip, [picture(colour, "bar") for colour in ["red"] * 8 + ["blue"] * 8])
+    folder = tmp_path / "video_mret" / "parts"
+    folder.mkdir(parents=True)
+    item = dict(video=clip.name)
+    corpus = [item | dict(_id="red", end=1.0), item | dict(_id="blue", start=1), item | dict(_id="both")]
+    (folder / "corpus.jsonl").write_text("\n".join(map(json.dumps, corpus)))
+    (folder / "queries.jsonl").write_text(json.dumps(item | dict(_id="q", start=1.0, end=2)))
+    (folder / "qrels.tsv").write_text(f"{HEADER}\nq\tblue\t1\n")
+    task = read_task(str(tmp_path), "video_mret/parts")
+    model = Plume.from_pretrained(small)
+    embedder = evaluation.Embedder(model, evaluation.Config(), "latent", 8)
+    vectors, _ = embedder(task.queries + task.corpus, "parts")
+    frames = load_frames(str(clip), 16)
+    by_hand = model.encode([dict(video=part) for part in (frames[8:], frames[:8], frames[8:], str(clip))])
+    assert_close(vectors, by_hand, "parts and their frames")
+    assert np.abs(by_hand[1] - by_hand[2]).max() > 1e-3
+    ranked = evaluation.evaluate(task, (vectors[:1], vectors[1:]))
+    assert ranked["hit@1"] == 1 and list(ranked["found"]["q"])[0] == "blue"
 
 
 def test_qrels_are_read_by_the_names_of_their_columns(world, tmp_path):

@@ -1052,7 +1052,7 @@ def test_graded_ndcg_by_hand():
     assert abs(evaluation.ndcg([(2, 3), (1, 1)], 5) - (1 + 2 / 2) / best) < 1e-12
     query = torch.tensor([[1.0, 0, 0]])
     corpus = torch.tensor([[0.6, 0.8, 0], [0.6, 0, 0.8], [0.6, -0.8, 0], [0, 1, 0.0]])  # the first three tie
-    task = Task("t", ["q"], list("abcd"), [{0: 2, 2: 1}], [None], ["q"], "ndcg@5")
+    task = Task("t", ["q"], list("abcd"), [{0: 2, 2: 1}], [None], ["q"], list("abcd"), "ndcg@5")
     # of a tie the wrong one goes first, then the lesser of the right ones
     tie = evaluation.evaluate(task, (query, corpus))
     assert abs(tie["ndcg@5"] - (1 / math.log2(3) + 2 / 2) / best) < 1e-12
@@ -1062,7 +1062,8 @@ def test_graded_ndcg_by_hand():
 def test_the_interval_is_that_of_the_task_s_own_metric_over_its_queries():
     """40 hits of 100: by the normal approximation 0.4 +- 1.96 sqrt(0.4 * 0.6 / 100)."""
     relevant = [{0: 1}] * 40 + [{1: 1}] * 60
-    task = Task("t", ["q"] * 100, ["a", "b"], relevant, [None] * 100, [str(i) for i in range(100)])
+    ids = [str(i) for i in range(100)]
+    task = Task("t", ["q"] * 100, ["a", "b"], relevant, [None] * 100, ids, ["a", "b"])
     vectors = torch.eye(2)[:1].expand(100, 2), torch.eye(2)
     result = evaluation.evaluate(task, vectors)
     assert result["hit@1"] == 0.4

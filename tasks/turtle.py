@@ -235,7 +235,8 @@ def world_tasks():
             corpus=[state_side(s, shown) for s in range(len(STATES))],
             relevant=[{int(test.target[i]): 1} for i in rows],
             candidates=[None] * n,
-            query_ids=[str(test.programs[i]) for i in rows])
+            query_ids=[str(test.programs[i]) for i in rows],
+            corpus_ids=[state_word(state).strip() for state in STATES])
         tasks[task.name] = task
         if name.endswith("_qa"):
             hard = f"{task.name}_hard"

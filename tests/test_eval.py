@@ -23,7 +23,9 @@ def unit_rows(numbers):
 def a_task(corpus, relevant, candidates=None, metric="hit@1"):
     """A task of which only the ids and the judgements matter."""
     query_ids = [str(i) for i in range(len(relevant))]
-    return Task("x/y", [], corpus, relevant, candidates or [None] * len(relevant), query_ids, metric)
+    corpus_ids = [f"d{j}" for j in range(len(corpus))]
+    candidates = candidates or [None] * len(relevant)
+    return Task("x/y", [], corpus, relevant, candidates, query_ids, corpus_ids, metric)
 
 
 def worst_ranks(scores, gains):
@@ -49,6 +51,19 @@ def test_ranks_equal_brute_force_with_ties_candidates_and_grades(elements):
         scores = [queries[i] @ corpus[j] for j in rows]
         expected = worst_ranks(scores, {rows.index(j): gain for j, gain in gains.items()})
         assert sorted(ranks[i]) == expected, f"query {i}"
+
+
+def test_the_first_ten_equal_a_sort_of_all_candidates():
+    rng = np.random.default_rng(0)
+    corpus, queries = (unit_rows(rng.standard_normal((n, 8))) for n in (60, 9))
+    few = list(range(0, 30, 3))
+    task = a_task(corpus, [{i: 1, 7: 2} for i in range(9)], [few if i % 3 == 0 else None for i in range(9)])
+    scores = evaluation.evaluate(task, (queries, corpus))
+    for i in range(9):
+        cosine = (corpus.numpy() @ queries[i].numpy()).round(6)
+        rows = sorted(few if i % 3 == 0 else range(60), key=lambda j: -cosine[j])[:10]
+        assert list(scores["found"][str(i)].items()) == [(f"d{j}", pytest.approx(cosine[j], abs=2e-6)) for j in rows]
+        assert scores["relevant"][str(i)] == {f"d{i}": 1, "d7": 2}
 
 
 def test_a_tie_between_relevant_documents_puts_the_lesser_first():
@@ -104,7 +119,8 @@ def test_a_constant_embedding_scores_zero_and_is_reported_at_chance():
 def test_latent_steps_that_do_nothing_are_found_with_fewer_queries_and_said():
     m = make_model(latent_steps=3).float()
     sides = [parse_item(f"red {i}") for i in range(150)]
-    task = Task("x/own", sides, sides, [{i: 1} for i in range(150)], [None] * 150, list(range(150)))
+    task = Task("x/own", sides, sides, [{i: 1} for i in range(150)], [None] * 150, list(range(150)),
+                list(range(150)))
     embedder = SimpleNamespace(model=m, cfg=SimpleNamespace(batch_size=32, dim=0))
     for steps, idle in ((3, False), (0, True)):  # each text is its own candidate, embedded with these steps
         vectors = torch.from_numpy(m.encode(sides, steps=steps))
@@ -152,6 +168,9 @@ def test_evaluation_by_command_line_in_all_modes(trained, world, tmp_path):
     similarity = m.encode(task.queries) @ m.encode(task.corpus).T  # independent of eval.py's ranking
     assert found["hit@1"] == np.mean(similarity.argmax(1) == np.arange(12))
     assert found["chance"] == pytest.approx(1 / 12)
+    for row, (query, first) in zip(similarity, found["found"].items()):
+        by_hand = {task.corpus_ids[j]: pytest.approx(row[j], abs=1e-5) for j in np.argsort(-row)[:10]}
+        assert first == by_hand and found["relevant"][query] == {task.corpus_ids[int(query[1:])]: 1}
     idle = [name for name, r in scores["tasks"].items() if r["steps_do_nothing"]]
     assert printed.count("not above K = 0") == len(idle)
     assert printed.count("warning: the latent steps do nothing") == bool(idle)

@@ -2,6 +2,8 @@
 
 import io
 import json
+import math
+import re
 import warnings
 import zlib
 from dataclasses import replace
@@ -16,7 +18,7 @@ from PIL import Image
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 import data
-from data import DataError, load_frames, load_image, normalised, patchify
+from data import DataError, Part, load_frames, load_image, normalised, patchify
 from test_plume import COLOURS, HERE, SHAPES, SHARED, assert_close, make_model, picture, write_clip
 
 
@@ -429,6 +431,55 @@ def test_where_a_jump_lands_wrong_all_frames_are_decoded(tmp_path, decoded, monk
     decoded.clear()
     assert equal(load_frames(path, 5), right)
     assert decoded[-1][0] is None and len(decoded) > 200
+
+
+@pytest.mark.parametrize("suffix, options", [
+    ("mp4", {}), ("mkv", {}), ("webm", dict(codec="libvpx-vp9")), ("mp4", dict(stamps=[*range(7, 207)]))])
+def test_a_part_of_a_clip_has_the_frames_that_begin_in_it(suffix, options, tmp_path):
+    path = str(tmp_path / f"clip.{suffix}")
+    encode_clip(path, range(20, 220), **options)
+    whole = load_frames(path, 500)
+    for start, end in ((0, 20), (0, 1), (2.4, 2.5), (3.7, 11.2), (19.9, 20), (12, math.inf), (7.25, 7.45)):
+        first, last = math.ceil(10 * start), math.ceil(10 * min(end, 20))  # ten frames a second
+        assert equal(load_frames(Part(path, start, end), 500), whole[first:last]), (start, end)
+    windows = [load_frames(Part(path, start, start + 3), 500) for start in range(0, 20, 3)]
+    assert equal([frame for frames in windows for frame in frames], whole)
+    few = load_frames(Part(path, 4, 8), 3)
+    assert equal(few[::2], [whole[40], whole[79]])
+    assert equal([few[1]], [whole[59]]) or equal([few[1]], [whole[60]])  # both are as near to 5.95 s
+    with pytest.raises(DataError, match=r"clip\.\w+ .*begins at 20\.5 s, and the clip ends after 20"):
+        load_frames(Part(path, 20.5, 30), 3)
+
+
+def test_a_part_in_which_no_frame_begins_has_the_frame_that_is_shown_meanwhile(tmp_path):
+    path = str(tmp_path / "still.mkv")
+    encode_clip(path, [40, 120, 200], stamps=[0, 10, 80])  # the second one from 1 to 8 seconds
+    assert equal(load_frames(Part(path, 3, 5), 8), load_frames(path, 3)[1:2])
+
+
+def test_items_may_be_parts_of_clips(model, tmp_path):
+    path = str(tmp_path / "clip.mp4")
+    encode_clip(path, [20] * 20 + [220] * 20)
+    items = [{"video": path, "text": "why?"} | part
+             for part in ({}, dict(start=0, end=2), dict(end=2), dict(start=2), dict(start=0, end=100))]
+    whole, begin, same, end, long = model.encode(items)
+    assert_close(begin, same, "without a start")
+    assert_close(whole, long, "the whole clip")
+    assert min(np.abs(begin - end).max(), np.abs(begin - whole).max()) > 1e-3
+    marked = {"video": Path(path), "start": 2, "text": "<video>why?"}
+    assert_close(model.encode([marked])[0], model.encode([items[3]])[0], "with a marker")
+    for bad, why in (
+            (dict(start=1), "'start' and 'end' belong to a 'video' that is a file, not None"),
+            (dict(video=[path], start=1), "'start' and 'end' belong to a 'video' that is a file, not ["),
+            (dict(video=str(tmp_path), end=1), "belong to a video file"),
+            (dict(video=path, start=2, end=1), "'start' 2, 'end' 1: need 0 <= start < end"),
+            (dict(video=path, start=-1), "need 0 <= start < end"),
+            (dict(video=path, end=math.nan), "need 0 <= start < end"),
+            (dict(video=path, start="1"), "are seconds, got '1'"),
+            (dict(video=path, strat=1), "unknown key 'strat'. Did you mean 'start'"),
+            (dict(video=path, start=9), "the part begins at 9 s, and the clip ends after 4.00 s")):
+        with pytest.raises(DataError, match=re.escape(why)):
+            model.encode([bad])
 
 
 @pytest.mark.filterwarnings("ignore:.*promised")

@@ -10,7 +10,8 @@ import numpy as np
 import torch
 
 from curriculum import Stage
-from eval import first_rank
+from data import Part
+from eval import first_found, first_rank
 from model import unit
 from tools.probe_ways import TRAINED
 
@@ -61,28 +62,26 @@ class Thoughts:
 def label(side, most=80):
     """At most so many characters for an item: its text, what it is known to show, or the name of its file."""
     text = " ".join(value for kind, value in side.parts if kind == "text" and value).strip()
-    files = [value for kind, value in side.parts if kind in ("image", "video") and isinstance(value, str)]
+    files = [str(value) for kind, value in side.parts
+             if kind in ("image", "video") and isinstance(value, (str, Part))]
     text = text or side.answer.strip()
     if not text:
         text = os.path.basename(files[0]) if files else side.where
     return text if len(text) <= most else f"{text[: most - 3]}..."
 
 
-def nearest_candidates(task, i, query, corpus, count):
-    """Query i's embedding (D,) -> rows of its first candidates."""
-    among = range(len(corpus)) if task.candidates[i] is None else task.candidates[i]
-    rows = torch.tensor(list(among))
-    best = (corpus[rows] @ query).topk(min(count, len(rows))).indices
-    return rows[best].tolist()
-
-
 def trajectory(model, task, i, vectors, corpus, thoughts, ranks):
     """All that is known of one query, as JSON has it; and the Sides of the candidates that were found."""
+
+    def first(name, count):
+        """-> what would be retrieved with this row's vectors, as (row of the corpus, score)"""
+        return first_found(vectors[name][i : i + 1], corpus[name], [task.candidates[i]], count)[0]
+
     decode, K = model.processor.tokenizer.decode, len(thoughts.router[i])
     agrees, steps = thoughts.agrees(i), []
     for k in range(K + 1):
         name = TRAINED if k == K else f"K = {k}"
-        (found,) = nearest_candidates(task, i, vectors[name][i], corpus[name], 1)
+        ((found, _),) = first(name, 1)
         read = [(decode([t]), p) for t, p in zip(thoughts.tokens[i][k], thoughts.probs[i][k])]
         step = dict(tokens=read, to_anchor=thoughts.to_anchor[i][k], retrieved=label(task.corpus[found]),
                     right=found in task.relevant[i])
@@ -93,7 +92,7 @@ def trajectory(model, task, i, vectors, corpus, thoughts, ranks):
         if k < K:
             step["experts"] = thoughts.router[i][k]
         steps.append(step)
-    found = nearest_candidates(task, i, vectors[TRAINED][i], corpus[TRAINED], 5)
+    found = [row for row, _ in first(TRAINED, 5)]
     retrieved = [dict(label=label(task.corpus[row]), right=row in task.relevant[i]) for row in found]
     firsts = {name: first_rank(ranks[name][i]) for name in (TRAINED, "single")}
     query = label(task.queries[i], 400)

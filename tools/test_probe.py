@@ -143,7 +143,8 @@ def rows_for(m, texts):
     """Every text is its own candidate, as trained: 100% by construction -> {row: dict}"""
     sides = [parse_item(text) for text in texts]
     n = len(sides)
-    task = Task("x/own", sides, sides, [{i: 1} for i in range(n)], [None] * n, [str(i) for i in range(n)])
+    task = Task("x/own", sides, sides, [{i: 1} for i in range(n)], [None] * n, [str(i) for i in range(n)],
+                [str(i) for i in range(n)])
     cfg = probe.Config(limit=0)
     result, _ = probe.probe(m, [task], n, set(), cfg)
     return result["all"]
@@ -329,7 +330,7 @@ def test_no_latent_steps_is_an_error_and_one_query_leaves_out_what_needs_another
         probe.curriculum_of(probe.Config(), 0)
     m = make_model(latent_steps=1).float()
     sides = [parse_item(f"number {i}") for i in range(7)]
-    task = Task("x/one", sides[:1], sides, [{0: 1}], [[0, 3]], ["only"])
+    task = Task("x/one", sides[:1], sides, [{0: 1}], [[0, 3]], ["only"], list("abcdefg"))
     result, shown = probe.probe(m, [task], 1, set(), probe.Config(limit=0, show=1))
     assert "inputs of another query" not in result["all"] and "inputs zero" in result["all"]
     assert "one query has no other" in " ".join(result["notes"])
