@@ -1,7 +1,7 @@
 """From files to batches: media, records, the prompt, collation, the batch schedule.
 
     media      load_image, load_frames     any picture or clip -> RGB Pillow images, limits checked first
-    pixels     patchify                    Qwen2-VL's resize rule and patch layout
+    pixels     patchify                    the backbone's resize rule and patch layout
     records    Pairs, parse_side           training JSONL, indexed by byte offset
     prompt     Processor.render            the one place where text, media and special tokens become ids
     batches    collate, Schedule, Batches  padded tensors; which records make which step
@@ -32,6 +32,7 @@ import warnings
 from array import array
 from collections import namedtuple
 from dataclasses import dataclass, fields, replace
+from typing import NamedTuple
 
 import av
 import numpy as np
@@ -42,14 +43,38 @@ from safetensors import SafetensorError
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast, Qwen2Tokenizer
+from transformers.models.glm4v.video_processing_glm4v import smart_resize as resize_clip
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
 from curriculum import segment
 
-PATCH, MERGE, TEMPORAL = 14, 2, 2  # Qwen2-VL: pixels a patch, patches a token side, frames a temporal patch
-TOKEN = (PATCH * MERGE) ** 2  # pixels of a token
-MEAN = (0.48145466, 0.4578275, 0.40821073)  # CLIP's, used by Qwen2-VL
-STD = (0.26862954, 0.26130258, 0.27577711)
+MERGE, TEMPORAL = 2, 2  # all backbones: patches a visual token's side, frames a temporal patch
+
+
+@dataclass(frozen=True)
+class Backbone:
+    """What a model type wants of pictures and clips."""
+
+    patch: int = 14  # pixels of a patch's side
+    mean: tuple = (0.48145466, 0.4578275, 0.40821073)  # of the pixels' channels; CLIP's
+    std: tuple = (0.26862954, 0.26130258, 0.27577711)
+    # How a clip tells the time of its frame pairs.  "steps": their M-RoPE positions are 0, 1, 2, ..
+    # "seconds": they are seconds times `rate`.  "text": each pair is a picture, with "<1.2 seconds>" in front
+    time: str = "steps"
+    rate: int = 0  # positions a second; the configuration's
+
+    @property
+    def side(self):
+        """Pixels of a visual token's side."""
+        return self.patch * MERGE
+
+
+QWEN2_VL = Backbone()
+BACKBONES = {
+    "qwen2_vl": QWEN2_VL,
+    "qwen2_5_vl": Backbone(time="seconds"),
+    "qwen3_vl": Backbone(16, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5), time="text"),
+}
 
 
 class DataError(ValueError):
@@ -248,10 +273,17 @@ class Part:
 
 
 def load_frames(source, count):
+    """The frames of `load_clip` alone."""
+    frames, _ = load_clip(source, count)
+    return frames
+
+
+def load_clip(source, count, frame_rate=2.0):
     """A clip -> at most `count` RGB Pillow images, evenly spaced in time from the first frame to the last.
 
+    And in seconds when each of them begins, counted from the first one's begin, and when the clip ends.
     source: a video file, a `Part` of one, a folder of frame files (natural order), or a list of what
-    `load_image` takes.
+    `load_image` takes.  frame_rate: frames a second where the source does not tell.
     A clip with fewer frames gives all it has.  Frames of a file are shown as a player does: with the rotation
     and the aspect ratio that the file asks for.  Decoding keeps only the chosen frames in memory.
     """
@@ -262,17 +294,16 @@ def load_frames(source, count):
         frames = source if is_list else frame_files(source)
         if not frames:
             raise DataError(f"{quote(source)}: a clip given as frames, but there is no frame in it")
-        if len(frames) > count:
-            frames = [frames[round(i)] for i in np.linspace(0, len(frames) - 1, count)]
-        return [load_image(f) for f in frames]
+        chosen = [round(i) for i in np.linspace(0, len(frames) - 1, min(count, len(frames)))]
+        return [load_image(frames[i]) for i in chosen], [i / frame_rate for i in (*chosen, len(frames))]
     part = source if isinstance(source, Part) else Part(source)
     try:
-        return decode_frames(part, count)
+        return decode_clip(part, count, frame_rate)
     except DECODER_ERRORS as e:  # FFmpegError is an OSError or ValueError
         raise DataError(f"{source}: cannot be used as a video: {e}") from e
 
 
-def decode_frames(part, count):
+def decode_clip(part, count, frame_rate):
     """The headers say when each frame is shown; those nearest to `count` evenly spaced times are decoded.
 
     What lies between two of them is jumped over where a key frame stands there.  Where the frames then do not
@@ -286,9 +317,11 @@ def decode_frames(part, count):
         size = stream.codec_context.width, stream.codec_context.height
         shape = display_size(*size, stream.sample_aspect_ratio)
         track = read_headers(container, stream, source)
-    wanted = times_within(track, part)
-    if len(wanted) > count:
-        wanted = np.linspace(wanted[0], wanted[-1], count)
+    times = times_within(track, part)
+    wanted = times if len(times) <= count else np.linspace(times[0], times[-1], count)
+    behind = track.times[bisect.bisect(track.times, times[-1]) :]  # the last of them ends where this begins
+    end = behind[0] if behind else track.end
+    unit = 1 / frame_rate if track.start is None else track.unit
 
     def shown(frame):
         image = frame.to_image()
@@ -296,11 +329,17 @@ def decode_frames(part, count):
             image = image.resize(shape, Image.BICUBIC)
         return to_rgb(image.rotate(frame.rotation, expand=True))  # phones store frames sideways
 
+    def decoded(track):
+        frames, begin = [], []
+        for time, frame in nearest_frames(source, track, wanted):
+            frames.append(shown(frame))
+            begin.append(time)
+        return frames, [round((time - times[0]) * unit, 6) for time in (*begin, end)]
+
     if len(track.keys) > 1:
         with contextlib.suppress(*DECODER_ERRORS):  # among them: DataError
-            return [shown(frame) for frame in nearest_frames(source, track, wanted)]
-    through = replace(track, keys=[])
-    return [shown(frame) for frame in nearest_frames(source, through, wanted)]
+            return decoded(track)
+    return decoded(replace(track, keys=[]))
 
 
 @dataclass
@@ -365,7 +404,7 @@ def times_within(track, part):
 
 
 def nearest_frames(source, track, wanted):
-    """For each of the sorted times in `wanted` the decoded frame nearest to it; of two the later one."""
+    """For each of the sorted times in `wanted` the decoded (time, frame) nearest to it; of two the later."""
     with av.open(source, options=VIDEO_OPTIONS) as container:
         frames = timed_frames(container, track)
         before, now = None, next(frames, None)  # two neighbours, (time, frame) each
@@ -385,7 +424,7 @@ def nearest_frames(source, track, wanted):
                 found = before
             if track.keys and found[0] != right:
                 raise DataError(f"a frame at {found[0]} instead of {right}")
-            yield found[1]
+            yield found
 
 
 def nearest_time(times, wanted):
@@ -435,41 +474,48 @@ def display_size(width, height, aspect):
 # --------------------------------------------------------------------------------------------------- pixels
 
 
-def target_size(width, height, min_pixels, max_pixels):
-    """Qwen2-VL's resize rule -> (width, height): multiples of 28, area between the limits, shape kept."""
+def target_size(width, height, min_pixels, max_pixels, backbone=QWEN2_VL, together=0):
+    """The backbone's resize rule -> (width, height): whole tokens, area between the limits, shape kept.
+
+    together: frames whose areas are limited as a sum (Qwen3-VL's rule for clips); 0: a picture, or one frame.
+    """
     if min(width, height) < 1:
         raise DataError(f"a picture of {width}x{height} pixels: needs at least 1x1")
-    if max_pixels < TOKEN:
-        raise DataError(f"max_pixels {max_pixels}: needs at least {TOKEN}, one token")
+    if max_pixels < backbone.side**2:
+        raise DataError(f"max_pixels {max_pixels}: needs at least {backbone.side**2}, one token")
     if max(width, height) > 200 * min(width, height):
         raise DataError(f"a picture of {width}x{height} pixels: sides differ by more than 200 to 1, crop it")
-    height, width = smart_resize(height, width, PATCH * MERGE, min_pixels, max_pixels)
+    if together:
+        together = max(together, TEMPORAL)  # a single frame is shown twice
+        size = resize_clip(together, height, width, TEMPORAL, backbone.side, min_pixels, max_pixels)
+    else:
+        size = smart_resize(height, width, backbone.side, min_pixels, max_pixels)
+    height, width = size
     return width, height
 
 
-def patchify(frames, min_pixels, max_pixels):
-    """RGB images of a picture (1) or clip (any number) -> patches (t*h*w, 1176) uint8, grid (t, h, w).
+def patchify(frames, size, patch=QWEN2_VL.patch):
+    """RGB images of a picture (1) or clip (any number) -> patches (t*h*w, 6 patch^2) uint8, grid (t, h, w).
 
-    The order is Qwen2-VL's: the four patches of a token stand together; a patch is (3, 2 frames, 14, 14).
-    Frames of another size take the first one's; an odd last frame is repeated.
+    size: (width, height), whole visual tokens.  The order is Qwen-VL's: the four patches of a token stand
+    together; a patch is (3, 2 frames, rows, columns).  An odd last frame is repeated.
     """
-    size = target_size(*frames[0].size, min_pixels, max_pixels)
     arrays = [np.asarray(f if f.size == size else f.resize(size, Image.BICUBIC)) for f in frames]
     arrays += arrays[-1:] * (-len(arrays) % TEMPORAL)
-    t, h, w = len(arrays) // TEMPORAL, size[1] // PATCH, size[0] // PATCH
-    x = np.stack(arrays).reshape(t, TEMPORAL, h // MERGE, MERGE, PATCH, w // MERGE, MERGE, PATCH, 3)
-    x = x.transpose(0, 2, 5, 3, 6, 8, 1, 4, 7)  # (t, h/2, w/2, 2, 2, 3, 2, 14, 14)
+    t, h, w = len(arrays) // TEMPORAL, size[1] // patch, size[0] // patch
+    x = np.stack(arrays).reshape(t, TEMPORAL, h // MERGE, MERGE, patch, w // MERGE, MERGE, patch, 3)
+    x = x.transpose(0, 2, 5, 3, 6, 8, 1, 4, 7)  # (t, h/2, w/2, 2, 2, 3, 2, patch, patch)
     return x.reshape(t * h * w, -1), (t, h, w)
 
 
-def normalised(patches):
-    """Patches (n, 1176) uint8 -> float32, as Qwen2-VL's processor gives them.
+def normalised(patches, backbone=QWEN2_VL):
+    """Patches (n, 6 patch^2) uint8 -> float32, as the backbone's own processor gives them.
 
     They travel as bytes: a quarter of the memory, and of what is copied to a device.
     """
     x = patches.view(len(patches), 3, -1).float() * (1 / 255)
     for channel in range(3):
-        x[:, channel].sub_(MEAN[channel]).div_(STD[channel])
+        x[:, channel].sub_(backbone.mean[channel]).div_(backbone.std[channel])
     return x.flatten(1)
 
 
@@ -860,6 +906,8 @@ JINJA = """\
 {%- endfor -%}
 {{- $behind -}}
 """
+TEMPLATES = {name: TEMPLATE for name in BACKBONES}  # what a model type starts from
+TEMPLATES["qwen3_vl"] = TEMPLATE | dict(system="", turns=TEMPLATE["turns"].split("<|im_end|>\n", 1)[1])
 NEEDED = dict(turns=("{item}", "<bot>"), anchor=("<disc_emb>",), answer=("{answer}",))  # once each
 
 
@@ -893,11 +941,16 @@ class Limits:
     video_min_pixels: int = 56 * 56  # the same for each frame of a clip
     video_max_pixels: int = 28 * 28 * 32
     num_frames: int = 8  # frames sampled from a clip
+    frame_rate: float = 2.0  # frames a second of a clip that is given as frames; Qwen2-VL does not ask
     max_len: int = 8192  # tokens in one sequence: prefix, suffix, in training also the latent steps
 
     def __post_init__(self):
         for name, value in vars(self).items():
-            least = TOKEN if name in ("max_pixels", "video_max_pixels") else 1
+            if name == "frame_rate":
+                if type(value) is not float or not 0 < value < math.inf:
+                    raise DataError(f"{name} {quote(value)}: needs a number above 0, as 2.0")
+                continue
+            least = QWEN2_VL.side**2 if name in ("max_pixels", "video_max_pixels") else 1
             if type(value) is not int or value < least:
                 raise DataError(f"{name} {quote(value)}: needs a whole number of at least {least}")
         for low, high in (("min_pixels", "max_pixels"), ("video_min_pixels", "video_max_pixels")):
@@ -905,10 +958,23 @@ class Limits:
                 raise DataError(f"{low} {vars(self)[low]} is above {high} {vars(self)[high]}")
 
 
+class VisualTokens(NamedTuple):
+    """Of a picture, or of a clip or frame pair, as they stand in the prompt."""
+
+    id: int  # of <|image_pad|> or <|video_pad|>
+    positions: np.ndarray  # (3, n) M-RoPE positions (time, row, column), from 0 on
+
+
+def visual_tokens(id, times, h, w):
+    """times: positions of the frame pairs, from 0 on; h, w: rows and columns of tokens."""
+    time, row, column = np.indices((len(times), h, w)).reshape(3, -1)
+    return VisualTokens(id, np.stack([np.array(times)[time], row, column]))
+
+
 class Processor:
     """Tokenizer, prompt, limits and chat template: everything between an item and the model's ids."""
 
-    def __init__(self, tokenizer, prompt, limits, white_image=False, template=TEMPLATE):
+    def __init__(self, tokenizer, prompt, limits, white_image=False, template=TEMPLATE, backbone=QWEN2_VL):
         for name, needed in NEEDED.items():
             for piece in needed:
                 if template[name].count(piece) != 1:
@@ -919,7 +985,7 @@ class Processor:
             raise DataError("the template's 'turns' must end in '<bot>', where the thought begins: "
                             + quote(turns))
         self.tokenizer, self.prompt, self.limits = tokenizer, prompt, limits
-        self.white_image, self.template = white_image, template
+        self.white_image, self.template, self.backbone = white_image, template, backbone
         before, behind = turns.split("{item}")
         self.before = before.replace("{system}", template["system"])
         self.behind = behind.replace("{system}", template["system"])
@@ -934,7 +1000,8 @@ class Processor:
             raise DataError(f"the tokenizer has no {' '.join(missing)}; PLUME needs {' '.join(SPECIAL)}")
 
     def __reduce__(self):  # the copy's setting does not survive pickling to a worker: make it anew there
-        return Processor, (self.tokenizer, self.prompt, self.limits, self.white_image, self.template)
+        return Processor, (
+            self.tokenizer, self.prompt, self.limits, self.white_image, self.template, self.backbone)
 
     def jinja(self):
         """What `sequence` does, as a Jinja template.  Special tokens in a text are tokens there."""
@@ -965,7 +1032,8 @@ class Processor:
         """Parts -> the whole prompt as texts, ids of special tokens, and (kind, source) for the media."""
         kinds = [kind for kind, _ in parts]
         if self.white_image and "image" not in kinds and "video" not in kinds:  # the released text-only form
-            parts = [("image", Image.new("RGB", (28, 28), "white")), *parts]
+            size = self.backbone.side, self.backbone.side
+            parts = [("image", Image.new("RGB", size, "white")), *parts]
         if "disc" not in kinds:
             end, prompt = self.template["anchor"].split("<disc_emb>")
             prompt = prompt.replace("{prompt}", self.prompt)
@@ -979,7 +1047,7 @@ class Processor:
             elif kind == "text":
                 sequence.append(str(value))  # not numpy's kind of string
             else:
-                sequence += [self.id["<|vision_start|>"], (kind, value), self.id["<|vision_end|>"]]
+                sequence.append((kind, value))
             last = kind
         return sequence + self.pieces(self.behind)
 
@@ -990,22 +1058,26 @@ class Processor:
 
     def prefix(self, sequence):
         """What `sequence` gives -> ids (P,), M-RoPE positions (3, P), patches and grids of the media."""
-        ids, positions, pixels, grids, at = [], [], [], [], 0
-        for kind, run in itertools.groupby(sequence, type):
-            if kind is not tuple:
-                run = self.encode("".join(run)) if kind is str else list(run)  # neighbouring texts are one
-                ids += run
-                positions.append(np.tile(np.arange(at, at + len(run)), (3, 1)))
-                at += len(run)
+        ids, positions, pixels, grids, pieces, at = [], [], [], [], [], 0
+        for piece in sequence:
+            if not isinstance(piece, tuple):
+                pieces.append(piece)
                 continue
-            for medium, source in run:
-                patches, grid = self.media(medium, source)
-                t, h, w = grid[0], grid[1] // MERGE, grid[2] // MERGE
-                ids += [self.id[f"<|{medium}_pad|>"]] * (t * h * w)
-                positions.append(np.indices((t, h, w)).reshape(3, -1) + at)  # time, row, column
-                at += max(t, h, w)  # Qwen2-VL's own rule: behind the largest position of any axis
-                pixels.append(patches)
-                grids.append(grid)
+            patches, grid, shown = self.media(*piece)
+            pieces += shown
+            pixels.append(patches)
+            grids.append(grid)
+        for kind, run in itertools.groupby(pieces, type):
+            if kind is VisualTokens:
+                for visual in run:
+                    ids += [visual.id] * visual.positions.shape[1]
+                    positions.append(visual.positions + at)
+                    at += int(visual.positions.max()) + 1  # Qwen2-VL's own rule: the largest of any axis
+                continue
+            run = self.encode("".join(run)) if kind is str else list(run)  # neighbouring texts are one
+            ids += run
+            positions.append(np.tile(np.arange(at, at + len(run)), (3, 1)))
+            at += len(run)
         disc = ids.index(self.id["<disc_emb>"])
         return dict(ids=ids, positions=np.concatenate(positions, 1), disc=disc, pixels=pixels, grids=grids)
 
@@ -1020,17 +1092,48 @@ class Processor:
         return ids
 
     def media(self, kind, source):
-        """An image or video -> patches and grid, as `patchify`."""
-        limits = self.limits
+        """An image or video -> patches and grid, as `patchify`; and what stands for it in the prompt."""
         try:
-            if kind == "image":
-                return patchify([load_image(source)], limits.min_pixels, limits.max_pixels)
-            frames = load_frames(source, limits.num_frames)
-            return patchify(frames, limits.video_min_pixels, limits.video_max_pixels)
+            frames, seconds = self.frames(kind, source)
+            size = self.size(kind, frames)
+            patches, grid = patchify(frames, size, self.backbone.patch)
+            return patches, grid, self.shown(kind, grid, seconds)
         except DataError as e:
             if isinstance(source, (str, os.PathLike, Part)) and str(source) not in str(e):
                 raise DataError(f"{source}: {e}") from e
             raise
+
+    def frames(self, kind, source):
+        if kind == "image":
+            return [load_image(source)], [0.0, 0.0]
+        return load_clip(source, self.limits.num_frames, self.limits.frame_rate)
+
+    def size(self, kind, frames):
+        """-> (width, height) in which they are shown."""
+        limits, backbone = self.limits, self.backbone
+        if kind == "image":
+            return target_size(*frames[0].size, limits.min_pixels, limits.max_pixels, backbone)
+        low, high, together = limits.video_min_pixels, limits.video_max_pixels, 0
+        if backbone.time == "text":  # Qwen3-VL: as much in all as a clip with all its frames may have
+            low, high, together = low * limits.num_frames, high * limits.num_frames, len(frames)
+        return target_size(*frames[0].size, low, high, backbone, together)
+
+    def shown(self, kind, grid, seconds):
+        """-> the prompt of a medium: texts, ids, and VisualTokens."""
+        t, h, w = grid[0], grid[1] // MERGE, grid[2] // MERGE
+        names = f"<|{kind}_pad|>", "<|vision_start|>", "<|vision_end|>"
+        pad, start, end = (self.id[name] for name in names)
+        times, n = np.arange(t), len(seconds) - 1
+        if kind == "video" and self.backbone.time == "text":
+            pieces, begin = [], [*seconds[:n], seconds[n - 1]]  # an odd last frame is repeated
+            for i in range(0, t * TEMPORAL, TEMPORAL):
+                mean = (begin[i] + begin[i + TEMPORAL - 1]) / 2
+                pieces += [f"<{mean:.1f} seconds>", start, visual_tokens(pad, [0], h, w), end]
+            return pieces
+        if kind == "video" and self.backbone.time == "seconds":
+            every = np.float32(self.backbone.rate) * np.float32(TEMPORAL * seconds[n] / n)  # as transformers
+            times = (times * every).astype(int)
+        return [start, visual_tokens(pad, times, h, w), end]
 
     def suffix(self, side, stage, curriculum, used):
         """What stands behind `used` tokens of question, media and latent steps: suffix, cut, first."""

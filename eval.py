@@ -45,7 +45,8 @@ import transformers
 from PIL import Image
 from tqdm import tqdm
 
-from data import DataError, Part, command, frame_files, nearest, parse_flags, target_size, writing
+from data import (
+    QWEN2_VL, DataError, Part, command, frame_files, nearest, parse_flags, target_size, writing)
 from model import MODES, RELEASED, Plume, unit
 from tasks.beir import list_tasks, read_task
 from tasks.mmeb import MMEB, modality, read_published
@@ -344,7 +345,7 @@ class Embedder:
 
     def weigh_medium(self, kind, value, h):
         """Adds the bytes of a picture or clip to the hash h -> its number of patches, about."""
-        limits = self.model.processor.limits
+        limits, facts = self.model.processor.limits, self.model.processor.backbone
         low, high = limits.video_min_pixels, limits.video_max_pixels
         if kind == "image":
             low, high = limits.min_pixels, limits.max_pixels
@@ -361,10 +362,10 @@ class Embedder:
             if size:
                 count = min(len(sources), limits.num_frames)
                 with suppress(DataError):  # a picture that cannot be used: the error comes when it is read
-                    area = math.prod(target_size(*size, low, high))
+                    area = math.prod(target_size(*size, low, high, facts))
             elif kind == "image":
                 h.update(str(source).encode())  # broken ones of equal bytes are told apart by their names
-        return area // 196 * ((count + 1) // 2)
+        return area // facts.patch**2 * ((count + 1) // 2)
 
     def hash(self, source):
         """-> hash of a picture's or video's bytes, and the size of a picture."""
@@ -667,15 +668,18 @@ def is_published(root):
     return bool(root) and any(os.path.isdir(os.path.join(root, folder)) for folder in folders)
 
 
-def find_tasks(cfg, published):
-    """-> names of all tasks of --data, and a function: name -> its Task"""
+def find_tasks(cfg, published, backbone=QWEN2_VL):
+    """-> names of all tasks of --data, and a function: name -> its Task
+
+    backbone: data.Backbone for which turtle world draws its pictures.
+    """
     if published:
         def make(name):
             return read_published(cfg.data, data_set(name), cfg.protocol == "released", cfg.skip_bad)
         return [task.full_name for task in MMEB.values()], make
     if cfg.data:
         return list_tasks(cfg.data), functools.partial(read_task, cfg.data)
-    turtle = world_tasks()
+    turtle = world_tasks(backbone)
     return list(turtle), turtle.get
 
 
@@ -737,6 +741,8 @@ def main(argv):
         settings = {k: RELEASED[k] for k in ("latent_positions", "white_image", "prompt", "template")}
         settings["limits"] = RELEASED["limits"] | {"num_frames": 64}  # all frames that the readers give
     model, begun = load(cfg, device, **settings), time.time()
+    if not cfg.data:
+        _, make = find_tasks(cfg, published, model.processor.backbone)
     width = model.lm.config.hidden_size
     if not 0 <= cfg.dim <= width:
         raise DataError(f"--dim {cfg.dim}: the checkpoint has {width} components; 0: all of them")

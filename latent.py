@@ -14,6 +14,7 @@ columns, where padding is hidden.
 h(.) is the state after the decoder's final norm, over everything that stands in front.  The decoder's
 arithmetic (Qwen2: RMSNorm, grouped-query attention, M-RoPE, SwiGLU) is written out here over the weights of
 transformers' modules, because the cache must carry gradients and work together with activation checkpointing.
+Qwen3-VL's differs in three lines, each of which names it.
 Prefill, latent step, suffix and greedy decoding are one function, `decoder`, at different numbers of new
 columns.
 
@@ -34,6 +35,7 @@ class Prefix(NamedTuple):
     positions: torch.Tensor  # (3, B, P) M-RoPE positions (temporal, height, width)
     lengths: torch.Tensor  # (B,) tokens without padding
     disc: torch.Tensor  # (B,) column of <disc_emb>
+    deepstack: tuple = ()  # Qwen3-VL: for each of the first layers what `add_features` adds to its output
 
 
 class Rollout(NamedTuple):
@@ -60,13 +62,13 @@ class Cache:
 def rollout(lm, adapter, prefix, steps, suffix, rule="mrope", checkpointing=False, graphs=None, hook=None):
     """The method: prefill, K latent steps, suffix -> Rollout.
 
-    lm: transformers' Qwen2VLTextModel; adapter: TransitionAdapter; prefix: Prefix; steps: K, a Python int;
+    lm: transformers' text model; adapter: TransitionAdapter; prefix: Prefix; steps: K, a Python int;
     suffix: (B, T, D) input embeddings; rule: see `next_positions`; graphs: None, or a `Graphs`.
     hook: None, or a function of k and the input x (B, D) of step k that gives the input to take instead;
     with it everything runs without graphs.
     """
     cache = Cache(prefix.lengths, prefix.x.shape[1])
-    h = decoder(lm, prefix.x, prefix.positions, cache, checkpointing)  # (B, P, D)
+    h = decoder(lm, prefix.x, prefix.positions, cache, checkpointing, prefix.deepstack)  # (B, P, D)
     anchor, z = at(h, prefix.disc), at(h, prefix.lengths - 1)  # (B, D) each
     pos = next_positions(prefix, rule)  # (B,)
     if graphs is None or hook is not None:
@@ -99,7 +101,8 @@ def steps_and_suffix(lm, adapter, steps, anchor, z, pos, suffix, cache, checkpoi
 
 def single_pass(lm, prefix):
     """h(<disc_emb>) (B, D) of the prefix alone: the anchor, normalised it is the single-pass embedding."""
-    h = decoder(lm, prefix.x, prefix.positions, Cache(prefix.lengths, prefix.x.shape[1]))
+    cache = Cache(prefix.lengths, prefix.x.shape[1])
+    h = decoder(lm, prefix.x, prefix.positions, cache, deepstack=prefix.deepstack)
     return at(h, prefix.disc)
 
 
@@ -111,7 +114,8 @@ def greedy(lm, embed, head, prefix, end, limit, rule="mrope"):
     with `end`.  embed, head: token ids -> input embeddings, hidden states -> logits.
     """
     cache = Cache(prefix.lengths, prefix.x.shape[1])
-    h = at(decoder(lm, prefix.x, prefix.positions, cache), prefix.lengths - 1)  # (B, D)
+    h = decoder(lm, prefix.x, prefix.positions, cache, deepstack=prefix.deepstack)
+    h = at(h, prefix.lengths - 1)  # (B, D)
     pos, tokens = next_positions(prefix, rule), []
     out, done = torch.zeros_like(h), torch.zeros(len(h), dtype=torch.bool, device=h.device)
     for t in range(limit):
@@ -147,10 +151,11 @@ def at(h, column):
 # ---------------------------------------------------------------------------------------------------- decoder
 
 
-def decoder(lm, x, positions, cache, checkpointing=False):
+def decoder(lm, x, positions, cache, checkpointing=False, deepstack=()):
     """All layers over L new columns: x (B, L, D), positions (3, B, L) or (B, L) -> final states (B, L, D).
 
     On an empty cache the columns are the prefix; later ones become slots.  The cache is updated.
+    deepstack: see Prefix.
     """
     cos, sin = rotary(lm, positions.expand(3, *positions.shape[-2:]), x)  # (B, 1, L, d) each
     mask, prefill = mask_of(x, cache), not cache.prefix
@@ -160,12 +165,19 @@ def decoder(lm, x, positions, cache, checkpointing=False):
             x, k, v = checkpoint(block, layer, x, cos, sin, mask, past, use_reentrant=False)
         else:
             x, k, v = block(layer, x, cos, sin, mask, past)
+        if i < len(deepstack):  # Qwen3-VL
+            x = add_features(x, *deepstack[i])
         if prefill:
             cache.prefix.append((k, v))
             cache.slots.append((k[:, :, :0], v[:, :, :0]))
         else:
             cache.slots[i] = k, v
     return rms_norm(x, lm.norm)
+
+
+def add_features(x, places, features):
+    """x (B, L, D) with features (M, D) of visual tokens added at their flat places (M,) in (B, L)."""
+    return x.flatten(0, 1).index_add(0, places, features.to(x.dtype)).view_as(x)
 
 
 def mask_of(x, cache):
@@ -182,6 +194,8 @@ def block(layer, x, cos, sin, mask, past):
     att, mlp = layer.self_attn, layer.mlp
     h = rms_norm(x, layer.input_layernorm)
     q, k, v = (split_heads(linear(p, h), att.head_dim) for p in (att.q_proj, att.k_proj, att.v_proj))
+    if hasattr(att, "q_norm"):  # Qwen3-VL
+        q, k = rms_norm(q, att.q_norm), rms_norm(k, att.k_norm)
     q, k = rotate(q, cos, sin), rotate(k, cos, sin)  # (B, H, L, d), (B, G, L, d)
     if past is None:
         keys, values = for_heads(k, q), for_heads(v, q)
@@ -217,16 +231,29 @@ def attend_two_blocks(q, k_prefix, v_prefix, k_slots, v_slots, hide, mask):
 def rotary(lm, positions, x):
     """M-RoPE's cos and sin (B, 1, L, d) at positions (3, B, L): each frequency belongs to one of three axes.
 
-    Qwen2-VL: `mrope_section` says how many of the d/2 frequencies are temporal, height, width.  In float32.
+    `mrope_section` says how many of the d/2 frequencies are temporal, height, width.  In float32.
     """
     rope, d = lm.config.rope_parameters, lm.layers[0].self_attn.head_dim
     exponents = torch.arange(0, d, 2, device=x.device, dtype=torch.float32) / d  # (d/2,)
     angles = positions[..., None].float() * (1 / rope["rope_theta"] ** exponents)  # (3, B, L, d/2)
-    sections = angles.split(rope["mrope_section"], -1)
-    angles = torch.cat([section[axis] for axis, section in enumerate(sections)] * 2, -1)[:, None]
+    sections = rope["mrope_section"]
+    if lm.config.model_type == "qwen3_vl_text":
+        angles = interleaved(angles, sections)
+    else:  # one section behind the other
+        angles = torch.cat([part[axis] for axis, part in enumerate(angles.split(sections, -1))], -1)
+    angles = torch.cat([angles, angles], -1)[:, None]
     cos, sin = angles.cos(), angles.sin()
     sin[..., : d // 2].neg_()
     return cos.to(x.dtype), sin.to(x.dtype)
+
+
+def interleaved(angles, sections):
+    """Qwen3-VL: (3, B, L, d/2) -> (B, L, d/2) of temporal, height, width, temporal, ..; the rest temporal."""
+    mixed = angles[0].clone()
+    for axis in (1, 2):
+        mine = slice(axis, 3 * sections[axis], 3)
+        mixed[..., mine] = angles[axis, ..., mine]
+    return mixed
 
 
 def rotate(x, cos, sin):

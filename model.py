@@ -1,4 +1,4 @@
-"""Plume: a Qwen2-VL backbone, the transition adapter and a processor, in one module.
+"""Plume: a Qwen-VL backbone, the transition adapter and a processor, in one module.
 
     model = Plume.from_pretrained("out/checkpoint")
     vectors = model.encode(["a red car", {"image": "car.jpg"}, {"text": "why?", "video": "clip.mp4"}])
@@ -25,7 +25,7 @@ import warnings
 from collections import deque
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor, wait
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import huggingface_hub
 import numpy as np
@@ -38,14 +38,17 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
-from transformers import AutoTokenizer, Qwen2VLConfig, Qwen2VLForConditionalGeneration
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer
+from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VisionTransformerPretrainedModel
 from transformers.utils import logging as transformers_logging
+from transformers.vision_utils import (
+    get_vision_interpolation_indices_and_weights, get_vision_position_ids, get_vision_window_index)
 
 from adapter import MAX_STEPS, TransitionAdapter, from_released, to_released
 from data import (
-    IMAGE_SUFFIXES, MERGE, PATCH, PLUME_TOKENS, TEMPLATE, TEMPORAL, VIDEO_SUFFIXES, DataError, Limits,
-    Processor, Side, collate, fixed_strings, nearest, normalised, only_keys, parse_item, parse_json, quote,
-    reason, to_device, train_tokenizer, write_errors)
+    BACKBONES, IMAGE_SUFFIXES, MERGE, PLUME_TOKENS, QWEN2_VL, TEMPLATE, TEMPLATES, TEMPORAL, VIDEO_SUFFIXES,
+    DataError, Limits, Processor, Side, closest, collate, fixed_strings, nearest, normalised, only_keys,
+    parse_item, parse_json, quote, reason, to_device, train_tokenizer, write_errors)
 from latent import Prefix, at, at_least_float32, greedy, rollout, rotate, single_pass
 
 RELEASED_PROMPT = (
@@ -67,7 +70,7 @@ FILES = ("config.json", WEIGHTS, "preprocessor_config.json", "tokenizer.json", "
 CARD, OUR_CARD = "README.md", "<!-- written by PLUME; saving again replaces this file"
 AHEAD = 1 << 27  # bytes of media that `encode` holds for a window, and about as many are read ahead
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-SPECIAL_IDS = ("image_pad", "video_pad", "vision_start", "vision_end")  # tokens that a Qwen2-VL config names
+SPECIAL_IDS = ("image_pad", "video_pad", "vision_start", "vision_end")  # tokens that a configuration names
 
 # What a checkpoint says about itself: `limits` is data.Limits, `template` data.TEMPLATE, `adapter`
 # TransitionAdapter's keywords.
@@ -84,7 +87,7 @@ def rope(theta, *sections):
     return dict(rope_type="default", rope_theta=theta, mrope_section=list(sections))
 
 
-# Shapes of models with new random weights.
+# Shapes of models with new random weights; a Qwen2-VL where no other backbone stands.
 SHAPES = {
     # 1.5 million parameters, plus 128 for each token; a laptop trains it.
     # Qwen2-VL's own 0.02 as the standard deviation of new weights is made for a width of 1536: here pictures
@@ -101,6 +104,20 @@ SHAPES = {
         limits=dict(
             min_pixels=28 * 28, max_pixels=28 * 28 * 36, video_min_pixels=28 * 28,
             video_max_pixels=28 * 28 * 9, max_len=512, num_frames=16)),
+    # The same as a Qwen3-VL: pictures of 32 pixels a token, features that enter behind the first layer, too.
+    "tiny3": dict(
+        backbone="qwen3_vl",
+        text=dict(
+            hidden_size=128, intermediate_size=384, num_hidden_layers=3, num_attention_heads=4, head_dim=32,
+            num_key_value_heads=2, initializer_range=128**-0.5, max_position_embeddings=8192,
+            rope_parameters=rope(100.0, 6, 5, 5)),
+        vision=dict(
+            depth=1, hidden_size=128, intermediate_size=256, out_hidden_size=128, num_heads=4,
+            num_position_embeddings=64, deepstack_visual_indexes=[0], initializer_range=128**-0.5),
+        prompt="Think, then embed.",
+        limits=dict(
+            min_pixels=32 * 32, max_pixels=32 * 32 * 36, video_min_pixels=32 * 32,
+            video_max_pixels=32 * 32 * 9, max_len=512, num_frames=16)),
     # What Qwen/Qwen2-VL-2B-Instruct's config.json says; for memory and speed, not to be trained from scratch
     "qwen2vl_2b": dict(
         text=dict(
@@ -108,6 +125,17 @@ SHAPES = {
             num_key_value_heads=2, vocab_size=151936, max_position_embeddings=32768,
             rope_parameters=rope(1e6, 16, 24, 24)),
         vision=dict(depth=32, embed_dim=1280, hidden_size=1536, num_heads=16, mlp_ratio=4),
+        prompt=RELEASED_PROMPT, limits={}),
+    # and Qwen/Qwen3-VL-2B-Instruct's
+    "qwen3vl_2b": dict(
+        backbone="qwen3_vl",
+        text=dict(
+            hidden_size=2048, intermediate_size=6144, num_hidden_layers=28, num_attention_heads=16,
+            head_dim=128, num_key_value_heads=8, vocab_size=151936, max_position_embeddings=262144,
+            rope_parameters=rope(5e6, 24, 20, 20)),
+        vision=dict(
+            depth=24, hidden_size=1024, intermediate_size=4096, out_hidden_size=2048, num_heads=16,
+            deepstack_visual_indexes=[5, 11, 17]),
         prompt=RELEASED_PROMPT, limits={}),
     # For measuring speed on a CPU
     "mid": dict(
@@ -119,15 +147,16 @@ SHAPES = {
 }
 # The fixed strings around every item, one token each: in a tiny model they would be most of the work.
 FRAME = [SHAPES["tiny"]["prompt"], *fixed_strings(TEMPLATE)]
+SECONDS = " seconds>"  # stands in front of every frame pair of Qwen3-VL
 
 
 class Plume(nn.Module):
-    """backbone: Qwen2VLForConditionalGeneration; tokenizer: with PLUME's tokens; settings: see DEFAULTS."""
+    """backbone: transformers' Qwen-VL; tokenizer: with PLUME's tokens; settings: see DEFAULTS."""
 
     def __init__(self, backbone, tokenizer, settings):
         super().__init__()
         self.settings = checked(settings, DEFAULTS, "settings (the plume block of config.json)")
-        check_backbone(backbone.config)
+        facts = facts_of(backbone.config)
         steps, rule = self.settings["latent_steps"], self.settings["latent_positions"]
         if not 0 <= steps <= MAX_STEPS or rule not in ("mrope", "cache"):
             raise DataError(f"latent_steps {steps}, latent_positions {quote(rule)}: needs 0..{MAX_STEPS}, "
@@ -139,7 +168,7 @@ class Plume(nn.Module):
             raise DataError(f"settings: adapter: {reason(e)}") from e
         self.processor = Processor(
             tokenizer, self.settings["prompt"], Limits(**self.settings["limits"]),
-            self.settings["white_image"], self.settings["template"])
+            self.settings["white_image"], self.settings["template"], facts)
         self.checkpointing = False  # activation checkpointing around every decoder layer
         self.graphs = None  # latent.Graphs(): `encode` replays what comes behind the prefix as CUDA graphs
 
@@ -155,13 +184,14 @@ class Plume(nn.Module):
 
     def prefix(self, batch):
         """Token embeddings with the pictures' and clips' features in their places -> latent.Prefix."""
-        x = self.lm.embed_tokens(batch["ids"])  # (B, P, D)
+        x, deepstack = self.lm.embed_tokens(batch["ids"]), ()  # (B, P, D)
         if batch["pixels"] is not None:
-            visual = self.backbone.model.visual
-            pixels = normalised(batch["pixels"]).to(visual.patch_embed.proj.weight.dtype)
-            features = see(visual, pixels, batch["grid"]).to(x.dtype)  # (M, D)
-            x = x.flatten(0, 1).index_copy(0, batch["media"], features).view_as(x)
-        return Prefix(x, batch["positions"], batch["lengths"], batch["disc"])
+            visual, media = self.backbone.model.visual, batch["media"]
+            pixels = normalised(batch["pixels"], self.processor.backbone)
+            features, later = see(visual, pixels.to(visual.patch_embed.proj.weight.dtype), batch["grid"])
+            x = x.flatten(0, 1).index_copy(0, media, features.to(x.dtype)).view_as(x)
+            deepstack = tuple((media, features) for features in later)
+        return Prefix(x, batch["positions"], batch["lengths"], batch["disc"], deepstack)
 
     def forward(self, batch, steps):
         """One training pass over a collated batch (data.collate) with K = steps.
@@ -353,27 +383,30 @@ class Plume(nn.Module):
 
         device: where the weights are made; "meta" makes none, only their shapes.
         """
-        shape, tokenizer = SHAPES[shape], train_tokenizer(texts, FRAME)
+        shape = SHAPES[shape]
+        model_type = shape.get("backbone", "qwen2_vl")
+        frame = [*FRAME, SECONDS] if BACKBONES[model_type].time == "text" else FRAME
+        tokenizer = train_tokenizer(texts, frame)
         in_blocks_of_64 = -(-len(tokenizer) // 64) * 64
         text = dict(vocab_size=in_blocks_of_64, bos_token_id=None, eos_token_id=None) | shape["text"]
         special = {f"{name.replace('_pad', '')}_token_id": tokenizer.convert_tokens_to_ids(f"<|{name}|>")
                    for name in SPECIAL_IDS}
-        config = Qwen2VLConfig(
-            text_config=text, vision_config=shape["vision"], tie_word_embeddings=True, **special)
-        settings = {"prompt": shape["prompt"]} | settings
-        settings["limits"] = shape["limits"] | settings.get("limits", {})
+        config = AutoConfig.for_model(
+            model_type, text_config=text, vision_config=shape["vision"], tie_word_embeddings=True, **special)
+        settings = dict(template=TEMPLATES[model_type], prompt=shape["prompt"]) | settings
+        settings["limits"] = limits_of(model_type) | shape["limits"] | settings.get("limits", {})
         with torch.random.fork_rng(), torch.device(device):
             torch.manual_seed(seed)
-            return cls(quietly(Qwen2VLForConditionalGeneration, config), tokenizer, settings)
+            return cls(quietly(AutoModelForImageTextToText.from_config, config), tokenizer, settings)
 
     @classmethod
     def from_pretrained(cls, path, device=None, dtype=None, revision=None, token=None, **settings):
         """Load a checkpoint: a local folder, or the name of a repository on the Hugging Face hub.
 
         (a) ours, with a `plume` block in config.json; (b) the released layout, known by its
-        `latent_moe_transition.*` weights, which does not describe itself; (c) a plain Qwen2-VL to start
-        training from: the tokens are added, their rows start at the mean of the old ones, the adapter starts
-        near the identity.
+        `latent_moe_transition.*` weights, which does not describe itself; (c) a plain Qwen2-VL,
+        Qwen2.5-VL or Qwen3-VL to start training from: the tokens are added, their rows start at the mean of
+        the old ones, the adapter starts near the identity.
         device, dtype: default the best there is, printed with the reason.
         revision, token: on the hub, a branch, tag or commit, and the right to read it.
         settings: override the `plume` block.
@@ -381,9 +414,10 @@ class Plume(nn.Module):
         path = local_folder(os.fspath(path), revision, token)
         device, dtype = pick_device(device, dtype)
         raw = read_json(os.path.join(path, "config.json"))
-        if raw.get("model_type") != "qwen2_vl":
-            there = quote(raw.get("model_type"))
-            raise DataError(f"{path}: config.json: model_type {there}; PLUME builds on 'qwen2_vl'")
+        model_type = raw.get("model_type")
+        if model_type not in BACKBONES:
+            raise DataError(f"{path}: config.json: model_type {quote(model_type)}; PLUME builds on "
+                            f"{', '.join(BACKBONES)}.{closest(model_type, BACKBONES)}")
         tensors, block = read_weights(path), raw.get("plume")
         if block is None and any(name.startswith(OUR_ADAPTER) for name in tensors):
             raise DataError(f"{path}: config.json has no 'plume' block, which says how these weights were "
@@ -396,6 +430,9 @@ class Plume(nn.Module):
         if block is not None:  # (a)
             block = current_format(block, path)
         elif adapter:  # (b)
+            if model_type != "qwen2_vl":
+                raise DataError(f"{path}: the released layout, with a {model_type}: it is that of a "
+                                "Qwen2-VL, and does not say how others are to be read")
             try:
                 adapter, keywords = from_released(adapter)
             except (LookupError, ValueError, RuntimeError) as e:
@@ -403,7 +440,8 @@ class Plume(nn.Module):
                                 f"{reason(e)}") from e
             block = dict(RELEASED, adapter=keywords, limits=stored_limits(path, RELEASED["limits"]))
         else:  # (c)
-            adapter, block = None, dict(limits=stored_limits(path, DEFAULTS["limits"]))
+            limits = stored_limits(path, limits_of(model_type))
+            adapter, block = None, dict(template=TEMPLATES[model_type], limits=limits)
             add_tokens(backbone, tokenizer)
         for key, value in settings.items():
             block[key] = block.get(key, {}) | value if isinstance(value, dict) else value
@@ -446,9 +484,10 @@ class Plume(nn.Module):
             if key.startswith("adapter."):
                 adapter[key.removeprefix("adapter.")] = value
             elif not (tied and key == "backbone.lm_head.weight"):
-                # the older key layout, which every transformers version reads
-                key = key.removeprefix("backbone.").replace("model.language_model.", "model.")
-                tensors[key.replace("model.visual.", "visual.")] = value
+                key = key.removeprefix("backbone.")
+                if config.model_type != "qwen3_vl":  # the older names, which every transformers version reads
+                    key = key.replace("model.language_model.", "model.").replace("model.visual.", "visual.")
+                tensors[key] = value
         name = OUR_ADAPTER
         if released:
             name, adapter = RELEASED_ADAPTER, to_released(adapter, self.adapter.shared_expert)
@@ -459,10 +498,11 @@ class Plume(nn.Module):
             save_file(tensors, file, {"format": "pt"})
         shutil.copymode(os.path.join(folder, "config.json"), file)  # the library lets nobody else read it
         self.processor.tokenizer.save_pretrained(folder)
-        limits = self.processor.limits
-        media = dict(  # what other Qwen2-VL software reads
+        limits, facts = self.processor.limits, self.processor.backbone
+        media = dict(  # what other Qwen-VL software reads
             image_processor_type="Qwen2VLImageProcessor", min_pixels=limits.min_pixels,
-            max_pixels=limits.max_pixels, patch_size=PATCH, merge_size=MERGE, temporal_patch_size=TEMPORAL)
+            max_pixels=limits.max_pixels, patch_size=facts.patch, merge_size=MERGE,
+            temporal_patch_size=TEMPORAL, image_mean=facts.mean, image_std=facts.std)
         with open(os.path.join(folder, "preprocessor_config.json"), "w") as f:
             json.dump(media, f, indent=1)
 
@@ -486,6 +526,9 @@ class Plume(nn.Module):
     def warn_of_lost_settings(self):
         """Names the settings for which somebody who loads the released layout gets other values."""
         ours, adapter = self.settings, self.adapter
+        if self.backbone.config.model_type != "qwen2_vl":
+            raise DataError(f"the released layout is that of a Qwen2-VL, and this is a "
+                            f"{self.backbone.config.model_type}")
         if adapter.kind == "none":
             raise DataError("the released layout has no way to say that there is no adapter")
         _, keywords = from_released(to_released(adapter.state_dict(), adapter.shared_expert))
@@ -504,11 +547,35 @@ class Plume(nn.Module):
 
 
 def see(visual, pixels, grid):
-    """The vision tower: patches -> features of the visual tokens (M, D), as transformers' own forward.
+    """The vision tower: patches -> features of the visual tokens (M, D), and those that the decoder's first
+    layers add, one (M, D) each (Qwen3-VL alone has some).
 
-    visual: Qwen2VisionTransformerPretrainedModel; pixels: (N, 1176) normalised patches of all frames,
-    N = 4 M;
+    visual: transformers' module; pixels: (N, 6 patch^2) normalised patches of all frames, N = 4 M;
     grid: on the CPU, (t, h, w) in patches of each picture and clip.
+    """
+    if isinstance(visual, Qwen2VisionTransformerPretrainedModel):
+        return see_as_qwen2(visual, pixels, grid), ()
+    seen = visual(pixels, grid_thw=grid, **known_from(visual, grid, pixels.device))
+    return seen.pooler_output, tuple(getattr(seen, "deepstack_features", ()))
+
+
+def known_from(visual, grid, device):
+    """What the tower would compute from the grid, where the device would have to be waited for."""
+    known = dict(position_ids=get_vision_position_ids(grid, MERGE))
+    if hasattr(visual, "pos_embed"):  # Qwen3-VL: a table of positions, interpolated
+        known["interp_indices"], known["interp_weights"] = get_vision_interpolation_indices_and_weights(
+            grid, visual.num_grid_per_side, visual.interpolation_mode, visual.interpolation_align_corners,
+            MERGE)
+    ends = {}
+    if hasattr(visual, "window_size"):  # Qwen2.5-VL: most layers attend within windows
+        known["window_index"], ends["cu_window_seqlens"] = get_vision_window_index(
+            grid, MERGE, visual.window_size, visual.patch_size)
+    return {name: value.to(device, non_blocking=True) for name, value in known.items()} | ends
+
+
+def see_as_qwen2(visual, pixels, grid):
+    """Qwen2-VL's tower, as `see`.
+
     Two things are faster than in the module: the patch embedding is one product and not a convolution, and
     frames of as many patches are attended together (docs/speed.md).
     """
@@ -723,22 +790,34 @@ def current_format(block, path):
             "positions behind clips), so its vectors would be wrong: train it again with this version, or "
             "use the version of PLUME that wrote it")
     settings = {key: value for key, value in block.items() if key != "format"}
+    if isinstance(settings.get("limits"), dict):  # older ones are of Qwen2-VL, whose clips have no seconds
+        settings["limits"] = dict(frame_rate=Limits.frame_rate) | settings["limits"]
     return checked(settings, DEFAULTS, f"{path}: config.json: plume", complete=True)
 
 
-def check_backbone(config):
-    """Raises DataError for a configuration that computes something else than Qwen2-VL."""
-    text, vision = config.text_config, config.vision_config
+def facts_of(config):
+    """data.Backbone of a configuration; DataError for one that computes something else than its family."""
+    text, vision, facts = config.text_config, config.vision_config, BACKBONES[config.model_type]
     sizes = vision.patch_size, vision.spatial_merge_size, vision.temporal_patch_size
-    rope, half = text.rope_parameters or {}, text.hidden_size // text.num_attention_heads // 2
+    rope = text.rope_parameters or {}
+    half = (getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads) // 2
     axes = rope.get("mrope_section")
     three = isinstance(axes, list) and [type(n) for n in axes] == [int] * 3
     known = three and min(axes) >= 0 and sum(axes) == half and rope.get("rope_type") == "default"
-    if sizes != (PATCH, MERGE, TEMPORAL) or not known or text.use_sliding_window:
+    window = getattr(text, "use_sliding_window", False)
+    if sizes != (facts.patch, MERGE, TEMPORAL) or not known or window:
         raise DataError(
-            "this backbone is not a plain Qwen2-VL: needs patch size 14, merge 2, temporal patch 2, default "
-            f"rotary embedding with an mrope_section of 3 numbers that sum to {half}, no sliding window; has "
-            f"{sizes}, {quote(rope)}")
+            f"this backbone is not a plain {config.model_type}: needs patch size {facts.patch}, merge 2, "
+            "temporal patch 2, default rotary embedding with an mrope_section of 3 numbers that sum to "
+            f"{half}, no sliding window; has {sizes}, {quote(rope)}")
+    return replace(facts, rate=getattr(vision, "tokens_per_second", 0))
+
+
+def limits_of(model_type):
+    """DEFAULTS' limits for a backbone: as many visual tokens, of its own size."""
+    larger = BACKBONES[model_type].side**2, QWEN2_VL.side**2
+    limits = DEFAULTS["limits"]
+    return limits | {k: v * larger[0] // larger[1] for k, v in limits.items() if k.endswith("pixels")}
 
 
 def quietly(make, *args, **kwargs):
@@ -774,19 +853,19 @@ def local_folder(path, revision=None, token=None):
 
 
 def build_backbone(path, tensors, dtype):
-    """The Qwen2-VL that config.json describes, with these weights; DataError when they do not fit it."""
+    """The model that config.json describes, with these weights; DataError when they do not fit it."""
     try:
-        config = Qwen2VLConfig.from_pretrained(path)
+        config = AutoConfig.from_pretrained(path)
         with torch.device("meta"):
-            meta = quietly(Qwen2VLForConditionalGeneration, config)
+            meta = quietly(AutoModelForImageTextToText.from_config, config)
         described, held = sum(p.numel() for p in meta.parameters()), sum(t.numel() for t in tensors.values())
         if described > 2 * held + 10**6:  # it would only fill the memory
             raise ValueError(f"a model of {described:,} parameters, and the files hold {held:,}")
         backbone, info = quietly(
-            Qwen2VLForConditionalGeneration.from_pretrained, None, config=config, state_dict=tensors,
+            type(meta).from_pretrained, None, config=config, state_dict=tensors,
             dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True)
     except CONFIG_ERRORS as e:
-        raise DataError(f"{path}: config.json describes no Qwen2-VL that can be built: {reason(e)}") from e
+        raise DataError(f"{path}: config.json describes no model that can be built: {reason(e)}") from e
     wrong = [*info["missing_keys"], *info["unexpected_keys"]]
     for name, there, needed in info["mismatched_keys"]:
         wrong.append(f"{name}: {tuple(there)} in the file, {tuple(needed)} by config.json")
@@ -797,11 +876,11 @@ def build_backbone(path, tensors, dtype):
 
 
 def add_tokens(backbone, tokenizer):
-    """PLUME's tokens for a plain Qwen2-VL; their rows start at the mean of the old ones, in and out."""
+    """PLUME's tokens for a plain Qwen-VL; their rows start at the mean of the old ones, in and out."""
     old = len(tokenizer)
     new = [token for token in PLUME_TOKENS if token not in tokenizer.get_vocab()]
     tokenizer.add_tokens(new, special_tokens=True)
-    spare = len(backbone.get_input_embeddings().weight) - len(tokenizer)  # Qwen2-VL has some
+    spare = len(backbone.get_input_embeddings().weight) - len(tokenizer)  # Qwen-VL has some
     if spare < 0:
         quietly(backbone.resize_token_embeddings, len(tokenizer), pad_to_multiple_of=64, mean_resizing=False)
     tables = [backbone.get_input_embeddings().weight]
@@ -961,10 +1040,10 @@ def replaceable(path):
     if checkpoint_files(path):
         with contextlib.suppress(DataError, FileNotFoundError):
             config = read_json(os.path.join(path, "config.json"))
-            if config.get("model_type") == "qwen2_vl" and weight_files(path):
+            if config.get("model_type") in BACKBONES and weight_files(path):
                 return
         names = quote(sorted(os.listdir(path)))
-        raise FileExistsError(f"{path}: holds {names}, which is no checkpoint of a Qwen2-VL; choose another "
+        raise FileExistsError(f"{path}: holds {names}, which is no checkpoint of a Qwen-VL; choose another "
                               "name")
 
 

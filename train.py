@@ -47,7 +47,8 @@ from curriculum import Curriculum, Progress
 from data import (
     Batches, DataError, Pairs, Schedule, StepSampler, command, nearest, parse_flags, quote, reason,
     to_device, write_errors, writing)
-from model import Plume, checkpoint_files, pick_device, pointer, remove_checkpoint, replacing, unit
+from model import (
+    SHAPES, Plume, checkpoint_files, pick_device, pointer, remove_checkpoint, replacing, unit)
 from tasks.turtle import World
 
 # ------------------------------------------------------------------------------------------ config
@@ -63,12 +64,14 @@ class Config:
     workers: int = 1  # processes that decode and tokenize ahead; raise while the log's `wait` is not near 0;
     #     with a gate up to 15
     # model
-    init: str = ""  # checkpoint folder or hub name; empty: random weights, tiny or in the shape of --preset
+    init: str = ""  # checkpoint folder or hub name; empty: random weights in the shape of --shape or --preset
+    shape: str = "tiny"  # of random weights: tiny is a small Qwen2-VL, tiny3 a small Qwen3-VL
     prompt: str = ""  # text behind <disc_emb>; default: the checkpoint's own
     min_pixels: int = 0  # a picture is scaled up to this area; 0: the checkpoint's own
     max_pixels: int = 0  # and down to this one: the number of tokens of a picture; 0: the checkpoint's own
     video_max_pixels: int = 0  # the same for each frame of a clip; 0: the checkpoint's own
     num_frames: int = 0  # frames sampled from a clip; 0: the checkpoint's own
+    frame_rate: float = 0.0  # frames a second of clips given as frames; 0: the checkpoint's own
     max_len: int = 0  # tokens in a sequence; a longer rationale loses its end; 0: the checkpoint's own
     latent_positions: str = "mrope"  # of latent steps: mrope goes on counting, cache as released
     freeze_vision: str = "auto"  # true, false, or auto: frozen (but for its merger) when --init is given
@@ -112,7 +115,7 @@ class Config:
     w_read: float = 1.0  # cross-entropy of the token each latent state replaced, read from it; paper: 0
     w_bal: float = 0.1  # the router's balance loss
     # run
-    preset: str = ""  # qwen2vl_2b: the paper's settings; other flags win over it
+    preset: str = ""  # qwen2vl_2b: the paper's settings, qwen3vl_2b: for that backbone; other flags win
     eval_every: int = 0  # steps between hit@1 on 256 pairs (a tenth at most) held out of training; 0: never
     out: str = "out"  # folder for checkpoint and log
     resume: bool = False  # continue the run in --out
@@ -130,11 +133,14 @@ class Config:
 
 
 # The paper's settings; batch size and number of epochs, which we did not find there, are our choice.
-PRESETS = {"qwen2vl_2b": dict(
+PAPER = dict(
     init="Qwen/Qwen2-VL-2B-Instruct", freeze_vision="true", max_pixels=2359296, video_max_pixels=32 * 28 * 28,
     segments=4, steps_per_segment=2, last_stage=0.5, gate=0.0, replay=0.0,
     global_batch=1024, epochs=1.0, lr=1e-5, decay=1.0, vision_lr=1.0,
-    scale=50.0, w_disc=1.0, w_read=0.0, dtype="bfloat16", checkpointing=True)}
+    scale=50.0, w_disc=1.0, w_read=0.0, dtype="bfloat16", checkpointing=True)
+QWEN3 = dict(  # as many visual tokens, of 32 pixels instead of 28
+    init="Qwen/Qwen3-VL-2B-Instruct", max_pixels=3009 * 32 * 32, video_max_pixels=32 * 32 * 32)
+PRESETS = {"qwen2vl_2b": PAPER, "qwen3vl_2b": PAPER | QWEN3}
 
 # May differ when a run goes on: they do not change the result, but for rounding
 FREE_ON_RESUME = (
@@ -513,7 +519,7 @@ def build_model(cfg, given, pairs, device):
     What the checkpoint of --init says about itself stays, unless a flag for it was given.
     """
     flags = asdict(cfg)
-    limits = ("min_pixels", "max_pixels", "video_max_pixels", "num_frames", "max_len")
+    limits = ("min_pixels", "max_pixels", "video_max_pixels", "num_frames", "frame_rate", "max_len")
     switches = ("experts", "top_k", "shared_expert", "anchor", "step_embedding")
     settings = {name: flags[name] for name in ("prompt", "latent_positions") if name in given}
     settings["limits"] = {name: flags[name] for name in limits if flags[name]}
@@ -527,9 +533,14 @@ def build_model(cfg, given, pairs, device):
         model = Plume.from_pretrained(cfg.init, device, torch.float32, **settings)
     else:
         where = "meta" if device.type == "meta" else "cpu"
-        model = Plume.random(pairs.texts(), cfg.preset or "tiny", cfg.seed, where, **settings).to(device)
+        shape = cfg.preset or cfg.shape
+        model = Plume.random(pairs.texts(), shape, cfg.seed, where, **settings).to(device)
     if cfg.freeze_vision == "true" or (cfg.freeze_vision == "auto" and cfg.init):
-        model.backbone.model.visual.requires_grad_(False).merger.requires_grad_(True)
+        visual = model.backbone.model.visual.requires_grad_(False)
+        for merger in (visual.merger, *getattr(visual, "deepstack_merger_list", ())):
+            merger.requires_grad_(True)
+    if not cfg.data:
+        pairs.backbone = model.processor.backbone  # turtle world's pictures are drawn for it
     width = model.lm.config.hidden_size
     if cfg.matryoshka and max(sizes(cfg.matryoshka)) >= width:
         raise DataError(f"--matryoshka {cfg.matryoshka!r}: the model has {width} components; name fewer")
@@ -834,7 +845,7 @@ def with_preset(cfg, given):
 def check(cfg, world):
     """What can be known to be wrong before anything is loaded -> the curriculum."""
     at_least = dict(seed=0, global_batch=2, micro_batch=0, steps=0, save_every=1, log_every=1, eval_every=0,
-                    keep=0, workers=0, warmup=0, decay=0, vision_lr=0, weight_decay=0)
+                    keep=0, workers=0, warmup=0, decay=0, vision_lr=0, weight_decay=0, frame_rate=0)
     for name, least in at_least.items():
         if not getattr(cfg, name) >= least:  # nan is not, either
             raise DataError(f"--{name} {getattr(cfg, name)}: needs at least {least}")
@@ -865,6 +876,8 @@ def check(cfg, world):
     for flag, fine, need in needs:
         if not fine:
             raise DataError(f"--{flag} {getattr(cfg, flag)}: needs {need}")
+    if cfg.shape not in SHAPES:
+        raise DataError(f"--shape {cfg.shape!r} is not known.{nearest(cfg.shape, SHAPES)}")
     try:
         TransitionAdapter(2, cfg.adapter, cfg.experts, cfg.top_k)
         return Curriculum(

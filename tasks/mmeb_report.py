@@ -89,7 +89,7 @@ def leaderboard(results, ours, model):
             "num_pred": r["queries"], "num_data": r["rows"]}
     metadata = dict(
         model_name=ours,
-        model_backbone="qwen2_vl",
+        model_backbone=model.backbone.config.model_type,
         model_size=round(sum(p.numel() for p in model.parameters()) / 1e9, 3),  # billions
         embedding_dimension=model.lm.config.hidden_size,
         max_length_tokens=model.processor.limits.max_len,

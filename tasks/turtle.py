@@ -10,7 +10,7 @@ from dataclasses import replace
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from data import MEAN, DataError, Side, nearest
+from data import QWEN2_VL, DataError, Side, nearest
 from tasks.beir import Task
 
 MOVES = ("forward", "left", "right")
@@ -33,11 +33,11 @@ class World:
     """Pairs that are drawn when they are needed; attributes as those of data.Pairs.
 
     split: train or test, which share no program; families: names with commas between, "": all;
-    test: programs of the test split.
+    test: programs of the test split; backbone: data.Backbone for which pictures are drawn.
     The rationale of a query is the states passed through, the answer is the last.
     """
 
-    def __init__(self, split="train", families="", test=400):
+    def __init__(self, split="train", families="", test=400, backbone=QWEN2_VL):
         self.names = families.split(",") if families else list(FAMILIES)
         self.bad = []
         for name in self.names:
@@ -55,6 +55,7 @@ class World:
         ends = [walk(*job)[-1] for job in zip(self.starts, self.programs)]
         self.target = np.array([STATES.index(end) for end in ends], np.int64)
         self.negatives = 0  # no record has hard ones
+        self.backbone = backbone
 
     def __len__(self):
         return len(self.dataset)
@@ -68,8 +69,8 @@ class World:
     def __getitem__(self, i):
         """-> (query Side, target Side)"""
         program_as, start_as, shown = FAMILIES[self.names[self.dataset[i]]]
-        query = program_side(self.programs[i], self.starts[i], program_as, start_as)
-        return query, state_side(self.target[i], shown)
+        query = program_side(self.programs[i], self.starts[i], program_as, start_as, self.backbone)
+        return query, state_side(self.target[i], shown, self.backbone)
 
 
 def walk(start, program):
@@ -102,64 +103,68 @@ def state_word(state):
     return " " + "abcd"[x] + "wxyz"[y] + "NESW"[h]
 
 
-def program_side(program, start, program_as, start_as):
+def program_side(program, start, program_as, start_as, backbone):
     """Numbers of a program and of a start state, and how each is shown (see FAMILIES) -> the query Side."""
     words, state = moves(program), STATES[start]
     parts, text = [], ""
     if start_as == "words":
         text += state_word(state)
     else:
-        parts.append(("image", draw_board(state)))
+        parts.append(("image", draw_board(state, backbone)))
     if program_as == "words":
         text += "".join(f" {word}" for word in words)
     else:
-        parts.append(program_part(words, program_as))
+        parts.append(program_part(words, program_as, backbone))
     if text:
         parts.append(("text", text))
     passed = [state_word(s) for s in walk(start, program)]
     return Side(parts, "".join(passed), passed[-1], f"turtle program {program}")
 
 
-def program_part(words, program_as):
+def program_part(words, program_as, backbone):
     """Moves as one picture of tiles, as a page, or as the frames of a clip -> (kind, what is drawn)."""
     if program_as == "tiles":
-        return "image", stack([draw_tile(word) for word in words])
+        return "image", stack([draw_tile(word, backbone) for word in words])
     if program_as == "page":
-        return "image", stack([draw_line(word) for word in words])
+        return "image", stack([draw_line(word, backbone) for word in words])
     frames = []
     for word in words:
-        frames += [draw_tile(word)] * 2  # two frames make one visual token: each token shows one move
+        frames += [draw_tile(word, backbone)] * 2  # two frames make one visual token: it shows one move
     return "video", frames
 
 
-def state_side(index, shown):
+def state_side(index, shown, backbone):
     """The number of a state, shown as text, as a board, or as a clip of a walk that ends there -> Side."""
     state = STATES[index]
     word = state_word(state)
     if shown == "text":
         part = ("text", word)
     elif shown == "board":
-        part = ("image", draw_board(state))
+        part = ("image", draw_board(state, backbone))
     else:
-        part = ("video", clip_to(state))
+        part = ("video", clip_to(state, backbone))
     return Side([part], "", word, f"turtle state{word}")
 
 
-def clip_to(state):
+def clip_to(state, backbone):
     """The frames of three moves forward that end in this state, each twice."""
     x, y, h = state
     dx, dy = HEADINGS[h]
     walked, frames = [], []
     for k in (3, 2, 1, 0):
         here = ((x - k * dx) % 4, (y - k * dy) % 4, h)
-        frames += [draw_board(here, tuple(walked))] * 2
+        frames += [draw_board(here, backbone, tuple(walked))] * 2
         walked.append(here)
     return frames
 
 
-# Pictures stand on the grey that becomes 0 when pixels are normalised (MEAN): what is drawn is all that the
-# vision tower sees, and it learns to read in fewer steps than on a white ground.
-GROUND = tuple(round(255 * float(m)) for m in MEAN)
+def blank(width, height, backbone):
+    """So many visual tokens of the grey that becomes 0 when pixels are normalised.
+
+    What is drawn there is all that the vision tower sees: it learns to read in fewer steps than on white.
+    """
+    ground = tuple(round(255 * mean) for mean in backbone.mean)
+    return Image.new("RGB", (width * backbone.side, height * backbone.side), ground)
 
 
 def arrow(draw, cx, cy, r, heading, fill):
@@ -181,49 +186,49 @@ def stack(images):
 
 
 @functools.cache
-def draw_tile(word):
+def draw_tile(word, backbone=QWEN2_VL):
     """A move as an arrow: up is forward."""
-    image = Image.new("RGB", (28, 28), GROUND)
+    image, side = blank(1, 1, backbone), backbone.side
     draw = ImageDraw.Draw(image)
-    draw.rectangle((0, 0, 27, 27), outline="gray")
+    draw.rectangle((0, 0, side - 1, side - 1), outline="gray")
     heading, colour = {"forward": (0, "black"), "left": (3, "blue"), "right": (1, "red")}[word]
-    arrow(draw, 14, 14, 10, heading, colour)
+    arrow(draw, side // 2, side // 2, side // 2 - 4, heading, colour)
     return image
 
 
 @functools.cache
-def draw_line(word):
+def draw_line(word, backbone=QWEN2_VL):
     """A line of a page."""
-    image = Image.new("RGB", (56, 28), GROUND)
+    image = blank(2, 1, backbone)
     ImageDraw.Draw(image).text((2, 6), word, fill="black", font=ImageFont.load_default(14))
     return image
 
 
 @functools.cache
-def draw_board(state, trail=()):
-    """The torus with the turtle in this state, 7 pixels a cell: one visual token.
+def draw_board(state, backbone=QWEN2_VL, trail=()):
+    """The torus with the turtle in this state, 4 x 4 cells: one visual token.
 
     trail: states that leave their cells dark, which tells a clip's frames apart.
     """
     x, y, h = state
-    image = Image.new("RGB", (28, 28), GROUND)
-    draw = ImageDraw.Draw(image)
+    image, cell = blank(1, 1, backbone), backbone.side // 4
+    draw, last = ImageDraw.Draw(image), cell - 1
     for i in range(16):
-        left, top = i % 4 * 7, i // 4 * 7
-        draw.rectangle((left, top, left + 6, top + 6), outline="gray")
+        left, top = i % 4 * cell, i // 4 * cell
+        draw.rectangle((left, top, left + last, top + last), outline="gray")
     for i, j, _ in trail:
-        draw.rectangle((7 * i + 1, 7 * j + 1, 7 * i + 5, 7 * j + 5), fill="black")
-    arrow(draw, 7 * x + 3, 7 * y + 3, 3, h, "white")
+        draw.rectangle((cell * i + 1, cell * j + 1, cell * i + last - 1, cell * j + last - 1), fill="black")
+    arrow(draw, cell * x + cell // 2, cell * y + cell // 2, 3, h, "white")
     return image
 
 
-def world_tasks():
+def world_tasks(backbone=QWEN2_VL):
     """{name: Task}: every family as "<family>/turtle", unseen programs against all 64 final states.
 
     Those of question answering also as "<family>/turtle_hard": only against the states where one wrong move
     would have led.
     """
-    test = World("test")
+    test = World("test", backbone=backbone)
     n = len(test) // len(FAMILIES)
     tasks = {}
     for f, name in enumerate(test.names):
@@ -232,7 +237,7 @@ def world_tasks():
         task = Task(
             f"{name}/turtle",
             queries=[test[i][0] for i in rows],
-            corpus=[state_side(s, shown) for s in range(len(STATES))],
+            corpus=[state_side(s, shown, backbone) for s in range(len(STATES))],
             relevant=[{int(test.target[i]): 1} for i in rows],
             candidates=[None] * n,
             query_ids=[str(test.programs[i]) for i in rows],

@@ -19,7 +19,7 @@ import train
 from curriculum import Curriculum
 from data import Batches, Pairs, collate, parse_item, to_device
 from latent import Cache, decoder, rollout
-from model import Plume, frames_by_size, see
+from model import Plume, frames_by_size, see_as_qwen2
 from test_plume import (
     FINAL, assert_close, batch_of_eight, gradients, make_model, mixed_items, our_rollout, rendered, whole)
 
@@ -39,7 +39,7 @@ def test_the_vision_tower_equals_transformers_in_values_and_gradients(grid):
     visual = m.backbone.model.visual
     pixels = torch.randn(grid.prod(1).sum(), 1176, dtype=torch.double, requires_grad=True)
     found = []
-    for features in (see(visual, pixels, grid), visual(pixels, grid_thw=grid).pooler_output):
+    for features in (see_as_qwen2(visual, pixels, grid), visual(pixels, grid_thw=grid).pooler_output):
         pixels.grad = None
         visual.zero_grad()
         features.sin().sum().backward()

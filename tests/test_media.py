@@ -58,7 +58,7 @@ def test_pixels_equal_transformers_pil_processor(size):
     image = Image.fromarray(noise)
     for low, high in ((56 * 56, 28 * 28 * 1280), (28 * 28, 28 * 28 * 16), (28 * 28 * 20, 28 * 28 * 40)):
         theirs = Qwen2VLImageProcessorPil(min_pixels=low, max_pixels=high)(image, return_tensors="pt")
-        ours, grid = patchify([image], low, high)
+        ours, grid = patchify([image], data.target_size(*image.size, low, high))
         assert tuple(theirs["image_grid_thw"][0].tolist()) == grid
         assert_close(normalised(torch.from_numpy(ours)), theirs["pixel_values"], "pixels", 1e-6)
 
@@ -66,14 +66,15 @@ def test_pixels_equal_transformers_pil_processor(size):
 def test_video_patches_are_pairs_of_frames_in_the_layout_of_pictures():
     low, high = 28 * 28, 28 * 28 * 9
     frames = [picture(c, s, (64, 64)) for c, s in zip(COLOURS, SHAPES)]  # 3: the last one is repeated
-    ours, grid = patchify(frames, low, high)
+    size = data.target_size(*frames[0].size, low, high)
+    ours, grid = patchify(frames, size)
     assert grid == (2, 4, 4)
     ours = ours.reshape(2, 16, 3, 2, 14, 14)
-    alone = [patchify([frame], low, high)[0].reshape(16, 3, 2, 14, 14) for frame in frames]
+    alone = [patchify([frame], size)[0].reshape(16, 3, 2, 14, 14) for frame in frames]
     for t, (a, b) in enumerate(((0, 1), (2, 2))):
         assert_close(ours[t, :, :, 0], alone[a][:, :, 0], "first of the pair")
         assert_close(ours[t, :, :, 1], alone[b][:, :, 1], "second of the pair")
-    _, grid = patchify([frames[0], picture("red", "bar", (200, 90))], low, high)
+    _, grid = patchify([frames[0], picture("red", "bar", (200, 90))], size)
     assert grid == (1, 4, 4)  # another size takes the first frame's
 
 
@@ -548,7 +549,7 @@ def test_broken_pictures_are_errors_that_name_the_file(tmp_path):
         with Image.open(tmp_path / lazy) as image, pytest.raises(DataError):
             load_image(image)
     with pytest.raises(DataError, match="200 to 1"):
-        patchify([Image.new("RGB", (4000, 10))], 3136, 50176)
+        data.target_size(4000, 10, 3136, 50176)
 
 
 def test_broken_clips_are_errors_that_name_the_file(world, tmp_path):
@@ -590,7 +591,7 @@ def test_all_nasty_files_do_what_a_good_loader_does(model):
                     model.processor.media(kind, path)
                 assert name in str(error.value), name
                 continue
-            pixels, (t, h, w) = model.processor.media(kind, path)
+            pixels, (t, h, w), _ = model.processor.media(kind, path)
         assert pixels.dtype == np.uint8 and len(pixels) == t * h * w > 0, name
         assert not said or name == "truncated.mkv", (name, [str(warning.message) for warning in said])
         if name in NASTY_FRAMES:

@@ -14,9 +14,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 import eval as evaluation
 from data import DataError, command, parse_flags, writing
-from eval import Embedder, fingerprint, load, score, select, writable, write_json
-from tasks.beir import list_tasks, read_task
-from tasks.turtle import world_tasks
+from eval import Embedder, find_tasks, fingerprint, load, score, select, writable, write_json
 
 COLOURS = {"single": "#d62728", "latent": "#1f77b4", "cot": "#2ca02c"}  # of a mode
 
@@ -156,14 +154,9 @@ def main(argv):
                         "that exist")
     if cfg.batch_size < 1 or cfg.limit < 1:
         raise DataError(f"--batch_size {cfg.batch_size} and --limit {cfg.limit} must be at least 1")
-    if cfg.data:
-        names = select(list_tasks(cfg.data), cfg.task, cfg.data)
-        tasks = [read_task(cfg.data, name) for name in names]
-    else:
-        turtle = world_tasks()
-        names = select(list(turtle), cfg.task, "turtle world")
-        tasks = [turtle[name] for name in names]
     model = load(cfg)
+    names, make = find_tasks(evaluation.Config(data=cfg.data), False, model.processor.backbone)
+    tasks = [make(name) for name in select(names, cfg.task, cfg.data or "turtle world")]
     begun = time.time()
     rows = compare(model, tasks, evaluation.Config(batch_size=cfg.batch_size, limit=cfg.limit))
     seconds = time.time() - begun

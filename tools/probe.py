@@ -167,9 +167,9 @@ def curriculum_of(cfg, K):
     return Curriculum(segments, K // segments)
 
 
-def tasks_of(cfg):
+def tasks_of(cfg, backbone):
     """-> the Tasks with the queries that are looked at, how many there are in all, the ids of --ids."""
-    names, make = find_tasks(evaluation.Config(data=cfg.data), is_published(cfg.data))
+    names, make = find_tasks(evaluation.Config(data=cfg.data), is_published(cfg.data), backbone)
     ids, tasks, known, total = set(filter(None, cfg.ids.split(","))), [], {}, 0
     for task_name in select(names, cfg.task, cfg.data or "turtle world"):
         task = make(task_name)
@@ -248,8 +248,9 @@ def probe(model, tasks, total, ids, cfg):
 def main(argv):
     cfg, _ = parse_flags(Config, argv, __doc__)
     refuse(cfg)
-    tasks, total, ids = tasks_of(cfg)
-    result, shown = probe(load(cfg), tasks, total, ids, cfg)
+    model = load(cfg)
+    tasks, total, ids = tasks_of(cfg, model.processor.backbone)
+    result, shown = probe(model, tasks, total, ids, cfg)
     K, device, seconds = result["steps"], result["device"], result["seconds"]
     print(f"{cfg.ckpt}: {len(tasks)} tasks, K = {K}, {device}, {seconds:.0f} s")
     for note in result["notes"]:

@@ -118,7 +118,7 @@ def walk(steps):
         state, shown = known.get(word), ""
         if state is not None:
             left = tuple(old for old in trail if old[:2] != state[:2])
-            shown = picture(draw_board(state, left), f"turtle at{word}", 84)
+            shown = picture(draw_board(state, trail=left), f"turtle at{word}", 84)
             trail.append(state)
         items.append(f"<li>{shown}<div>{k}: {said(step)}</div></li>")
     return f'<ol class="row">{"".join(items)}</ol>'

@@ -207,7 +207,7 @@ def as_transformers(model, batch, padded_left=False):
         return inputs
     inputs["mm_token_type_ids"] = images.int() + 2 * videos.int()
     kind = "_videos" if videos.any() else ""
-    inputs[f"pixel_values{kind}"] = normalised(batch["pixels"])
+    inputs[f"pixel_values{kind}"] = normalised(batch["pixels"], model.processor.backbone)
     inputs["video_grid_thw" if kind else "image_grid_thw"] = batch["grid"].to(model.device)
     return inputs
 
