@@ -219,8 +219,9 @@ def test_positions_equal_transformers(models, world):
             assert np.array_equal(sample["positions"][:, :end], theirs[:, 0, :end].numpy()), (name, item)
 
 
-# By hand, as transformers 4.57 counts, with 2 positions a second: three tokens, a clip of a grid of (4, 4, 4)
-# that lasts so many seconds, then text.  -> the clip's temporal positions, and the text's first
+# By hand, as transformers 4.49 counts, with which the weights appeared, at 2 positions a second: three tokens,
+# a clip of a grid of (4, 4, 4) that lasts so many seconds, then text.  -> the clip's temporal positions, and the
+# text's first.  (The first line is 4.57.1's, too; of the others it drops fractions of a second.)
 ROPE_2_5 = {4.0: ([3, 5, 7, 9], 10), 1.5: ([3, 3, 4, 5], 6), 30.0: ([3, 18, 33, 48], 49)}
 
 
