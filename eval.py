@@ -455,7 +455,8 @@ class Embedder:
         """Sides -> (N, D) unit embeddings on the CPU, NaN where one cannot be read; the reasons, or None."""
         with ThreadPoolExecutor(8) as pool:
             weighing = pool.map(self.weigh, sides)
-            weights = list(tqdm(weighing, f"{label}: hashing", len(sides), unit="item", leave=False))
+            weights = list(tqdm(
+                weighing, f"{label}: hashing", len(sides), unit="item", leave=False, disable=not label))
         shares = self.plan(sides, weights)
         encoded = sum(map(len, shares))
         self.asked, self.encoded = self.asked + len(sides), self.encoded + encoded
