@@ -512,7 +512,8 @@ class Plume(nn.Module):
             card = string.Template(f.read())
         size = sum(p.numel() for p in self.parameters()) / 1e6
         text = card.substitute(
-            dim=self.lm.config.hidden_size, size=f"{size:,.1f}", steps=self.settings["latent_steps"], run=run,
+            backbone=self.backbone.config.model_type, dim=self.lm.config.hidden_size, size=f"{size:,.1f}",
+            steps=self.settings["latent_steps"], run=run,
             settings=json.dumps(self.settings, indent=1, ensure_ascii=False),
             versions=f"torch {torch.__version__}, transformers {transformers.__version__}")
         file = os.path.join(folder, CARD)

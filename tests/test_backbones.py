@@ -201,8 +201,8 @@ def test_embeddings_do_not_depend_on_neighbours(models, world, name, mode):
 
 
 def test_positions_equal_transformers(models, world):
-    """Of Qwen3-VL all.  Of Qwen2.5-VL up to the end of a clip, where 5.x goes on earlier, and of clips with whole
-    seconds between frame pairs: 4.57 and 5.17 drop fractions.
+    """Of Qwen3-VL all.  Of Qwen2.5-VL up to the end of a clip, where 5.x goes on earlier, and of clips with
+    whole seconds between frame pairs: 4.57 and 5.17 drop fractions.
     """
     for name, m in models.items():
         for item in items_of(world):
@@ -223,9 +223,9 @@ def test_positions_equal_transformers(models, world):
             assert np.array_equal(sample["positions"][:, :end], theirs[:, 0, :end].numpy()), (name, item)
 
 
-# By hand, as transformers 4.49 counts, with which the weights appeared, at 2 positions a second: three tokens,
-# a clip of a grid of (4, 4, 4) that lasts so many seconds, then text.  -> the clip's temporal positions, and the
-# text's first.  (The first line is 4.57.1's, too; of the others it drops fractions of a second.)
+# By hand, as transformers 4.49 counts, with which the weights appeared, at 2 positions a second: three
+# tokens, a clip of a grid of (4, 4, 4) that lasts so many seconds, then text.  -> the clip's temporal
+# positions, and the text's first.  4.57.1 has the same for 4.0; in the others it drops fractions of a second.
 ROPE_2_5 = {4.0: ([3, 5, 7, 9], 10), 1.5: ([3, 3, 4, 5], 6), 30.0: ([3, 18, 33, 48], 49)}
 
 
