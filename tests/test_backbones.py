@@ -24,8 +24,8 @@ from latent import Cache, decoder
 from model import SHAPES, Plume
 from tasks.turtle import World, world_tasks
 from test_plume import (
-    COLOURS, assert_close, call, edit_json, gradients, log, mixed_items, our_rollout, picture, reference_step,
-    rendered, run, run_ranks, write_clip)
+    COLOURS, SHARED, assert_close, call, edit_json, gradients, log, mixed_items, our_rollout, picture,
+    reference_step, rendered, run, run_ranks, write_clip)
 
 # A Qwen2.5-VL of the tiny preset's size, with windows of 2 x 2 tokens in the first of its two layers
 SHAPE_2_5 = SHAPES["tiny"] | dict(
@@ -240,6 +240,40 @@ def test_positions_of_a_clip_count_its_seconds(models, duration, monkeypatch):
     times = sample["positions"][:, begin : begin + 17] - sample["positions"][0, begin] + 3
     expected, behind = ROPE_2_5[duration]
     assert times[0, :16:4].tolist() == expected and times[:, 16].tolist() == [behind] * 3
+
+
+# transformers 4.57.1, get_rope_index of Qwen3-VL: three tokens, <|vision_start|>, 2 x 3 tokens of a frame
+# pair, <|vision_end|>, two tokens, the same again, and one token behind
+ROPE_3 = [
+    [0, 1, 2, 3, 4, 4, 4, 4, 4, 4, 7, 8, 9, 10, 11, 11, 11, 11, 11, 11, 14, 15],
+    [0, 1, 2, 3, 4, 4, 4, 5, 5, 5, 7, 8, 9, 10, 11, 11, 11, 12, 12, 12, 14, 15],
+    [0, 1, 2, 3, 4, 5, 6, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 11, 12, 13, 14, 15]]
+
+
+def test_positions_of_frame_pairs_are_those_of_pictures(models, monkeypatch):
+    p = models["qwen3_vl"].processor
+    monkeypatch.setattr(p, "encode", lambda text: [7, 7])
+    monkeypatch.setattr(p, "media", lambda *medium: (
+        None, None, p.shown("video", (2, 4, 6), [0.0, 0.5, 1.0, 1.5, 2.0])))
+    rendered = p.prefix([7, ("video", "clip"), p.id["<disc_emb>"]])
+    assert rendered["positions"].tolist() == ROPE_3
+
+
+@pytest.mark.skipif(not SHARED.exists(), reason="no ../shared/data")
+def test_the_prompt_of_qwen3_with_a_real_tokenizer():
+    print("using", SHARED / "qwen2vl_tokenizer")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(SHARED / "qwen2vl_tokenizer")
+    tokenizer.add_tokens(list(data.PLUME_TOKENS), special_tokens=True)
+    facts, template = BACKBONES["qwen3_vl"], data.TEMPLATES["qwen3_vl"]
+    limits = data.Limits(video_min_pixels=32 * 32, video_max_pixels=32 * 32)
+    p = Processor(tokenizer, "Think.", limits, template=template, backbone=facts)
+    clip = [Image.new("RGB", (32, 32))] * 8
+    ids = p.render(parse_item({"text": "look: <video> what?", "video": clip}))["ids"]
+    pairs = [f"<{s} seconds><|vision_start|><|video_pad|><|vision_end|>" for s in (0.2, 1.2, 2.2, 3.2)]
+    text = (f"<|im_start|>user\nlook: {''.join(pairs)} what?\n<disc_emb>\nThink.<|im_end|>\n"
+            "<|im_start|>assistant\n<think><bot>")
+    assert tokenizer.decode(ids) == text
+    assert ids == tokenizer(text)["input_ids"]
 
 
 def test_a_clip_of_qwen3_is_pictures_behind_their_seconds(models, tmp_path):
