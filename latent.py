@@ -238,10 +238,10 @@ def rotary(lm, positions, x):
     angles = positions[..., None].float() * (1 / rope["rope_theta"] ** exponents)  # (3, B, L, d/2)
     sections = rope["mrope_section"]
     if lm.config.model_type == "qwen3_vl_text":
-        angles = interleaved(angles, sections)
+        parts = [interleaved(angles, sections)]
     else:  # one section behind the other
-        angles = torch.cat([part[axis] for axis, part in enumerate(angles.split(sections, -1))], -1)
-    angles = torch.cat([angles, angles], -1)[:, None]
+        parts = [section[axis] for axis, section in enumerate(angles.split(sections, -1))]
+    angles = torch.cat(parts * 2, -1)[:, None]
     cos, sin = angles.cos(), angles.sin()
     sin[..., : d // 2].neg_()
     return cos.to(x.dtype), sin.to(x.dtype)

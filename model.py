@@ -866,7 +866,7 @@ def build_backbone(path, tensors, dtype):
             type(meta).from_pretrained, None, config=config, state_dict=tensors,
             dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True)
     except CONFIG_ERRORS as e:
-        raise DataError(f"{path}: config.json describes no model that can be built: {reason(e)}") from e
+        raise DataError(f"{path}: config.json describes no Qwen-VL that can be built: {reason(e)}") from e
     wrong = [*info["missing_keys"], *info["unexpected_keys"]]
     for name, there, needed in info["mismatched_keys"]:
         wrong.append(f"{name}: {tuple(there)} in the file, {tuple(needed)} by config.json")

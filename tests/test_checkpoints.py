@@ -197,22 +197,24 @@ BROKEN = {
     "config is a pointer": (write, "config.json", LFS, "config.json: not JSON.*Git LFS pointer"),
     "config is a list": (write, "config.json", "[]", "config.json: needs an object"),
     "another model":
-        (edit, "config.json", dict(model_type="qwen2_5_vl"),
-         "model_type 'qwen2_5_vl'; PLUME builds on 'qwen2_vl'"),
+        (edit, "config.json", dict(model_type="qwen3_vl_moe"),
+         "model_type 'qwen3_vl_moe'; PLUME builds on qwen2_vl, .*Did you mean 'qwen3_vl'"),
+    "another backbone's name":
+        (edit, "config.json", dict(model_type="qwen2_5_vl"), "no Qwen-VL that can be built"),
     "no model type": (edit, "config.json", dict(model_type=None), "model_type None"),
     "no text model":
         (edit, "config.json", dict(text_config=None),
-         "describes no Qwen2-VL that can be built: .*parameters, and the files hold"),
-    "no heads": (edit_inside, "text_config", dict(num_attention_heads=0), "describes no Qwen2-VL"),
+         "describes no Qwen-VL that can be built: .*parameters, and the files hold"),
+    "no heads": (edit_inside, "text_config", dict(num_attention_heads=0), "describes no Qwen-VL"),
     "no axes": (edit_inside, "text_config", NO_AXES, "an mrope_section of 3 numbers that sum to 16"),
     "axes of another width": (edit_inside, "text_config", OTHER_AXES, "mrope_section"),
     "a million experts": (edit_adapter, dict(experts=10**9), "settings: adapter"),
     "no plume block":
         (edit, "config.json", dict(plume=None), "config.json has no 'plume' block.*take config.json"),
     "a width in words":
-        (edit, "config.json", dict(text_config=dict(hidden_size="wide")), "no Qwen2-VL that can be built"),
+        (edit, "config.json", dict(text_config=dict(hidden_size="wide")), "no Qwen-VL that can be built"),
     "an unknown activation":
-        (edit, "config.json", dict(text_config=dict(hidden_act="relu9")), "no Qwen2-VL that can be built"),
+        (edit, "config.json", dict(text_config=dict(hidden_act="relu9")), "no Qwen-VL that can be built"),
     "tokenizer cut off": (cut, "tokenizer.json", "tokenizer.json: not JSON"),
     "tokenizer is a pointer": (write, "tokenizer.json", LFS, "tokenizer.json: not JSON.*Git LFS pointer"),
     "no tokenizer": (remove, "tokenizer.json", "tokenizer.json: no such file"),
@@ -372,7 +374,7 @@ def test_saving_removes_nothing_but_the_checkpoint_that_it_replaces(tmp_path, mo
     # a checkpoint, but of something else
     m.save_pretrained(tmp_path / "bert")
     edit_json(tmp_path / "bert" / "config.json", model_type="bert")
-    with pytest.raises(FileExistsError, match="no checkpoint of a Qwen2-VL"):
+    with pytest.raises(FileExistsError, match="no checkpoint of a Qwen-VL"):
         m.save_pretrained(tmp_path / "bert")
 
     monkeypatch.chdir(best)

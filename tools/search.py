@@ -131,11 +131,10 @@ class Index:
                         vectors.append(known[key][None])
         finally:
             done = Counter(item["path"] for item in (*items, *bad))
-            keep = [item["path"] in same or done[item["path"]] == whole[item["path"]] for item in items]
-            self.items = list(itertools.compress(items, keep))
-            self.vectors = np.concatenate(vectors)[np.array(keep, bool)]
-            self.bad = [item for item in bad
-                        if item["path"] in same or done[item["path"]] == whole[item["path"]]]
+            complete = same | {path for path, count in whole.items() if done[path] == count}
+            rows = [row for row, item in enumerate(items) if item["path"] in complete]
+            self.items, self.vectors = [items[row] for row in rows], np.concatenate(vectors)[rows]
+            self.bad = [item for item in bad if item["path"] in complete]
             self.write()
 
     def chunks(self, folder, files, area, bad, whole):
@@ -230,9 +229,10 @@ def main(argv):
         raise DataError("needs a folder and perhaps a text in quotes, in front of all flags; got "
                         f"{quote(words)}")
     folder, text = words[0], words[1] if len(words) > 1 else None
-    query = {key: value for key, value in (("text", text), ("image", cfg.image or None)) if value is not None}
+    query = None
+    if text is not None or cfg.image:
+        query = parse_item({"text": text, "image": cfg.image or None}, where="the query")
     refuse(cfg, folder, query)
-    query = parse_item(query, where="the query") if query else None
     model = load(cfg)
     steps = model.settings["latent_steps"] if cfg.mode == "latent" else None
     how = evaluation.Config(batch_size=cfg.batch_size, skip_bad=True)
@@ -253,7 +253,8 @@ def main(argv):
     except KeyboardInterrupt:
         raise DataError(f"interrupted: {len(index.items)} items are in the index, the same command goes on "
                         "with the rest") from None
-    print(*summary(index, others, left_out), sep="\n", end="\n" if others or left_out or index.bad else "")
+    for line in summary(index, others, left_out):
+        print(line)
     if query is None:
         return
     vector = model.encode([query], cfg.mode, steps)[0]
