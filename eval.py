@@ -742,6 +742,9 @@ def main(argv):
         settings = {k: RELEASED[k] for k in ("latent_positions", "white_image", "prompt", "template")}
         settings["limits"] = RELEASED["limits"] | {"num_frames": 64}  # all frames that the readers give
     model, begun = load(cfg, device, **settings), time.time()
+    model_type = model.backbone.config.model_type
+    if cfg.protocol == "released" and model_type != "qwen2_vl":
+        raise DataError(f"--protocol released is how a Qwen2-VL was scored; {cfg.ckpt} is a {model_type}")
     if not cfg.data:
         _, make = find_tasks(cfg, published, model.processor.backbone)
     width = model.lm.config.hidden_size

@@ -1022,6 +1022,9 @@ def test_the_released_protocol_is_the_released_evaluation_s_input(mmeb, counts, 
     outputs = ["--scores", tmp_path, "--json", tmp_path / "r.json"]
     task = ["--task", "MSVD", "--protocol", "released"]
     call("eval.py", "--data", mmeb.root, "--ckpt", small, *task, *outputs)
+    Plume.random(["a"], "tiny3").save_pretrained(tmp_path / "3")
+    failed = call("eval.py", "--data", mmeb.root, "--ckpt", tmp_path / "3", *task, check=False)
+    assert "--protocol released is how a Qwen2-VL was scored" in failed.stderr
     r = scores_in(tmp_path / "r.json")["video_ret/MSVD"]
     assert r["protocol"] == "released"
     assert len(list(tmp_path.glob("*-latent8-released-*/video_ret/MSVD_score.json"))) == 1
