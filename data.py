@@ -1104,6 +1104,7 @@ class Processor:
             raise
 
     def frames(self, kind, source):
+        """-> the frames of a medium and their seconds, as `load_clip`."""
         if kind == "image":
             return [load_image(source)], [0.0, 0.0]
         return load_clip(source, self.limits.num_frames, self.limits.frame_rate)
@@ -1119,7 +1120,7 @@ class Processor:
         return target_size(*frames[0].size, low, high, backbone, together)
 
     def shown(self, kind, grid, seconds):
-        """-> the prompt of a medium: texts, ids, and VisualTokens."""
+        """-> the prompt of a medium: texts, ids, and VisualTokens.  seconds: as `load_clip` gives them."""
         t, h, w = grid[0], grid[1] // MERGE, grid[2] // MERGE
         names = f"<|{kind}_pad|>", "<|vision_start|>", "<|vision_end|>"
         pad, start, end = (self.id[name] for name in names)
