@@ -23,7 +23,8 @@ MAX_STEPS = 32  # rows of the step table
 class TransitionAdapter(nn.Module):
     """z_k -> the decoder input of latent step k.
 
-    kind: "moe" (the paper), "mlp" (the shared expert alone), "none" (identity: z is fed back as it is).
+    kind: "moe" (the paper), "mlp" (the shared expert alone), "none" (identity: z is fed back as it is), or
+    "parallel": no z is fed back, the inputs are learnt tokens, the rows of `tokens` (see latent.py).
     experts, top_k, shared_expert, anchor, step_embedding: the paper's ablations, see the formula above.
     router_bias: the formula has none; a checkpoint that stores one is loaded with it.
     ValueError: another kind, or a top_k that is not 1..experts.
@@ -32,14 +33,17 @@ class TransitionAdapter(nn.Module):
     def __init__(self, dim, kind="moe", experts=4, top_k=2, shared_expert=True, anchor=True,
                  step_embedding=True, router_bias=False):
         super().__init__()
-        if kind not in ("moe", "mlp", "none"):
-            raise ValueError(f"adapter kind {kind[:40]!r}: needs 'moe', 'mlp' or 'none'")
+        if kind not in ("moe", "mlp", "none", "parallel"):
+            raise ValueError(f"adapter kind {kind[:40]!r}: needs 'moe', 'mlp', 'none' or 'parallel'")
         if kind == "moe" and not 1 <= top_k <= experts:
             raise ValueError(f"adapter top_k {top_k} of {experts} experts: needs 1 <= top_k <= experts")
         self.kind, self.top_k, self.anchor = kind, top_k, anchor
         self.experts = experts if kind == "moe" else 0  # E
         self.shared_expert = kind == "mlp" or (kind == "moe" and shared_expert)
-        if kind == "none":
+        if kind == "parallel":
+            self.tokens = nn.Embedding(MAX_STEPS, dim)
+            nn.init.normal_(self.tokens.weight, std=dim**-0.5)
+        if kind in ("none", "parallel"):
             return
         n = self.experts + 1 if self.shared_expert else self.experts
         self.ln = nn.LayerNorm(dim)

@@ -12,6 +12,10 @@ latent steps, so that reasoning moves from tokens into hidden states one segment
 `rest_of_rationale="inside"` (default, as drawn) leaves the remaining text inside the thought, so each latent
 takes the place of the text it replaces.  `"after"` puts it behind <eot>, as the released code does.
 
+`adaptive` gives every unit of the rationale (a sentence, or a word where there is only one sentence) one
+latent step instead.  A rationale of n < S units is told in n steps, and those behind read <eot>; of a longer
+one the end stays written at every stage.  So the model says when it is done, which mode "auto" follows.
+
 A stage is entered on a fixed schedule (paper), or as soon as the model is good at the present one (`gate`),
 and a share of the steps goes back to earlier stages (`replay`); `Progress` decides.
 No tensors and no tokenizer here: this file is the schedule and the text.
@@ -21,7 +25,7 @@ import itertools
 import math
 import random
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
@@ -45,6 +49,7 @@ class Curriculum:
     last_stage: float = 0.5  # share of the run spent in stage S; in its second half the answer is dropped too
     gate: float = 0.0  # enter the next stage when `first` is under this; 0: by the schedule alone (paper)
     replay: float = 0.0  # share of the steps that go back: half to stage 0 (mode cot), half to a random one
+    adaptive: bool = False  # a step for each unit of the rationale
 
     def __post_init__(self):
         if self.rest_of_rationale not in ("inside", "after"):
@@ -54,6 +59,9 @@ class Curriculum:
                              "needs segments >= 1, steps_per_segment >= 0")
         if not 0 < self.last_stage <= 1:
             raise ValueError(f"last_stage {self.last_stage}: needs 0 < last_stage <= 1")
+        if self.adaptive and (self.steps_per_segment != 1 or self.rest_of_rationale != "inside"):
+            raise ValueError("adaptive: a unit of the rationale takes one step, the rest stays inside the "
+                             "thought: needs steps_per_segment 1, rest_of_rationale 'inside'")
         if not self.gate >= 0 or not 0 <= self.replay < 1:
             raise ValueError(f"gate {self.gate}, replay {self.replay}: needs gate >= 0 and 0 <= replay < 1")
 
@@ -106,8 +114,18 @@ class Curriculum:
         </think> answer <gen_emb>  ("after"), in the words of the chat template.  A record without a rationale
         takes the same number of latent steps, so one batch has one K.
         """
-        rest = "".join(segment(rationale, self.segments)[stage.index:])
-        return rest, answer if stage.answer else ""
+        rest = "".join(self.parts(rationale)[stage.index :])
+        return rest, answer if stage.answer or rest else ""  # adaptive: a rest may stand at the last stage
+
+    def parts(self, rationale):
+        """The rationale in S strings, of which stage s replaces the first s; adaptive: perhaps in more."""
+        if not self.adaptive:
+            return segment(rationale, self.segments)
+        units = len(SENTENCE.findall(rationale))
+        if units == 1:
+            units = len(WORD.findall(rationale))
+        parts = segment(rationale, max(1, units))
+        return parts + [""] * (self.segments - len(parts))
 
 
 class Progress:
@@ -140,7 +158,10 @@ class Progress:
         return dice.choice((0, earlier))
 
     def stage(self, step):
-        return self.stages[self.replayed(step)]
+        stage = self.stages[self.replayed(step)]
+        if self.curriculum.adaptive and not self.stages[self.place(step)].answer:
+            return replace(stage, answer=False)  # after any number of steps, as in mode auto
+        return stage
 
     def observe(self, step, first):
         """first: loss on the first token behind the latents in this step, averaged over ranks."""

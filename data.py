@@ -46,8 +46,6 @@ from transformers import PreTrainedTokenizerFast, Qwen2Tokenizer
 from transformers.models.glm4v.video_processing_glm4v import smart_resize as resize_clip
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
-from curriculum import segment
-
 MERGE, TEMPORAL = 2, 2  # all backbones: patches a visual token's side, frames a temporal patch
 
 
@@ -1163,11 +1161,16 @@ class Processor:
         return dict(suffix=thought + closing + [self.id["<gen_emb>"]], cut=len(rest) - len(kept), first=first)
 
     def replaced(self, side, stage, curriculum):
-        """(latent step, token): where a step stands for a part of the rationale, that part's first token."""
+        """(latent step, token): where a step stands for a part of the rationale, that part's first token.
+
+        An adaptive curriculum has <eot> for every step behind the last part.
+        """
         if not stage or not stage.latent_steps:
             return []
-        parts = segment(side.rationale, curriculum.segments)[: stage.index]
+        parts = curriculum.parts(side.rationale)[: stage.index]
         tokens = [self.encode(part) for part in parts]
+        if curriculum.adaptive:
+            tokens = [ids or [self.id["<eot>"]] for ids in tokens]
         return [(i * curriculum.steps_per_segment, ids[0]) for i, ids in enumerate(tokens) if ids]
 
 

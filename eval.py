@@ -51,7 +51,7 @@ from model import MODES, RELEASED, Plume, unit
 from tasks.beir import list_tasks, read_task
 from tasks.mmeb import MMEB, modality, read_published
 from tasks.mmeb_report import check, differences, leaderboard, paper_table
-from tasks.turtle import world_tasks
+from tasks.turtle import lengths_of, world_tasks
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 # What an embedding comes from: kept ones are used again only while all of these are the same
@@ -65,14 +65,18 @@ TIE = 1e-6  # cosines closer than this are a tie: more than float32 rounding, le
 class Config:
     # what
     data: str = ""  # folder of the tasks; media paths are relative to it; default: turtle world
+    moves: str = "8"  # of turtle world's programs, and
+    rules: bool = False  # whether they show a rule book, as in train.py
     task: str = "all"  # all, image, video, visdoc, a meta-task (video_ret) or data set (MSVD);
     #     several with commas between
     ckpt: str = "out/checkpoint"  # checkpoint folder or hub name
     # how
-    mode: str = "latent"  # latent, single (one pass) or cot (writes its rationale)
+    mode: str = "latent"  # latent, single (one pass), cot (writes its rationale) or auto (as many steps as it
+    #     takes; writes what they do not hold)
+    done: float = 0.5  # in mode auto a row stops when <eot> has a probability above this
     compare: tuple = ()  # two JSON files of scores: their differences, and nothing else is done
     steps: int = -1  # latent steps 0..32; -1: the checkpoint's own
-    limit: int = 512  # tokens a rationale may have in mode cot
+    limit: int = 512  # tokens a rationale may have in modes cot and auto
     dim: int = 0  # rank by so many first components; made for checkpoints of train.py --matryoshka; 0: all
     batch_size: int = 32  # items encoded together; does not change the result
     protocol: str = "clean"  # clean, or released: as the released checkpoint was scored; see docs/mmeb_v2.md
@@ -296,7 +300,8 @@ class Embedder:
         code = [Path(HERE, name).read_text(encoding="utf-8") for name in SOURCES]
         self.about = dict(
             checkpoint_hash=checkpoint_hash or fingerprint(model), code_hash=short_hash(*code), mode=mode,
-            steps=steps, limit=cfg.limit if mode == "cot" else None, protocol=cfg.protocol,
+            steps=steps, limit=cfg.limit if mode in ("cot", "auto") else None,
+            done=cfg.done if mode == "auto" else None, protocol=cfg.protocol,
             dtype=str(model.lm.norm.weight.dtype), device=model.device.type, torch=torch.__version__,
             transformers=transformers.__version__, pillow=PIL.__version__, av=av.__version__)
         self.run_hash = short_hash(json.dumps(self.about, sort_keys=True))
@@ -413,7 +418,7 @@ class Embedder:
         cfg, sides, bad = self.cfg, [side for _, side in items], {}
         windows = self.model.encoding(
             sides, *self.how, cfg.batch_size, label, cfg.limit, took, sort=False,
-            bad=bad if cfg.skip_bad else None)
+            bad=bad if cfg.skip_bad else None, done=cfg.done)
         out, begin = np.empty((len(items), self.width), np.float32), 0
         for vectors in windows:
             end = begin + len(vectors)
@@ -669,10 +674,10 @@ def is_published(root):
     return bool(root) and any(os.path.isdir(os.path.join(root, folder)) for folder in folders)
 
 
-def find_tasks(cfg, published, backbone=QWEN2_VL):
+def find_tasks(cfg, published, processor=None):
     """-> names of all tasks of --data, and a function: name -> its Task
 
-    backbone: data.Backbone for which turtle world draws its pictures.
+    processor: the model's, for which turtle world draws its pictures; None: a Qwen2-VL's.
     """
     if published:
         def make(name):
@@ -680,7 +685,11 @@ def find_tasks(cfg, published, backbone=QWEN2_VL):
         return [task.full_name for task in MMEB.values()], make
     if cfg.data:
         return list_tasks(cfg.data), functools.partial(read_task, cfg.data)
-    turtle = world_tasks(backbone)
+    turtle = world_tasks(processor.backbone if processor else QWEN2_VL, cfg.moves, cfg.rules)
+    frames = 2 * lengths_of(cfg.moves)[-1]
+    if processor and processor.limits.num_frames < frames:
+        raise DataError(f"--moves {cfg.moves}: clips of {frames} frames, and the checkpoint takes "
+                        f"{processor.limits.num_frames} of a clip: train it with these --moves")
     return list(turtle), turtle.get
 
 
@@ -746,7 +755,7 @@ def main(argv):
     if cfg.protocol == "released" and model_type != "qwen2_vl":
         raise DataError(f"--protocol released is how a Qwen2-VL was scored; {cfg.ckpt} is a {model_type}")
     if not cfg.data:
-        _, make = find_tasks(cfg, published, model.processor.backbone)
+        _, make = find_tasks(cfg, published, model.processor)
     width = model.lm.config.hidden_size
     if not 0 <= cfg.dim <= width:
         raise DataError(f"--dim {cfg.dim}: the checkpoint has {width} components; 0: all of them")

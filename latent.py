@@ -18,10 +18,14 @@ Qwen3-VL's differs in three lines, each of which names it.
 Prefill, latent step, suffix and greedy decoding are one function, `decoder`, at different numbers of new
 columns.
 
+Two other ways to think stand beside the rollout: `until_done` stops each row when its state reads <eot> and
+writes what K steps do not hold; an adapter of kind "parallel" gives K learnt tokens that take one pass.
+
 Shapes: B sequences, P prefix tokens, K latent steps, T suffix tokens, L new columns in a call, D width, H
 query heads, G key/value heads, d = D/H, E experts.
 """
 
+import copy
 import functools
 from typing import NamedTuple
 
@@ -53,10 +57,19 @@ class Cache:
     """
 
     def __init__(self, lengths, P):
+        self.taken = None  # (B,): of the first so many slots alone a row's later columns see; None: of all
         padding = torch.arange(P, device=lengths.device) >= lengths[:, None]  # (B, P)
         hide = torch.zeros(padding.shape, device=lengths.device).masked_fill_(padding, float("-inf"))
         self.hide = hide[:, None, None]  # (B, 1, 1, P)
         self.prefix, self.slots = [], []  # a (k, v) for each layer, each (B, G, ., d)
+
+    def of(self, rows):
+        """The cache of some rows (n,); a copy."""
+        some = copy.copy(self)
+        some.hide = self.hide[rows]
+        some.prefix = [(k[rows], v[rows]) for k, v in self.prefix]
+        some.slots = [(k[rows], v[rows]) for k, v in self.slots]
+        return some
 
 
 def rollout(lm, adapter, prefix, steps, suffix, rule="mrope", checkpointing=False, graphs=None, hook=None):
@@ -80,8 +93,11 @@ def rollout(lm, adapter, prefix, steps, suffix, rule="mrope", checkpointing=Fals
 
 def steps_and_suffix(lm, adapter, steps, anchor, z, pos, suffix, cache, checkpointing=False, hook=None):
     """What comes behind the prefix -> latents (B, K, D), suffix (B, T, D), router probabilities (B, K, E)."""
-    states, probs, columns = [], [], suffix
-    for k in range(steps):
+    states, probs, columns, one_by_one = [], [], suffix, steps
+    if adapter.kind == "parallel":  # K learnt tokens instead, all of them in one pass with the suffix
+        learnt = adapter.tokens.weight[:steps].expand(len(z), -1, -1)  # (B, K, D)
+        columns, one_by_one = torch.cat([learnt, suffix], 1), 0
+    for k in range(one_by_one):
         x, r = adapter(z, k, anchor)  # (B, D), (B, E)
         probs.append(r)
         if hook is not None:
@@ -91,11 +107,11 @@ def steps_and_suffix(lm, adapter, steps, anchor, z, pos, suffix, cache, checkpoi
             states.append(z)
         else:  # nothing but the suffix waits for z_K: both take one pass, K in all and not K + 1
             columns = torch.cat([x[:, None], suffix], 1)
-    T, L = suffix.shape[1], columns.shape[1]  # L = T + 1, without a latent step T
+    T, L = suffix.shape[1], columns.shape[1]  # L = T + 1, without a latent step T, in parallel T + K
     places = pos[:, None] + torch.arange(steps + T - L, steps + T, device=pos.device)
     h = decoder(lm, columns, places, cache, checkpointing)  # (B, L, D)
     latents = torch.cat([*(z[:, None] for z in states), h[:, : L - T]], 1)
-    router = torch.stack(probs, 1) if steps else z.new_zeros(len(z), 0, 0)
+    router = torch.stack(probs, 1) if probs else z.new_zeros(len(z), 0, 0)
     return latents, h[:, L - T :], router
 
 
@@ -115,8 +131,12 @@ def greedy(lm, embed, head, prefix, end, limit, rule="mrope"):
     """
     cache = Cache(prefix.lengths, prefix.x.shape[1])
     h = decoder(lm, prefix.x, prefix.positions, cache, deepstack=prefix.deepstack)
-    h = at(h, prefix.lengths - 1)  # (B, D)
-    pos, tokens = next_positions(prefix, rule), []
+    return write(lm, embed, head, at(h, prefix.lengths - 1), next_positions(prefix, rule), cache, end, limit)
+
+
+def write(lm, embed, head, h, pos, cache, end, limit):
+    """`greedy` from the state h (B, D) of the column in front of position pos (B,)."""
+    tokens = []
     out, done = torch.zeros_like(h), torch.zeros(len(h), dtype=torch.bool, device=h.device)
     for t in range(limit):
         token = head(h).argmax(-1) if t < limit - 1 else torch.full_like(pos, end)
@@ -128,6 +148,48 @@ def greedy(lm, embed, head, prefix, end, limit, rule="mrope"):
         if t % 16 == 15 and bool(done.all()):  # looks at the device only now and then
             break
     return out, torch.stack(tokens, 1)
+
+
+@torch.no_grad()
+def until_done(lm, adapter, embed, head, prefix, steps, suffix, gen, reads, done, end, limit, rule="mrope"):
+    """Mode auto: latent steps until the state of a row reads <eot>, and if K do not do, explicit reasoning.
+
+    After each step, and before the first, a row stops whose state gives the token `reads` a probability above
+    `done`; its vector is that of the rollout with as many steps.  A row that has not stopped after K steps
+    goes on in words behind them, as in `greedy`.  Rows that have stopped ride along: a batch takes as many
+    steps as its last row.  Looks at the device before every step.
+    suffix (B, T, D), gen (B,) place of <gen_emb> in it; embed, head, end, limit: see `greedy`.
+    -> h(<gen_emb>) (B, D), latent steps (B,), tokens written (B,).
+    """
+    cache = Cache(prefix.lengths, prefix.x.shape[1])
+    h = decoder(lm, prefix.x, prefix.positions, cache, deepstack=prefix.deepstack)
+    anchor, z, pos = at(h, prefix.disc), at(h, prefix.lengths - 1), next_positions(prefix, rule)
+    taken, written = torch.full_like(pos, steps), torch.zeros_like(pos)
+    stopped = torch.zeros_like(pos, dtype=torch.bool)
+    for k in range(steps + 1):
+        stops = at_least_float32(head(z)).softmax(-1)[:, reads] > done
+        taken, stopped = torch.where(stops & ~stopped, k, taken), stopped | stops
+        if k == steps or bool(stopped.all()):
+            break
+        x, _ = adapter(z, k, anchor)
+        z = decoder(lm, x[:, None], pos[:, None] + k, cache)[:, 0]
+
+    out, pos = torch.zeros_like(z), pos + taken
+    told, left = stopped.nonzero()[:, 0], (~stopped).nonzero()[:, 0]
+    if len(told):
+        seen = cache.of(told)
+        seen.taken = taken[told]
+        places = pos[told, None] + torch.arange(suffix.shape[1], device=pos.device)
+        out[told] = at(decoder(lm, suffix[told], places, seen), gen[told])
+    if len(left):
+        out[left], tokens = write(lm, embed, head, z[left], pos[left], cache.of(left), end, limit)
+        written[left] = length_of(tokens, end)
+    return out, taken, written
+
+
+def length_of(tokens, end):
+    """What `greedy` gives (B, n) -> the number of tokens written (B,), `end` among them."""
+    return (tokens != end).sum(1) + 1
 
 
 def next_positions(prefix, rule):
@@ -181,12 +243,20 @@ def add_features(x, places, features):
 
 
 def mask_of(x, cache):
-    """What L new columns see of the n slots and of themselves: 0 is seen, (L, n + L); None: everything."""
+    """What L new columns see of the n slots and of themselves, (1 or B, 1, L, n + L): 0 is seen, -inf not.
+
+    None: everything.
+    """
     L = x.shape[1]
-    if not cache.prefix or L == 1:  # the prefill is causal; one column sees every slot
+    if not cache.prefix or (L == 1 and cache.taken is None):  # the prefill is causal; one sees every slot
         return None
     n = cache.slots[0][0].shape[2]  # all old slots and, causally, each other
-    return torch.full((L, n + L), float("-inf"), device=x.device).triu(n + 1)
+    mask = torch.full((1, 1, L, n + L), float("-inf"), device=x.device).triu(n + 1)
+    if cache.taken is None:
+        return mask
+    slot = torch.arange(n + L, device=x.device)
+    over = (slot >= cache.taken[:, None]) & (slot < n)  # (B, n + L)
+    return mask.masked_fill(over[:, None, None], float("-inf"))
 
 
 def block(layer, x, cos, sin, mask, past):
@@ -213,7 +283,7 @@ def block(layer, x, cos, sin, mask, past):
 def attend_two_blocks(q, k_prefix, v_prefix, k_slots, v_slots, hide, mask):
     """q (B, H, L, d), prefix (B, G, P, d), slots (B, G, n, d) -> (B, H, L, d): two score blocks, one softmax.
 
-    hide: 0 / -inf for the prefix, (B, 1, 1, P); mask: 0 / -inf for the slots, (L, n), or None.
+    hide: 0 / -inf for the prefix, (B, 1, 1, P); mask: the same for the slots, (1 or B, 1, L, n), or None.
     Query heads of a group share their keys: they are folded into rows, and the cache is neither repeated nor
     copied.
     """
@@ -223,7 +293,7 @@ def attend_two_blocks(q, k_prefix, v_prefix, k_slots, v_slots, hide, mask):
     far = q @ k_prefix.mT + hide  # (B, G, H/G*L, P)
     near = q @ k_slots.mT  # (B, G, H/G*L, n)
     if mask is not None:
-        near = near + mask.repeat(H // G, 1)
+        near = near + mask.repeat(1, 1, H // G, 1)
     w = at_least_float32(torch.cat([far, near], -1)).softmax(-1).to(v_slots.dtype)
     return (w[..., :P] @ v_prefix + w[..., P:] @ v_slots).view(B, H, L, d)
 

@@ -26,6 +26,7 @@ from collections import deque
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import asdict, replace
+from typing import NamedTuple
 
 import huggingface_hub
 import numpy as np
@@ -49,7 +50,7 @@ from data import (
     BACKBONES, IMAGE_SUFFIXES, MERGE, PLUME_TOKENS, QWEN2_VL, TEMPLATE, TEMPLATES, TEMPORAL, VIDEO_SUFFIXES,
     DataError, Limits, Processor, Side, closest, collate, fixed_strings, nearest, normalised, only_keys,
     parse_item, parse_json, quote, reason, to_device, train_tokenizer, write_errors)
-from latent import Prefix, at, at_least_float32, greedy, rollout, rotate, single_pass
+from latent import Prefix, at, at_least_float32, greedy, length_of, rollout, rotate, single_pass, until_done
 
 RELEASED_PROMPT = (
     "Represent the above input text, images, videos, or any combination of the three as embeddings. First "
@@ -57,7 +58,7 @@ RELEASED_PROMPT = (
     "sentence. Finally, use the <gen_emb> tag to represent the entire input.")
 RELEASED_ADAPTER, OUR_ADAPTER = "latent_moe_transition.", "adapter."  # their names in the safetensors
 FORMAT = 2  # of a checkpoint.  In format 1 a line break stood behind pictures and clips: other vectors
-MODES = ("latent", "single", "cot")
+MODES = ("latent", "single", "cot", "auto")
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 # What transformers raises for a configuration that makes no sense
 CONFIG_ERRORS = (OSError, ValueError, TypeError, LookupError, RuntimeError, AttributeError, ArithmeticError,
@@ -76,8 +77,8 @@ SPECIAL_IDS = ("image_pad", "video_pad", "vision_start", "vision_end")  # tokens
 # TransitionAdapter's keywords.
 ADAPTER = dict(kind="moe", experts=4, top_k=2, shared_expert=True, anchor=True, step_embedding=True,
                router_bias=False)
-DEFAULTS = dict(latent_steps=8, latent_positions="mrope", prompt=RELEASED_PROMPT, white_image=False,
-                template=TEMPLATE, adapter=ADAPTER, limits=asdict(Limits()))
+DEFAULTS = dict(latent_steps=8, latent_positions="mrope", adaptive=False, prompt=RELEASED_PROMPT,
+                white_image=False, template=TEMPLATE, adapter=ADAPTER, limits=asdict(Limits()))
 # What the released layout implies and does not say; the pixels and tokens of its evaluation.
 RELEASED = dict(DEFAULTS, latent_positions="cache", white_image=True,
                 limits=asdict(Limits(min_pixels=784, max_pixels=2359296, max_len=11288)))
@@ -150,6 +151,13 @@ FRAME = [SHAPES["tiny"]["prompt"], *fixed_strings(TEMPLATE)]
 SECONDS = " seconds>"  # stands in front of every frame pair of Qwen3-VL
 
 
+class Spent(NamedTuple):
+    """What the items of a batch took."""
+
+    steps: torch.Tensor  # (B,) latent steps
+    tokens: torch.Tensor  # (B,) tokens written
+
+
 class Plume(nn.Module):
     """backbone: transformers' Qwen-VL; tokenizer: with PLUME's tokens; settings: see DEFAULTS."""
 
@@ -220,33 +228,46 @@ class Plume(nn.Module):
         per_token = dict(ce=ce, first=ce[batch["first"]], read=read)
         return dict(per_pair=per_pair, per_token=per_token)
 
-    def embed(self, batch, mode="latent", steps=None, limit=512):
-        """A collated batch on the model's device -> (B, D) unit float32, (B,) tokens decoded.  See `encode`.
+    def embed(self, batch, mode="latent", steps=None, limit=512, done=0.5):
+        """A collated batch on the model's device -> (B, D) unit float32, and Spent.  See `encode`.
 
-        Gradients reach the weights, except in mode "cot", unless the caller asks for none (torch.no_grad).
+        Gradients reach the weights, except in modes "cot" and "auto", unless the caller asks for none
+        (torch.no_grad).
         """
         prefix, rule = self.prefix(batch), self.settings["latent_positions"]
-        none = torch.zeros_like(batch["lengths"])
+        embed, head, ids = self.lm.embed_tokens, self.backbone.lm_head, self.processor.id
+        none, end = torch.zeros_like(batch["lengths"]), ids["<gen_emb>"]
         if mode == "cot":
-            end = self.processor.id["<gen_emb>"]
-            h, tokens = greedy(self.lm, self.lm.embed_tokens, self.backbone.lm_head, prefix, end, limit, rule)
-            return unit(h), (tokens != end).sum(1) + 1
+            h, tokens = greedy(self.lm, embed, head, prefix, end, limit, rule)
+            return unit(h), Spent(none, length_of(tokens, end))
         if mode == "single":
-            return unit(single_pass(self.lm, prefix)), none
+            return unit(single_pass(self.lm, prefix)), Spent(none, none)
         steps = self.settings["latent_steps"] if steps is None else steps
-        suffix = self.lm.embed_tokens(batch["suffix"])
+        suffix = embed(batch["suffix"])
+        if mode == "auto" and self.says_when_done:
+            h, *spent = until_done(
+                self.lm, self.adapter, embed, head, prefix, steps, suffix, batch["gen"], ids["<eot>"], done,
+                end, limit, rule)
+            return unit(h), Spent(*spent)
         graphs = None if torch.is_grad_enabled() else self.graphs  # they carry no gradients
         r = rollout(self.lm, self.adapter, prefix, steps, suffix, rule, self.checkpointing, graphs)
-        return unit(at(r.suffix, batch["gen"])), none
+        return unit(at(r.suffix, batch["gen"])), Spent(none + steps, none)
+
+    @property
+    def says_when_done(self):
+        """Whether its states read <eot> when there is nothing more to say, which mode auto follows."""
+        return self.settings["adaptive"] and self.adapter.kind != "parallel"
 
     def encode(self, items, mode="latent", steps=None, batch_size=16, progress=False, limit=512, took=None,
-               workers=4, bad=None, dim=None):
+               workers=4, bad=None, dim=None, done=0.5, spent=None):
         """Embed items -> float32 array (N, D), unit rows, in the order in which `items` gives them.
 
         items: a list, or anything else that can be iterated, of strings, pictures or {"text"?, "image"?,
         "video"?}; see data.parse_item.  Kinds may be mixed: rows are batched by length.
         mode: "latent" (steps = 0..32, default the checkpoint's K), "single" (one pass), "cot" (greedy
-        rationale, until <gen_emb> or `limit` tokens).  progress: a bar, or its label.
+        rationale, until <gen_emb> or `limit` tokens), "auto" (latent steps until the probability of <eot> is
+        above `done`; what K steps do not hold is written as in cot).  progress: a bar, or its label.
+        spent: a dict, in which "steps" and "tokens" become lists of what each item took, a 0 for a bad one.
         took: a dict whose "seconds" (of the model alone) and "tokens" (decoded) are added to.
         workers: threads that decode and tokenize beside the model.
         dim: only so many first components, normalised again; made for checkpoints of --matryoshka.
@@ -256,17 +277,23 @@ class Plume(nn.Module):
         """
         none = np.empty((0, dim or self.lm.config.hidden_size), np.float32)
         windows = self.encoding(
-            items, mode, steps, batch_size, progress, limit, took, workers, bad=bad, dim=dim)
+            items, mode, steps, batch_size, progress, limit, took, workers, bad=bad, dim=dim, done=done,
+            spent=spent)
         return np.concatenate([none, *windows])
 
     def encoding(self, items, mode="latent", steps=None, batch_size=16, progress=False, limit=512, took=None,
-                 workers=4, sort=True, bad=None, dim=None):
+                 workers=4, sort=True, bad=None, dim=None, done=0.5, spent=None):
         """`encode` in windows: yields the embeddings of the next items as an array.
 
         A window is 8 batches, or less when their media take AHEAD bytes; about as much is read ahead.
         sort: the rows of a window are batched by length; False: batches are neighbours as given.
         """
         check_mode(mode, steps)
+        if not 0 <= done <= 1:
+            raise ValueError(f"done {done}: needs a probability, 0 .. 1")
+        if mode == "auto" and not self.says_when_done:
+            warnings.warn("this checkpoint does not say when it is done (those of train.py --adaptive do): "
+                          "mode auto takes all latent steps, as mode latent")
         width = self.lm.config.hidden_size
         if dim is not None and not 1 <= dim <= width:
             raise ValueError(f"dim {dim}: this model has 1 to {width} components")
@@ -283,13 +310,16 @@ class Plume(nn.Module):
                 if sort:  # a batch of about equal lengths has little padding
                     order.sort(key=lambda i: len(samples[i]["ids"]) if samples[i] else 0)
                 out = torch.full((len(samples), dim or width), torch.nan, device=self.device)
+                costs = torch.zeros(len(samples), 2, dtype=torch.long, device=self.device)
                 for begin in range(0, len(order), batch_size):
                     batch = order[begin : begin + batch_size]
                     bar.update(len(batch))
                     rows = [i for i in batch if samples[i]]
                     if rows:
-                        self.embed_rows(out, rows, samples, mode, steps, limit, took)
+                        self.embed_rows(out, costs, rows, samples, mode, steps, limit, took, done)
                 out = out.cpu().numpy()
+                for name, column in zip(Spent._fields, costs.T.tolist() if spent is not None else ()):
+                    spent.setdefault(name, []).extend(column)
                 wrong = [s["where"] for s, row in zip(samples, out) if s and not np.isfinite(row).all()]
                 if wrong:
                     self.not_finite(wrong)
@@ -347,17 +377,18 @@ class Plume(nn.Module):
             bad[i] = str(e)
 
     @torch.no_grad()
-    def embed_rows(self, out, rows, samples, mode, steps, limit, took):
-        """One batch: out[rows] = embeddings of these samples."""
+    def embed_rows(self, out, costs, rows, samples, mode, steps, limit, took, done):
+        """One batch: out[rows] = embeddings of these samples, costs[rows] = their steps and tokens."""
         batch = to_device(collate([samples[i] for i in rows], self.processor), self.device)
         begun = time.perf_counter()
-        vectors, tokens = self.embed(batch, mode, steps, limit)
+        vectors, spent = self.embed(batch, mode, steps, limit, done)
         if took is not None:
-            took["tokens"] += int(tokens.sum())  # waits for the device
+            took["tokens"] += int(spent.tokens.sum())  # waits for the device
             took["seconds"] += time.perf_counter() - begun
         if out.shape[1] < vectors.shape[1]:
             vectors = unit(vectors[:, : out.shape[1]])
-        out[torch.tensor(rows, device=out.device)] = vectors.to(out.dtype)
+        places = torch.tensor(rows, device=out.device)
+        out[places], costs[places] = vectors.to(out.dtype), torch.stack(spent, 1)
 
     def not_finite(self, wrong):
         """Raises the error for items whose embeddings are not finite."""
@@ -378,10 +409,11 @@ class Plume(nn.Module):
     # ------------------------------------------------------------------------------ making, loading, saving
 
     @classmethod
-    def random(cls, texts, shape="tiny", seed=0, device="cpu", **settings):
+    def random(cls, texts, shape="tiny", seed=0, device="cpu", tied=True, **settings):
         """One of SHAPES with random weights and a BPE tokenizer trained on `texts` (an iterable of strings).
 
         device: where the weights are made; "meta" makes none, only their shapes.
+        tied: the output embedding is the input embedding.
         """
         shape = SHAPES[shape]
         model_type = shape.get("backbone", "qwen2_vl")
@@ -392,7 +424,7 @@ class Plume(nn.Module):
         special = {f"{name.replace('_pad', '')}_token_id": tokenizer.convert_tokens_to_ids(f"<|{name}|>")
                    for name in SPECIAL_IDS}
         config = AutoConfig.for_model(
-            model_type, text_config=text, vision_config=shape["vision"], tie_word_embeddings=True, **special)
+            model_type, text_config=text, vision_config=shape["vision"], tie_word_embeddings=tied, **special)
         settings = dict(template=TEMPLATES[model_type], prompt=shape["prompt"]) | settings
         settings["limits"] = limits_of(model_type) | shape["limits"] | settings.get("limits", {})
         with torch.random.fork_rng(), torch.device(device):
@@ -530,8 +562,9 @@ class Plume(nn.Module):
         if self.backbone.config.model_type != "qwen2_vl":
             raise DataError(f"the released layout is that of a Qwen2-VL, and this is a "
                             f"{self.backbone.config.model_type}")
-        if adapter.kind == "none":
-            raise DataError("the released layout has no way to say that there is no adapter")
+        if adapter.kind in ("none", "parallel"):
+            raise DataError("the released layout has no way to say that there is no adapter, or that there "
+                            "are learnt tokens")
         _, keywords = from_released(to_released(adapter.state_dict(), adapter.shared_expert))
         lost = {k: v for k, v in ours.items() if k not in ("limits", "adapter") and v != RELEASED[k]}
         if adapter.kind == "moe":
@@ -793,6 +826,7 @@ def current_format(block, path):
     settings = {key: value for key, value in block.items() if key != "format"}
     if isinstance(settings.get("limits"), dict):  # older ones are of Qwen2-VL, whose clips have no seconds
         settings["limits"] = dict(frame_rate=Limits.frame_rate) | settings["limits"]
+    settings = dict(adaptive=False) | settings  # and none of the older ones says when it is done
     return checked(settings, DEFAULTS, f"{path}: config.json: plume", complete=True)
 
 

@@ -59,6 +59,8 @@ class Config:
     # data
     data: str = ""  # JSONL (or JSON array) of training pairs; default: turtle world
     families: str = ""  # families of turtle world, with commas between; default: all
+    moves: str = "8"  # of turtle world's programs; 2-12: as many of each length
+    rules: bool = False  # turtle world's moves mean what a rule book says, a word or picture at the start
     media: str = ""  # folder that media paths are relative to; default: the folder of --data
     skip_bad: bool = False  # leave out records that cannot be read and name them; default: stop at the first
     workers: int = 1  # processes that decode and tokenize ahead; raise while the log's `wait` is not near 0;
@@ -74,7 +76,10 @@ class Config:
     frame_rate: float = 0.0  # frames a second of clips given as frames; 0: the checkpoint's own
     max_len: int = 0  # tokens in a sequence; a longer rationale loses its end; 0: the checkpoint's own
     latent_positions: str = "mrope"  # of latent steps: mrope goes on counting, cache as released
+    tied: bool = True  # random weights have one embedding for input and output
+    freeze_backbone: bool = False  # behind stage 0, with --init from the first step, only the adapter learns
     freeze_vision: str = "auto"  # true, false, or auto: frozen (but for its merger) when --init is given
+    thought: str = "recurrent"  # K latent steps, or parallel: K learnt tokens in one pass
     # adapter: the paper's ablations; this and latent_positions are those of --init unless given here
     adapter: str = "moe"  # moe (the paper), mlp (the shared expert alone), none (hidden states as they are)
     experts: int = 4  # E, specialised experts
@@ -91,6 +96,8 @@ class Config:
     gate: float = 0.6  # enter a stage when the mean of `first` is under this, at the latest by the schedule;
     #     0: by the schedule alone, as the paper
     replay: float = 0.15  # share of the steps that go back: half to stage 0, half to a random earlier one
+    adaptive: bool = False  # a latent step for each sentence of the rationale, or word of a single one; steps
+    #     behind the last read <eot>, a longer one's end stays written: for mode auto, see docs/adaptive.md
     reset_moments: bool = False  # forget AdamW's moments when the stage changes
     # optimization
     global_batch: int = 32  # pairs in one contrastive batch, over all ranks; part of the recipe
@@ -117,6 +124,7 @@ class Config:
     # run
     preset: str = ""  # qwen2vl_2b: the paper's settings, qwen3vl_2b: for that backbone; other flags win
     eval_every: int = 0  # steps between hit@1 on 256 pairs (a tenth at most) held out of training; 0: never
+    until: float = 0.0  # with --eval_every: the run ends when that hit@1 has come to this share
     out: str = "out"  # folder for checkpoint and log
     resume: bool = False  # continue the run in --out
     save_every: int = 500  # steps between checkpoints, beside those at a stage's end, at the end, on Ctrl-C
@@ -144,8 +152,8 @@ PRESETS = {"qwen2vl_2b": PAPER, "qwen3vl_2b": PAPER | QWEN3}
 
 # May differ when a run goes on: they do not change the result, but for rounding
 FREE_ON_RESUME = (
-    "resume", "out", "media", "workers", "save_every", "keep", "log_every", "wandb", "tensorboard", "device",
-    "checkpointing", "micro_batch", "fsdp")
+    "resume", "out", "media", "workers", "save_every", "until", "keep", "log_every", "wandb", "tensorboard",
+    "device", "checkpointing", "micro_batch", "fsdp")
 
 NOT_ON_CARD = ("out", "resume", "wandb", "media", "device")  # of this machine, not of the recipe
 
@@ -249,6 +257,8 @@ def train(cfg, given, curriculum, device, dtype):
         for group in optimizer.param_groups:
             group["lr"] = rate * group["share"]
         parts = backward(parallel, batch, cfg, autocast)
+        if cfg.freeze_backbone and progress.place(step) > 0:
+            model.backbone.zero_grad(set_to_none=True)
         norm = torch.nn.utils.clip_grad_norm_(trained, cfg.clip)
         norm = norm.full_tensor() if cfg.fsdp else norm
         total = over_ranks(dict(parts, norm=norm, stop=stop.asked, **count(batch)), device)
@@ -264,11 +274,13 @@ def train(cfg, given, curriculum, device, dtype):
             progress.observe(step, metrics["first"])
 
         took, clock = time.perf_counter() - clock, time.perf_counter()
-        last = step + 1 == steps or total["stop"] > 0
         if cfg.eval_every and ((step + 1) % cfg.eval_every == 0 or step + 1 == steps):
             metrics["hit"] = hit_at_1(model, pairs, held, autocast)
+            if cfg.until and metrics["hit"] >= cfg.until:
+                steps = step + 1
             scored = f"{metrics['hit']:.1%} on {len(held)} held-out pairs after {step + 1} steps"
             clock = time.perf_counter()
+        last = step + 1 == steps or total["stop"] > 0
         reached = progress.stages[progress.place(step)].index
         row = dict(step=step, reached=reached, stage=stage.index, K=stage.latent_steps, answer=stage.answer,
                    dataset=batch["dataset"], lr=rate, **metrics, cut=total["cut"], bad=total["bad"],
@@ -482,7 +494,7 @@ def count(batch):
 def read_pairs(cfg):
     """Training pairs; raises DataError when ranks read different ones."""
     if not cfg.data:
-        return World("train", cfg.families)
+        return World("train", cfg.families, moves=cfg.moves, rules=cfg.rules)
     rank, world, _ = ranks()
     pairs = Pairs(cfg.data, cfg.media or None, cfg.skip_bad, progress=rank == 0)
     for line in pairs.bad:
@@ -526,7 +538,12 @@ def build_model(cfg, given, pairs, device):
     settings["adapter"] = {name: flags[name] for name in switches if name in given}
     if "adapter" in given:
         settings["adapter"]["kind"] = cfg.adapter
+    if cfg.thought == "parallel":
+        settings["adapter"]["kind"] = "parallel"
     settings["latent_steps"] = cfg.segments * cfg.steps_per_segment
+    settings["adaptive"] = cfg.adaptive
+    if not cfg.data and "num_frames" not in given:
+        settings["limits"]["num_frames"] = max(16, pairs.frames)  # all of turtle world's clips
     if cfg.resume:
         model = Plume.from_pretrained(checkpoint_in(cfg.out), device, torch.float32)
     elif cfg.init:
@@ -534,11 +551,13 @@ def build_model(cfg, given, pairs, device):
     else:
         where = "meta" if device.type == "meta" else "cpu"
         shape = cfg.preset or cfg.shape
-        model = Plume.random(pairs.texts(), shape, cfg.seed, where, **settings).to(device)
+        model = Plume.random(pairs.texts(), shape, cfg.seed, where, cfg.tied, **settings).to(device)
     if cfg.freeze_vision == "true" or (cfg.freeze_vision == "auto" and cfg.init):
         visual = model.backbone.model.visual.requires_grad_(False)
         for merger in (visual.merger, *getattr(visual, "deepstack_merger_list", ())):
             merger.requires_grad_(True)
+    if cfg.freeze_backbone and cfg.init:
+        model.backbone.requires_grad_(False)
     if not cfg.data:
         pairs.backbone = model.processor.backbone  # turtle world's pictures are drawn for it
     width = model.lm.config.hidden_size
@@ -553,7 +572,7 @@ def parameter_groups(model, weight_decay, vision_lr):
     groups = {}
     for name, p in model.named_parameters():
         share = vision_lr if "visual" in name else 1.0
-        plain = p.ndim < 2 or name.startswith(("adapter.b", "adapter.step_embed"))
+        plain = p.ndim < 2 or name.startswith(("adapter.b", "adapter.step_embed", "adapter.tokens"))
         decay = 0.0 if plain else weight_decay
         if p.requires_grad:
             groups.setdefault((share, decay), []).append(p)
@@ -591,12 +610,17 @@ def readable(cfg, pairs, rows, processor):
 
 
 def hit_at_1(model, pairs, rows, autocast):
-    """hit@1 of the held-out queries against their targets, with all latent steps."""
+    """hit@1 of the held-out queries against their targets, with all latent steps, or as many as they take.
+
+    The same number on all ranks: the first one's.
+    """
     queries, targets = zip(*[pairs[i][:2] for i in rows])
     _, first, gold = np.unique([target.key() for target in targets], return_index=True, return_inverse=True)
+    mode = "auto" if model.says_when_done else "latent"
     with autocast:
-        q, t = model.encode(list(queries)), model.encode([targets[i] for i in first])
-    return float(((q @ t.T).argmax(1) == gold).mean())
+        q, t = (model.encode(list(items), mode, limit=64) for items in (queries, [targets[i] for i in first]))
+    hit = float(((q @ t.T).argmax(1) == gold).mean())
+    return of_all_ranks(hit)[0] if dist.is_initialized() else hit
 
 
 # ------------------------------------------------------------------------------------- checkpoints
@@ -845,7 +869,7 @@ def with_preset(cfg, given):
 def check(cfg, world):
     """What can be known to be wrong before anything is loaded -> the curriculum."""
     at_least = dict(seed=0, global_batch=2, micro_batch=0, steps=0, save_every=1, log_every=1, eval_every=0,
-                    keep=0, workers=0, warmup=0, decay=0, vision_lr=0, weight_decay=0, frame_rate=0)
+                    keep=0, workers=0, until=0, warmup=0, decay=0, vision_lr=0, weight_decay=0, frame_rate=0)
     for name, least in at_least.items():
         if not getattr(cfg, name) >= least:  # nan is not, either
             raise DataError(f"--{name} {getattr(cfg, name)}: needs at least {least}")
@@ -865,10 +889,16 @@ def check(cfg, world):
         ("device", cfg.device != "meta", "numbers; with shapes alone runs python -m tools.dry_run"),
         ("freeze_vision", cfg.freeze_vision in ("auto", "true", "false"), "auto, true or false"),
         ("latent_positions", cfg.latent_positions in ("mrope", "cache"), "mrope or cache"),
+        ("until", not cfg.until or cfg.eval_every and 0 < cfg.until <= 1, "a share, and --eval_every"),
         ("segments", latent_steps <= MAX_STEPS, f"with --steps_per_segment at most {MAX_STEPS} latent steps"),
         ("workers", not cfg.gate or cfg.workers <= most_workers,
          f"at most {most_workers} with --gate: more would read for steps whose stage is not known yet"),
         ("families", not (cfg.data and cfg.families), "turtle world: leave it out, or --data"),
+        ("moves", not cfg.data or cfg.moves == "8", "turtle world: leave it out, or --data"),
+        ("rules", not (cfg.data and cfg.rules), "turtle world: leave it out, or --data"),
+        ("thought", cfg.thought in ("recurrent", "parallel"), "recurrent or parallel"),
+        ("adapter", cfg.adapter != "parallel", "moe, mlp or none; learnt tokens are --thought parallel"),
+        ("thought", cfg.thought == "recurrent" or cfg.adapter == "moe", "no --adapter beside it"),
         ("wandb", not cfg.wandb or (wandb and wandb.origin),  # a folder wandb/ is found, too: without origin
          "its package: pip install wandb, or leave it out: log.jsonl has the same rows"),
         ("tensorboard", not cfg.tensorboard or importlib.util.find_spec("tensorboard"),
@@ -881,7 +911,8 @@ def check(cfg, world):
     try:
         TransitionAdapter(2, cfg.adapter, cfg.experts, cfg.top_k)
         return Curriculum(
-            cfg.segments, cfg.steps_per_segment, cfg.rest_of_rationale, cfg.last_stage, cfg.gate, cfg.replay)
+            cfg.segments, cfg.steps_per_segment, cfg.rest_of_rationale, cfg.last_stage, cfg.gate, cfg.replay,
+            cfg.adaptive)
     except ValueError as e:
         raise DataError(str(e)) from e
 

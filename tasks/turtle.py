@@ -1,7 +1,9 @@
 """Turtle world, what train.py and eval.py use without --data: drawn on demand, no download.
 
-A turtle on a 4x4 torus executes N moves; only their order decides where it ends.  The program reaches the
+A turtle on a 4x4 torus executes 8 moves; only their order decides where it ends.  The program reaches the
 model as words, tiles, frames or lines of a page; the target is the final state, as text, board or clip.
+Programs may have other lengths (`moves`), and a rule book at the start may give the moves other meanings
+(`rules`).
 """
 
 import functools
@@ -10,13 +12,15 @@ from dataclasses import replace
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from data import QWEN2_VL, DataError, Side, nearest
+from data import QWEN2_VL, DataError, Side, nearest, quote
 from tasks.beir import Task
 
 MOVES = ("forward", "left", "right")
 HEADINGS = ((0, -1), (1, 0), (0, 1), (-1, 0))  # north, east, south, west
 STATES = [(x, y, h) for x in range(4) for y in range(4) for h in range(4)]
-N = 8  # moves
+RULES = ("turtle", "mirror", "compass", "walls")  # what the moves mean; see `walk`
+QUOTA = 3**8  # programs of a world
+LONGEST = 14  # moves
 # as the benchmark's meta-tasks: how the program arrives, how the start does, how the final state is shown
 FAMILIES = {
     "image_cls": ("tiles", "words", "text"),
@@ -32,12 +36,14 @@ FAMILIES = {
 class World:
     """Pairs that are drawn when they are needed; attributes as those of data.Pairs.
 
-    split: train or test, which share no program; families: names with commas between, "": all;
-    test: programs of the test split; backbone: data.Backbone for which pictures are drawn.
+    split: train or test, which share no program, and of lengths with few programs no start state; families:
+    names with commas between, "": all; test: programs of the test split; backbone: data.Backbone for which
+    pictures are drawn; moves: the length of all programs, or the shortest and the longest, as "2-12", with
+    equally many of each; rules: every query shows one of RULES, otherwise all go by the first.
     The rationale of a query is the states passed through, the answer is the last.
     """
 
-    def __init__(self, split="train", families="", test=400, backbone=QWEN2_VL):
+    def __init__(self, split="train", families="", test=400, backbone=QWEN2_VL, moves="8", rules=False):
         self.names = families.split(",") if families else list(FAMILIES)
         self.bad = []
         for name in self.names:
@@ -45,15 +51,29 @@ class World:
                 raise DataError(f"--families: {name!r} is none of turtle world's.{nearest(name, FAMILIES)}")
         if len(set(self.names)) < len(self.names):
             raise DataError(f"--families {families!r}: one stands there twice")
-        rng = np.random.default_rng(0)  # always the same split, whatever a run's seed
-        programs = rng.permutation(len(MOVES) ** N)
-        programs = programs[test:] if split == "train" else programs[:test]
-        self.dataset = np.repeat(np.arange(len(self.names)), len(programs)).astype(np.int32)
-        self.programs = np.tile(programs, len(self.names))
-        self.digest = f"turtle world {split} {families}"
+        each = lengths_of(moves)
+        quota, test = QUOTA // len(each), test // len(each)
+        rng, programs, lengths = np.random.default_rng(0), [], []  # the same split, whatever a run's seed
+        for n in each:
+            drawn = np.resize(rng.permutation(len(MOVES) ** n), quota)
+            drawn = drawn[test:] if split == "train" else drawn[:test]
+            programs.append(drawn)
+            lengths += [n] * len(drawn)
+        count = len(self.names)
+        self.dataset = np.repeat(np.arange(count), len(lengths)).astype(np.int32)
+        self.programs, self.lengths = np.tile(np.concatenate(programs), count), np.tile(lengths, count)
         self.starts = rng.integers(len(STATES), size=len(self.programs))
-        ends = [walk(*job)[-1] for job in zip(self.starts, self.programs)]
+        few = len(MOVES) ** self.lengths < quota
+        eight = self.starts[few] // 8  # one start of every 8 is kept for the test split
+        other = rng.integers(1, 8, size=len(eight)) if split == "train" else 0
+        self.starts[few] = 8 * eight + (eight + other) % 8
+        self.rules = rng.integers(len(RULES), size=len(self.programs)) if rules else None
+        self.digest = f"turtle world {split} {families}"
+        if moves != "8" or rules:
+            self.digest += f" moves {moves}, rules {rules}"
+        ends = [self.passed(i)[-1] for i in range(len(self))]
         self.target = np.array([STATES.index(end) for end in ends], np.int64)
+        self.frames = 2 * max(each)  # of the longest clip
         self.negatives = 0  # no record has hard ones
         self.backbone = backbone
 
@@ -63,35 +83,82 @@ class World:
     def texts(self):
         """For the tokenizer: every word is one token, and so is every state."""
         words = [f" {move}" for move in MOVES] + [state_word(state) for state in STATES]
+        if self.rules is not None:
+            words += [f" {rule}" for rule in RULES]
         for word in words:
             yield from [word] * 20
 
     def __getitem__(self, i):
         """-> (query Side, target Side)"""
-        program_as, start_as, shown = FAMILIES[self.names[self.dataset[i]]]
-        query = program_side(self.programs[i], self.starts[i], program_as, start_as, self.backbone)
-        return query, state_side(self.target[i], shown, self.backbone)
+        _, _, shown = FAMILIES[self.names[self.dataset[i]]]
+        return self.query(i), state_side(self.target[i], shown, self.backbone)
+
+    def rule(self, i):
+        return RULES[0 if self.rules is None else self.rules[i]]
+
+    def passed(self, i):
+        """The states of pair i, one after each move."""
+        return walk(self.starts[i], self.programs[i], self.lengths[i], self.rule(i))
+
+    def query(self, i):
+        """The query Side: rule book, start and program, each as the family shows it."""
+        program_as, start_as, _ = FAMILIES[self.names[self.dataset[i]]]
+        parts, text, backbone = [], "", self.backbone
+        state, words = STATES[self.starts[i]], moves(self.programs[i], self.lengths[i])
+        if start_as == "words":
+            if self.rules is not None:
+                text += f" {self.rule(i)}"
+            text += state_word(state)
+        else:
+            if self.rules is not None:
+                parts.append(("image", draw_rule(self.rule(i), backbone)))
+            parts.append(("image", draw_board(state, backbone)))
+        if program_as == "words":
+            text += "".join(f" {word}" for word in words)
+        else:
+            parts.append(program_part(words, program_as, backbone))
+        if text:
+            parts.append(("text", text))
+        passed = [state_word(s) for s in self.passed(i)]
+        return Side(parts, "".join(passed), passed[-1], f"turtle program {self.programs[i]}")
 
 
-def walk(start, program):
-    """Number of the start state, program number in base 3 -> the 8 states, one after each move."""
+def lengths_of(moves):
+    """--moves: "8" -> [8], "2-4" -> [2, 3, 4]"""
+    first, _, last = moves.partition("-")
+    last = last or first
+    if not (first.isdecimal() and last.isdecimal() and 1 <= int(first) <= int(last) <= LONGEST):
+        raise DataError(f"--moves {quote(moves)}: needs a number of moves, or the fewest and the most, as "
+                        f"2-12; 1 to {LONGEST}")
+    return list(range(int(first), int(last) + 1))
+
+
+def walk(start, program, n=8, rule="turtle"):
+    """Number of the start state, number of a program of n moves -> the n states, one after each move.
+
+    turtle: turn, or go where the head points to; on a torus, so that the board has no edge.
+    mirror: left and right are exchanged.  walls: there is an edge, and a step over it is not made.
+    compass: forward, left and right go one step north, west and east, and the head points there.
+    """
     x, y, h = STATES[start]
     passed = []
-    for move in moves(program):
-        if move == "left":
-            h = (h + 3) % 4
-        elif move == "right":
-            h = (h + 1) % 4
-        else:
-            x = (x + HEADINGS[h][0]) % 4
-            y = (y + HEADINGS[h][1]) % 4
+    for move in moves(program, n):
+        turn = {"forward": 0, "left": 3, "right": 1}[move]
+        if rule == "mirror":
+            turn = -turn
+        h = turn if rule == "compass" else (h + turn) % 4
+        if move == "forward" or rule == "compass":
+            to_x, to_y = x + HEADINGS[h][0], y + HEADINGS[h][1]
+            inside = 0 <= to_x < 4 and 0 <= to_y < 4
+            if inside or rule != "walls":
+                x, y = to_x % 4, to_y % 4
         passed.append((x, y, h))
     return passed
 
 
-def moves(program):
-    """The number of a program -> its 8 words."""
-    return tuple(MOVES[int(program) // 3**k % 3] for k in range(N))
+def moves(program, n=8):
+    """The number of a program of n moves, in base 3 -> its words."""
+    return tuple(MOVES[int(program) // 3**k % 3] for k in range(n))
 
 
 def state_word(state):
@@ -101,24 +168,6 @@ def state_word(state):
     """
     x, y, h = state
     return " " + "abcd"[x] + "wxyz"[y] + "NESW"[h]
-
-
-def program_side(program, start, program_as, start_as, backbone):
-    """Numbers of a program and of a start state, and how each is shown (see FAMILIES) -> the query Side."""
-    words, state = moves(program), STATES[start]
-    parts, text = [], ""
-    if start_as == "words":
-        text += state_word(state)
-    else:
-        parts.append(("image", draw_board(state, backbone)))
-    if program_as == "words":
-        text += "".join(f" {word}" for word in words)
-    else:
-        parts.append(program_part(words, program_as, backbone))
-    if text:
-        parts.append(("text", text))
-    passed = [state_word(s) for s in walk(start, program)]
-    return Side(parts, "".join(passed), passed[-1], f"turtle program {program}")
 
 
 def program_part(words, program_as, backbone):
@@ -205,6 +254,16 @@ def draw_line(word, backbone=QWEN2_VL):
 
 
 @functools.cache
+def draw_rule(rule, backbone=QWEN2_VL):
+    """The cover of a rule book: two halves of colours."""
+    image, side = blank(1, 1, backbone), backbone.side
+    draw, number = ImageDraw.Draw(image), RULES.index(rule)
+    draw.rectangle((0, 0, side - 1, side // 2 - 1), fill=("white", "black")[number % 2])
+    draw.rectangle((0, side // 2, side - 1, side - 1), fill=("red", "blue")[number // 2])
+    return image
+
+
+@functools.cache
 def draw_board(state, backbone=QWEN2_VL, trail=()):
     """The torus with the turtle in this state, 4 x 4 cells: one visual token.
 
@@ -222,13 +281,13 @@ def draw_board(state, backbone=QWEN2_VL, trail=()):
     return image
 
 
-def world_tasks(backbone=QWEN2_VL):
+def world_tasks(backbone=QWEN2_VL, moves="8", rules=False):
     """{name: Task}: every family as "<family>/turtle", unseen programs against all 64 final states.
 
     Those of question answering also as "<family>/turtle_hard": only against the states where one wrong move
-    would have led.
+    would have led.  moves, rules: see World.
     """
-    test = World("test", backbone=backbone)
+    test = World("test", backbone=backbone, moves=moves, rules=rules)
     n = len(test) // len(FAMILIES)
     tasks = {}
     for f, name in enumerate(test.names):
@@ -240,7 +299,7 @@ def world_tasks(backbone=QWEN2_VL):
             corpus=[state_side(s, shown, backbone) for s in range(len(STATES))],
             relevant=[{int(test.target[i]): 1} for i in rows],
             candidates=[None] * n,
-            query_ids=[str(test.programs[i]) for i in rows],
+            query_ids=query_ids(test, rows),
             corpus_ids=[state_word(state).strip() for state in STATES])
         tasks[task.name] = task
         if name.endswith("_qa"):
@@ -249,18 +308,25 @@ def world_tasks(backbone=QWEN2_VL):
     return tasks
 
 
+def query_ids(world, rows):
+    """The numbers of programs; with several lengths or rules, which have the same numbers, of rows, too."""
+    several = world.rules is not None or len(set(world.lengths)) > 1
+    return [f"{world.programs[i]}-{i}" if several else str(world.programs[i]) for i in rows]
+
+
 def nearly_right(world, i):
     """The numbers of the states to which pair i leads with at most one wrong move, sorted."""
+    n, rule = world.lengths[i], world.rule(i)
     ends = {int(world.target[i])}
-    for program in one_wrong_move(world.programs[i]):
-        ends.add(STATES.index(walk(world.starts[i], program)[-1]))
+    for program in one_wrong_move(world.programs[i], n):
+        ends.add(STATES.index(walk(world.starts[i], program, n, rule)[-1]))
     return sorted(ends)
 
 
-def one_wrong_move(program):
-    """The numbers of the 2 N programs that differ from this one in one move."""
+def one_wrong_move(program, n):
+    """The numbers of the 2 n programs of n moves that differ from this one in one."""
     programs = []
-    for k in range(N):
+    for k in range(n):
         move = program // 3**k % 3
         for other in range(3):
             if other != move:

@@ -155,7 +155,7 @@ def main(argv):
     if cfg.batch_size < 1 or cfg.limit < 1:
         raise DataError(f"--batch_size {cfg.batch_size} and --limit {cfg.limit} must be at least 1")
     model = load(cfg)
-    names, make = find_tasks(evaluation.Config(data=cfg.data), False, model.processor.backbone)
+    names, make = find_tasks(evaluation.Config(data=cfg.data), False, model.processor)
     tasks = [make(name) for name in select(names, cfg.task, cfg.data or "turtle world")]
     begun = time.time()
     rows = compare(model, tasks, evaluation.Config(batch_size=cfg.batch_size, limit=cfg.limit))

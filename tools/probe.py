@@ -36,6 +36,8 @@ AGREEMENT = "agreement"  # name of a row
 class Config:
     # what
     data: str = ""  # folder of the tasks, as eval.py's; default: turtle world
+    moves: str = "8"  # of turtle world's programs, and
+    rules: bool = False  # whether they show a rule book, as in train.py
     task: str = "all"  # as eval.py's: all, a meta-task (video_ret), a data set, several with commas between
     ckpt: str = "out/checkpoint"  # checkpoint folder or hub name
     # how
@@ -155,8 +157,11 @@ def refuse(cfg):
         raise DataError(f"--html {cfg.html!r} and --json {cfg.json!r} must be files in folders that exist")
 
 
-def curriculum_of(cfg, K):
+def curriculum_of(cfg, model):
     """How a rationale was cut for a checkpoint of K steps."""
+    K = model.settings["latent_steps"]
+    if model.adapter.kind == "parallel":
+        raise DataError(f"{cfg.ckpt}: its K learnt tokens take one pass, there are no steps to look into")
     if K == 0:
         raise DataError(f"{cfg.ckpt}: a checkpoint with K = 0 has no latent steps to look into; its score: "
                         "python eval.py --mode single")
@@ -164,12 +169,13 @@ def curriculum_of(cfg, K):
     if K % segments:
         raise DataError(f"--segments {segments}: the checkpoint's {K} latent steps are no multiple of it; "
                         "needs what train.py was given")
-    return Curriculum(segments, K // segments)
+    return Curriculum(segments, K // segments, adaptive=model.settings["adaptive"])
 
 
-def tasks_of(cfg, backbone):
+def tasks_of(cfg, processor):
     """-> the Tasks with the queries that are looked at, how many there are in all, the ids of --ids."""
-    names, make = find_tasks(evaluation.Config(data=cfg.data), is_published(cfg.data), backbone)
+    what = evaluation.Config(data=cfg.data, moves=cfg.moves, rules=cfg.rules)
+    names, make = find_tasks(what, is_published(cfg.data), processor)
     ids, tasks, known, total = set(filter(None, cfg.ids.split(","))), [], {}, 0
     for task_name in select(names, cfg.task, cfg.data or "turtle world"):
         task = make(task_name)
@@ -217,7 +223,7 @@ def embedders_of(model, cfg):
 def probe(model, tasks, total, ids, cfg):
     """-> everything as JSON has it; for each query shown its trajectory, its Side, those of what it found"""
     begun, K = time.time(), model.settings["latent_steps"]
-    curriculum, embedders = curriculum_of(cfg, K), embedders_of(model, cfg)
+    curriculum, embedders = curriculum_of(cfg, model), embedders_of(model, cfg)
     subjects = {name: way.subject for name, way in ways_of(model).items()}
     results, values, all_agreement, shown = {}, {}, [], []
     for task in tasks:
@@ -249,7 +255,7 @@ def main(argv):
     cfg, _ = parse_flags(Config, argv, __doc__)
     refuse(cfg)
     model = load(cfg)
-    tasks, total, ids = tasks_of(cfg, model.processor.backbone)
+    tasks, total, ids = tasks_of(cfg, model.processor)
     result, shown = probe(model, tasks, total, ids, cfg)
     K, device, seconds = result["steps"], result["device"], result["seconds"]
     print(f"{cfg.ckpt}: {len(tasks)} tasks, K = {K}, {device}, {seconds:.0f} s")
