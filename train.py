@@ -543,7 +543,7 @@ def build_model(cfg, given, pairs, device):
     settings["latent_steps"] = cfg.segments * cfg.steps_per_segment
     settings["adaptive"] = cfg.adaptive
     if not cfg.data and "num_frames" not in given:
-        settings["limits"]["num_frames"] = max(16, pairs.frames)  # all of turtle world's clips
+        settings["limits"]["num_frames"] = max(16, 2 * pairs.longest)  # all of turtle world's clips
     if cfg.resume:
         model = Plume.from_pretrained(checkpoint_in(cfg.out), device, torch.float32)
     elif cfg.init:

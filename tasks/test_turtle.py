@@ -11,7 +11,8 @@ from curriculum import Curriculum, Progress
 from data import Batches, DataError, Schedule, StepSampler
 from model import Plume
 from tasks.turtle import (
-    FAMILIES, MOVES, STATES, World, draw_board, draw_line, draw_tile, moves, state_word, walk, world_tasks)
+    FAMILIES, MOVES, RULES, STATES, World, draw_board, draw_line, draw_rule, draw_tile, moves, state_word,
+    walk, world_tasks)
 from test_plume import call, run, whole
 
 
@@ -41,18 +42,23 @@ def test_turtle_world_is_learnt_step_by_step(tmp_path):
 
 
 TURN = {"left": -1j, "right": 1j, "forward": 1}  # positions are complex numbers, and up is -i
+COMPASS = {"left": -1, "right": 1, "forward": -1j}
 LETTER = {-1j: "N", 1: "E", 1j: "S", -1: "W"}
 
 
-def passed_by_hand(start, words):
+def passed_by_hand(start, words, rule="turtle"):
     """The states behind every move, as they are written."""
     x, y, h = start
     place, heading, passed = complex(x, y), -1j * 1j**h, []
     for word in words:
-        heading *= TURN[word]
-        if word == "forward":
-            place += heading
-        place = complex(place.real % 4, place.imag % 4)
+        turn = TURN[word].conjugate() if rule == "mirror" else TURN[word]
+        heading = COMPASS[word] if rule == "compass" else heading * turn
+        there = place
+        if word == "forward" or rule == "compass":
+            there += heading
+        if rule == "walls" and not (-1 < there.real < 4 and -1 < there.imag < 4):
+            there = place
+        place = complex(there.real % 4, there.imag % 4)
         column, row = "abcd"[int(place.real)], "wxyz"[int(place.imag)]
         passed.append(f" {column}{row}{LETTER[heading]}")
     return passed
@@ -74,6 +80,53 @@ def test_turtle_world_moves_as_a_second_implementation_and_keeps_its_test_progra
     assert len(other) == 2 * (3**8 - 400)
     with pytest.raises(DataError, match="Did you mean 'image_qa'"):
         World("train", "image_q")
+
+
+def test_programs_of_other_lengths_and_rule_books_are_those_of_a_second_implementation():
+    train_world, test_world = (World(split, moves="2-12", rules=True) for split in ("train", "test"))
+    for world in (train_world, test_world):
+        for i in range(0, len(world), len(world) // 300):
+            query, target = world[i]
+            n, rule = world.lengths[i], world.rule(i)
+            passed = passed_by_hand(STATES[world.starts[i]], moves(world.programs[i], n), rule)
+            assert query.rationale == "".join(passed) and query.answer == target.answer == passed[-1]
+            assert len(passed) == n
+        _, counts = np.unique(world.lengths, return_counts=True)
+        assert len(counts) == 11 and len(set(counts)) == 1
+        _, counts = np.unique(world.rules, return_counts=True)
+        assert len(counts) == 4 and min(counts) > 0.9 * len(world) / 4
+    seen, unseen = ({(n, p, s if n < 5 else 0) for n, p, s in zip(w.lengths, w.programs, w.starts)}
+                    for w in (train_world, test_world))
+    assert unseen and not seen & unseen  # no program, and of those under 5 moves no program from its start
+    assert train_world.longest == 12
+
+
+def test_every_query_shows_its_rule_book():
+    world = World("test", moves="3", rules=True)
+    assert len({draw_rule(rule).tobytes() for rule in RULES}) == 4
+    for d, (name, (kinds, word_count, _)) in enumerate(SHOWN.items()):
+        i = int(np.flatnonzero(world.dataset == d)[5])
+        query, _ = world[i]
+        texts = "".join(value for kind, value in query.parts if kind == "text").split()
+        if FAMILIES[name][1] == "words":
+            assert texts[0] == world.rule(i), name
+        else:
+            kind, picture = query.parts[0]
+            assert kind == "image" and picture.tobytes() == draw_rule(world.rule(i)).tobytes(), name
+    filled = World("test", "image_ret", moves="2-4")
+    for i in (0, len(filled) - 1):
+        words = filled[i][0].parts[0][1].split()[1:]
+        assert words == [*moves(filled.programs[i], filled.lengths[i])] + ["stop"] * (4 - filled.lengths[i])
+    tasks = world_tasks(moves="2-3", rules=True)
+    assert all(len(set(task.query_ids)) == len(task.queries) == 400 for task in tasks.values())
+    tokenizer = data.train_tokenizer(world.texts())
+    assert all(len(tokenizer.tokenize(f" {rule}")) == 1 for rule in RULES)
+
+
+@pytest.mark.parametrize("text", ["", "0", "2-", "5-4", "2-99", "x", "-3"])
+def test_lengths_that_make_no_sense_are_refused(text):
+    with pytest.raises(DataError, match="--moves"):
+        World(moves=text)
 
 
 def equal(a, b):

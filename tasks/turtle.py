@@ -16,10 +16,11 @@ from data import QWEN2_VL, DataError, Side, nearest, quote
 from tasks.beir import Task
 
 MOVES = ("forward", "left", "right")
+STOP = "stop"  # fills up a program that is shorter than others of its world
 HEADINGS = ((0, -1), (1, 0), (0, 1), (-1, 0))  # north, east, south, west
 STATES = [(x, y, h) for x in range(4) for y in range(4) for h in range(4)]
 RULES = ("turtle", "mirror", "compass", "walls")  # what the moves mean; see `walk`
-QUOTA = 3**8  # programs of a world
+QUOTA = 3**8  # programs of each length
 LONGEST = 14  # moves
 # as the benchmark's meta-tasks: how the program arrives, how the start does, how the final state is shown
 FAMILIES = {
@@ -39,7 +40,8 @@ class World:
     split: train or test, which share no program, and of lengths with few programs no start state; families:
     names with commas between, "": all; test: programs of the test split; backbone: data.Backbone for which
     pictures are drawn; moves: the length of all programs, or the shortest and the longest, as "2-12", with
-    equally many of each; rules: every query shows one of RULES, otherwise all go by the first.
+    equally many of each, filled up with STOP to equal places; rules: every query shows one of RULES,
+    otherwise all go by the first.
     The rationale of a query is the states passed through, the answer is the last.
     """
 
@@ -52,18 +54,20 @@ class World:
         if len(set(self.names)) < len(self.names):
             raise DataError(f"--families {families!r}: one stands there twice")
         each = lengths_of(moves)
-        quota, test = QUOTA // len(each), test // len(each)
+        test //= len(each)
         rng, programs, lengths = np.random.default_rng(0), [], []  # the same split, whatever a run's seed
         for n in each:
-            drawn = np.resize(rng.permutation(len(MOVES) ** n), quota)
-            drawn = drawn[test:] if split == "train" else drawn[:test]
+            drawn = rng.permutation(len(MOVES) ** n)
+            if len(drawn) < 4 * test:
+                drawn = np.resize(drawn, test + QUOTA)
+            drawn = np.resize(drawn[test:], QUOTA - test) if split == "train" else drawn[:test]
             programs.append(drawn)
             lengths += [n] * len(drawn)
         count = len(self.names)
         self.dataset = np.repeat(np.arange(count), len(lengths)).astype(np.int32)
         self.programs, self.lengths = np.tile(np.concatenate(programs), count), np.tile(lengths, count)
         self.starts = rng.integers(len(STATES), size=len(self.programs))
-        few = len(MOVES) ** self.lengths < quota
+        few = len(MOVES) ** self.lengths < 4 * test
         eight = self.starts[few] // 8  # one start of every 8 is kept for the test split
         other = rng.integers(1, 8, size=len(eight)) if split == "train" else 0
         self.starts[few] = 8 * eight + (eight + other) % 8
@@ -73,7 +77,7 @@ class World:
             self.digest += f" moves {moves}, rules {rules}"
         ends = [self.passed(i)[-1] for i in range(len(self))]
         self.target = np.array([STATES.index(end) for end in ends], np.int64)
-        self.frames = 2 * max(each)  # of the longest clip
+        self.longest = max(each)
         self.negatives = 0  # no record has hard ones
         self.backbone = backbone
 
@@ -83,6 +87,8 @@ class World:
     def texts(self):
         """For the tokenizer: every word is one token, and so is every state."""
         words = [f" {move}" for move in MOVES] + [state_word(state) for state in STATES]
+        if min(self.lengths) < self.longest:
+            words.append(f" {STOP}")
         if self.rules is not None:
             words += [f" {rule}" for rule in RULES]
         for word in words:
@@ -105,6 +111,7 @@ class World:
         program_as, start_as, _ = FAMILIES[self.names[self.dataset[i]]]
         parts, text, backbone = [], "", self.backbone
         state, words = STATES[self.starts[i]], moves(self.programs[i], self.lengths[i])
+        words += (STOP,) * (self.longest - len(words))
         if start_as == "words":
             if self.rules is not None:
                 text += f" {self.rule(i)}"
@@ -125,8 +132,9 @@ class World:
 
 def lengths_of(moves):
     """--moves: "8" -> [8], "2-4" -> [2, 3, 4]"""
-    first, _, last = moves.partition("-")
-    last = last or first
+    first, dash, last = moves.partition("-")
+    if not dash:
+        last = first
     if not (first.isdecimal() and last.isdecimal() and 1 <= int(first) <= int(last) <= LONGEST):
         raise DataError(f"--moves {quote(moves)}: needs a number of moves, or the fewest and the most, as "
                         f"2-12; 1 to {LONGEST}")
@@ -236,10 +244,12 @@ def stack(images):
 
 @functools.cache
 def draw_tile(word, backbone=QWEN2_VL):
-    """A move as an arrow: up is forward."""
+    """A move as an arrow: up is forward.  STOP is an empty tile."""
     image, side = blank(1, 1, backbone), backbone.side
     draw = ImageDraw.Draw(image)
     draw.rectangle((0, 0, side - 1, side - 1), outline="gray")
+    if word == STOP:
+        return image
     heading, colour = {"forward": (0, "black"), "left": (3, "blue"), "right": (1, "red")}[word]
     arrow(draw, side // 2, side // 2, side // 2 - 4, heading, colour)
     return image
@@ -247,8 +257,10 @@ def draw_tile(word, backbone=QWEN2_VL):
 
 @functools.cache
 def draw_line(word, backbone=QWEN2_VL):
-    """A line of a page."""
+    """A line of a page.  STOP is an empty one."""
     image = blank(2, 1, backbone)
+    if word == STOP:
+        return image
     ImageDraw.Draw(image).text((2, 6), word, fill="black", font=ImageFont.load_default(14))
     return image
 

@@ -1,4 +1,4 @@
-"""Thinking as long as it takes: mode auto, the adaptive curriculum, learnt tokens in parallel, a frozen backbone."""
+"""Mode auto, the adaptive curriculum, learnt tokens in parallel, a frozen backbone, untied embeddings."""
 
 import json
 
@@ -14,8 +14,8 @@ from data import DataError, Side, collate
 from latent import rollout
 from model import Plume
 from test_plume import (
-    GOLDEN, QUICK, assert_close, call, log, make_model, mixed_items, reference_prefill, reference_step, rendered,
-    run)
+    GOLDEN, QUICK, assert_close, call, log, make_model, mixed_items, reference_prefill, reference_step,
+    rendered, run)
 
 K, LIMIT = 4, 6
 
@@ -57,7 +57,7 @@ def readings(m, items):
 
 
 def threshold(m, items):
-    """One at which some stop early, some late, some never; between two readings, as far from both as can be."""
+    """One at which some stop early, some late, some never; in the middle between two readings."""
     p = readings(m, items)
     middle = sorted(p.amax(1).tolist())[len(items) // 3 :][:2]
     return sum(middle) / 2
@@ -79,7 +79,7 @@ def test_auto_is_the_naive_computation_for_mixed_items_on_the_batch_and_on_every
     assert_close(again, ours[order], "another order", 1e-6)
 
 
-def test_a_row_that_stops_has_the_embedding_of_as_many_steps_and_one_that_never_stops_goes_on_as_cot(adaptive, world):
+def test_a_row_that_stops_has_the_embedding_of_as_many_steps(adaptive, world):
     items, m = mixed_items(world), adaptive
     done, spent = threshold(m, items), {}
     ours = m.encode(items, "auto", limit=LIMIT, done=done, spent=spent)
@@ -93,7 +93,8 @@ def test_a_row_that_stops_has_the_embedding_of_as_many_steps_and_one_that_never_
     assert never["steps"] == [K] * len(items) and min(never["tokens"]) > 0
     # a model without steps never stops either: what is left is mode cot
     none = make_model(adaptive=True, latent_steps=0)
-    assert_close(none.encode(items, "auto", limit=LIMIT, done=1.0), none.encode(items, "cot", limit=LIMIT), "cot", 1e-6)
+    written = none.encode(items, "auto", limit=LIMIT, done=1.0)
+    assert_close(written, none.encode(items, "cot", limit=LIMIT), "cot", 1e-6)
 
 
 def test_a_checkpoint_that_does_not_say_when_it_is_done_takes_all_steps_and_says_so(model, world):
@@ -155,7 +156,8 @@ def test_an_adaptive_run_ends_without_answers_behind_any_number_of_steps():
     c = Curriculum(4, 1, replay=0.5, adaptive=True)
     progress = Progress(c, 400)
     late = [progress.stage(step) for step in range(350, 400)]
-    assert {stage.latent_steps for stage in late} == {0, 1, 2, 3, 4} and not any(stage.answer for stage in late)
+    assert {stage.latent_steps for stage in late} == {0, 1, 2, 3, 4}
+    assert not any(stage.answer for stage in late)
     assert all(progress.stage(step).answer for step in range(340) if progress.place(step) < 5)
 
 
@@ -190,7 +192,7 @@ def test_parallel_thought_is_saved_and_has_no_place_in_the_released_layout(tmp_p
         m.save_pretrained(tmp_path / "r", released=True)
 
 
-# -------------------------------------------------------------------------------------------- the command line
+# ------------------------------------------------------------------------------------------- the command line
 
 
 WORLD = ["--families=image_ret", "--moves=2-3", "--segments=2", "--steps=8"]
@@ -231,7 +233,8 @@ def test_a_frozen_backbone_changes_in_stage_0_alone(tmp_path):
 
 
 def test_a_run_ends_when_it_has_come_so_far_and_goes_on_when_asked_for_more(tmp_path):
-    flags = ["--out", tmp_path, *QUICK, "--families=image_ret", "--segments=2", "--steps=20", "--eval_every=3"]
+    flags = ["--out", tmp_path, *QUICK, "--families=image_ret", "--segments=2", "--steps=20"]
+    flags.append("--eval_every=3")
     done = run("train.py", *flags, "--until=0.000001")
     rows = log(tmp_path)
     ended = [row["step"] + 1 for row in rows if row.get("hit", 0) > 0][0]
@@ -247,7 +250,7 @@ def test_a_run_ends_when_it_has_come_so_far_and_goes_on_when_asked_for_more(tmp_
 
 
 def test_untied_embeddings_are_two(tmp_path):
-    run("train.py", "--out", tmp_path, *QUICK, "--families=image_ret", "--segments=2", "--steps=2", "--tied=false")
+    run("train.py", "--out", tmp_path, *QUICK, "--families=image_ret", "--steps=2", "--tied=false")
     weights = trained(tmp_path)
     m = Plume.from_pretrained(tmp_path / "checkpoint", "cpu")
     assert m.backbone.lm_head.weight is not m.lm.embed_tokens.weight

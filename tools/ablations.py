@@ -1,14 +1,18 @@
-"""The paper's ablations in turtle world, a run for each setting and seed, one process a core.
+"""The paper's ablations in turtle world: how many steps each setting takes until it is right, over seeds.
 
-    python -m tools.ablations --json ablations.json --families image_cls,image_ret --steps 500
+    python -m tools.ablations --families image_ret --until 0.9 --eval_every 50 --steps 1300
 
-Other flags are train.py's.  Finished runs stay in the JSON; the same command goes on where it stopped.
+Every setting is trained in the plain world and with rule books, a process a core, until hit@1 on 256 held-out
+queries has come to --until, or --steps are over.  Other flags are train.py's.  Finished runs stay in the
+JSON; the same command goes on where it stopped.
 """
 
+import itertools
 import json
 import os
 import re
 import signal
+import statistics
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -21,6 +25,7 @@ import train
 from data import DataError, command, parse_flags, reason, writing
 from tasks.turtle import World
 
+WORLDS = {"plain": False, "rule books": True}  # --rules
 # setting: its flags, and the paper's score for it (table of ablations, column All)
 ABLATIONS = {
     "full": ({}, 61.6),
@@ -38,52 +43,52 @@ ABLATIONS = {
     "no read-out loss": (dict(w_read=0.0), None),
     "paper's schedule": (dict(gate=0.0, replay=0.0, last_stage=0.5), None),
     "no curriculum, but read-out loss": (dict(last_stage=1.0, replay=0.0), None),
+    "tokens in parallel": (dict(thought="parallel"), None),
+    "frozen backbone": (dict(freeze_backbone=True), None),
+    "frozen, no latent transition": (dict(freeze_backbone=True, adapter="none"), None),
+    "untied embeddings": (dict(tied=False), None),
+    "untied, no latent transition": (dict(tied=False, adapter="none"), None),
 }
 
-NOT_HERE = {"data", "init", "seed", "resume", "workers", "preset"}  # flags of train.py
+NOT_HERE = {"data", "init", "seed", "resume", "workers", "preset", "rules"}  # flags of train.py
 
 
 @dataclass
 class Config(train.Config):
     # ablations
     json: str = "ablations.json"  # where the results are kept
-    seeds: int = 2  # runs of each setting
+    seeds: int = 5  # runs of each setting in each world
 
 
 class Runs:
-    """The runs of one command: each trains and evaluates in processes of its own."""
+    """The runs of one command, each in a process of its own.  A job is (setting, world, seed)."""
 
-    def __init__(self, base, families):
-        self.base, self.families = base, families
-        self.processes, self.stopping = [], False
+    def __init__(self, base):
+        self.base, self.processes, self.stopping = base, [], False
 
-    def config(self, setting, seed):
+    def config(self, setting, world, seed):
         flags, _ = ABLATIONS[setting]
-        return replace(self.base, **flags, seed=seed, out=self.out(setting, seed), workers=0)
+        out = self.out(setting, world, seed)
+        return replace(self.base, **flags, rules=WORLDS[world], seed=seed, out=out, workers=0)
 
-    def out(self, setting, seed):
-        return os.path.join(self.base.out, "ablations", re.sub(r"\W+", "_", f"{setting} {seed}"))
+    def out(self, *job):
+        return os.path.join(self.base.out, "ablations", re.sub(r"\W+", "_", " ".join(map(str, job))))
 
-    def run(self, setting, seed):
-        """Trains, or goes on, and evaluates -> a row of the results, or None when that did not end well."""
-        out, usual = self.out(setting, seed), asdict(train.Config())
+    def run(self, setting, world, seed):
+        """Trains, or goes on -> a row of the results, or None when that did not end well."""
+        out, usual = self.out(setting, world, seed), asdict(train.Config())
         os.makedirs(out, exist_ok=True)
-        flags = [f"--{k}={v}" for k, v in asdict(self.config(setting, seed)).items() if v != usual[k]]
+        cfg = asdict(self.config(setting, world, seed))
+        flags = [f"--{name}={value}" for name, value in cfg.items() if value != usual[name]]
         if train.checkpoints_in(out):
             flags.append("--resume")
-        tasks = ",".join(f"{family}/turtle" for family in self.families)
-        scores = os.path.join(out, "scores.json")
-        ckpt = os.path.join(out, "checkpoint")
-        ended_well = self.start(out, "train.py", *flags) and self.start(
-            out, "eval.py", "--task", tasks, "--ckpt", ckpt, "--json", scores)
-        if not ended_well:
+        if not self.start(out, "train.py", *flags):
             return None
-        with open(scores) as f:
-            hits = {task: result["hit@1"] for task, result in json.load(f)["tasks"].items()}
         with open(os.path.join(out, "log.jsonl")) as f:
-            seconds = sum(json.loads(line)["ms"] for line in f) / 1e3
-        mean = sum(hits.values()) / len(hits)
-        return dict(setting=setting, seed=seed, hits=hits, mean=mean, seconds=round(seconds))
+            rows = [json.loads(line) for line in f]
+        hit, seconds = rows[-1]["hit"], sum(row["ms"] for row in rows) / 1e3
+        steps = len(rows) if hit >= self.base.until else None
+        return dict(setting=setting, world=world, seed=seed, steps=steps, hit=hit, seconds=round(seconds))
 
     def start(self, out, script, *flags):
         """Runs a script of the folder above to its end, on one core -> whether it ended well."""
@@ -107,6 +112,7 @@ class Runs:
 def results_so_far(path, base):
     """The results of the JSON, or new ones; raises DataError for those of another command."""
     config = {k: v for k, v in asdict(base).items() if k not in (*train.FREE_ON_RESUME, "seed")}
+    config["until"] = base.until
     settings = {name: flags for name, (flags, _) in ABLATIONS.items()}
     new = dict(config=config, settings=settings, cores=os.cpu_count(), torch=torch.__version__, runs=[])
     if not os.path.exists(path):
@@ -124,31 +130,71 @@ def results_so_far(path, base):
     return then
 
 
-def show(runs):
-    print("setting                           hit@1 mean  (lowest - highest)  paper, MMEB-V2")
+def steps_of(runs, setting, world):
+    """-> steps that each seed took, sorted; infinite for one that did not come so far."""
+    mine = [run for run in runs if run["setting"] == setting and run["world"] == world]
+    return sorted(float("inf") if run["steps"] is None else run["steps"] for run in mine)
+
+
+def as_text(steps, most):
+    """Median and range of the steps of all seeds."""
+    if not steps:
+        return "-"
+    low, middle, high = (f"{n:.0f}" if n <= most else f"> {most}"
+                         for n in (steps[0], statistics.median_low(steps), steps[-1]))
+    if low == high:
+        return low
+    return f"{middle} ({low} .. {high})"
+
+
+def verdict(steps, full):
+    """Whether a setting shows: the ranges of all seeds lie apart.  -> "slower", "faster" or "" """
+    if steps and full and steps[0] > full[-1]:
+        return "slower"
+    if steps and full and steps[-1] < full[0]:
+        return "faster"
+    return ""
+
+
+def show(runs, most):
+    """The table: steps of every setting in every world, and whether they lie apart from the full method's."""
+    print("steps: median (lowest .. highest) of the seeds; slower, faster: the ranges lie apart from full's")
+    print(f"{'setting':34}" + "".join(f"{world:>32}" for world in WORLDS) + "   paper, MMEB-V2")
     for name, (_, paper) in ABLATIONS.items():
-        scores = [r["mean"] for r in runs if r["setting"] == name]
-        cells = f"{name:34}{sum(scores) / len(scores):10.1%}  ({min(scores):.1%} - {max(scores):.1%})"
-        print(f"{cells:68}{paper or ''}")
+        line = f"{name:34}"
+        for world in WORLDS:
+            steps = steps_of(runs, name, world)
+            line += f"{as_text(steps, most):>24}{verdict(steps, steps_of(runs, 'full', world)):>8}"
+        print(f"{line}   {paper or ''}")
     hours = sum(r["seconds"] for r in runs) / 3600
     print(f"{len(runs)} runs, {hours:.1f} hours of training on one core each")
 
 
-def main(argv):
-    cfg, given = parse_flags(Config, argv, __doc__)
+def refuse(cfg, given):
+    """Raises DataError for flags that make no sense."""
     wrong = sorted(given & NOT_HERE)
     if wrong:
-        raise DataError(f"ablations run turtle world from scratch with {cfg.seeds} seeds: leave out "
-                        f"--{' --'.join(wrong)}")
+        raise DataError(f"ablations run turtle world from scratch with {cfg.seeds} seeds, plain and with "
+                        f"rule books: leave out --{' --'.join(wrong)}")
     if cfg.seeds < 1 or not os.path.isdir(os.path.dirname(os.path.abspath(cfg.json))):
         raise DataError(f"--seeds {cfg.seeds}, --json {cfg.json!r}: needs 1 or more, a folder that exists")
+    if not (cfg.until and cfg.eval_every and cfg.steps):
+        raise DataError(f"--until {cfg.until} --eval_every {cfg.eval_every} --steps {cfg.steps}: needs the "
+                        "hit@1 at which a run ends, how often to look, and the most steps")
+
+
+def main(argv):
+    cfg, given = parse_flags(Config, argv, __doc__)
+    refuse(cfg, given)
     base = train.Config(**{field.name: getattr(cfg, field.name) for field in fields(train.Config)})
-    runs = Runs(base, World("test", cfg.families).names)
+    World("test", cfg.families, moves=cfg.moves)
+    runs = Runs(base)
     for name in ABLATIONS:
-        train.check(runs.config(name, 0), 1)
+        train.check(runs.config(name, "plain", 0), 1)
     results = results_so_far(cfg.json, base)
-    done = {(r["setting"], r["seed"]) for r in results["runs"]}
-    todo = [(name, seed) for seed in range(cfg.seeds) for name in ABLATIONS if (name, seed) not in done]
+    done = {(r["setting"], r["world"], r["seed"]) for r in results["runs"]}
+    jobs = itertools.product(range(cfg.seeds), WORLDS, ABLATIONS)  # a seed is whole before the next begins
+    todo = [(name, world, seed) for seed, world, name in jobs if (name, world, seed) not in done]
 
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
     bar = tqdm(total=len(todo), desc="ablations", unit="run")
@@ -171,7 +217,7 @@ def main(argv):
         finally:
             runs.stop()
             pool.shutdown(wait=False, cancel_futures=True)
-    show(results["runs"])
+    show(results["runs"], cfg.steps)
     return 0
 
 

@@ -1,8 +1,6 @@
 """The command python -m tools.ablations."""
 
-import itertools
 import json
-import re
 import shutil
 import sys
 
@@ -12,9 +10,9 @@ from tools import ablations
 from data import DataError
 from test_plume import Started
 
-TWO = {"full": ({}, 61.6), "K = 4, single MLP": (dict(segments=4, adapter="mlp"), 59.2)}
-FOLDER = {"full": "full", "K = 4, single MLP": "K_4_single_MLP"}
-ADAPTER_AND_STEPS = {"full": ("moe", 8), "K = 4, single MLP": ("mlp", 4)}
+TWO = {"full": ({}, 61.6), "K = 1, single MLP": (dict(segments=1, adapter="mlp"), 59.2)}
+FOLDER = {"full": "full", "K = 1, single MLP": "K_1_single_MLP"}
+ADAPTER_AND_STEPS = {"full": ("moe", 2), "K = 1, single MLP": ("mlp", 1)}
 
 
 def forked(command, stdout, stderr, env):
@@ -27,30 +25,37 @@ def forked(command, stdout, stderr, env):
 def command(tmp_path, monkeypatch):
     monkeypatch.setattr(ablations, "ABLATIONS", TWO)
     monkeypatch.setattr(ablations.subprocess, "Popen", forked)
-    return ["--json", str(tmp_path / "a.json"), "--seeds=2", "--families=image_cls", "--steps=3",
-            "--global_batch=4", f"--out={tmp_path}"]
+    return ["--json", str(tmp_path / "a.json"), "--seeds=1", "--families=image_cls", "--steps=6",
+            "--segments=2", "--global_batch=4", "--until=0.001", "--eval_every=2", f"--out={tmp_path}"]
 
 
 def timeless(runs):
-    return sorted((r["setting"], r["seed"], r["mean"]) for r in runs)
+    return sorted((r["setting"], r["world"], r["steps"] or 0, r["hit"]) for r in runs)
 
 
 def test_ablations_by_one_command_that_goes_on_where_it_stopped(command, tmp_path, capsys):
     file = tmp_path / "a.json"
     assert ablations.main(command) == 0
     printed, first = capsys.readouterr().out, json.loads(file.read_text())
-    assert first["config"]["families"] == "image_cls" and first["config"]["steps"] == 3
-    assert first["settings"]["K = 4, single MLP"] == dict(segments=4, adapter="mlp")
-    assert re.search(r"single MLP +\d+\.\d% .*59\.2", printed) and "4 runs" in printed
-    assert sorted((r["setting"], r["seed"]) for r in first["runs"]) == sorted(itertools.product(TWO, (0, 1)))
+    assert first["config"]["families"] == "image_cls" and first["config"]["until"] == 0.001
+    assert first["settings"]["K = 1, single MLP"] == dict(segments=1, adapter="mlp")
+    assert "4 runs" in printed and "59.2" in printed
+    jobs = {(setting, world) for setting in TWO for world in ablations.WORLDS}
+    assert {(r["setting"], r["world"]) for r in first["runs"]} == jobs
 
     def folder(run):
-        return tmp_path / "ablations" / f"{FOLDER[run['setting']]}_{run['seed']}"
+        return tmp_path / "ablations" / f"{FOLDER[run['setting']]}_{run['world'].replace(' ', '_')}_0"
 
-    for run in first["runs"]:  # each setting did what it says, with its own seed
+    for run in first["runs"]:  # each setting did what it says, and ended when it had come so far
         settings = json.loads((folder(run) / "checkpoint" / "config.json").read_text())["plume"]
         assert (settings["adapter"]["kind"], settings["latent_steps"]) == ADAPTER_AND_STEPS[run["setting"]]
-        assert list(run["hits"]) == ["image_cls/turtle"] and run["mean"] == run["hits"]["image_cls/turtle"]
+        rows = [json.loads(line) for line in (folder(run) / "log.jsonl").read_text().splitlines()]
+        hits = {row["step"] + 1: row["hit"] for row in rows if "hit" in row}
+        there = [step for step, hit in hits.items() if hit >= 0.001]
+        assert run["hit"] == hits[len(rows)] and run["steps"] == (there[0] if there else None)
+        assert len(rows) == (there[0] if there else 6)
+        words = json.loads((folder(run) / "checkpoint" / "tokenizer.json").read_text())["model"]["vocab"]
+        assert ("Ġcompass" in words) == (run["world"] == "rule books")
 
     # stopped before the last results were written: of one run the checkpoint is there, of the other nothing
     *kept, known, lost = first["runs"]
@@ -62,6 +67,22 @@ def test_ablations_by_one_command_that_goes_on_where_it_stopped(command, tmp_pat
         ablations.main([*command, "--lr=1e-3"])
 
 
+def run_of(setting, *steps):
+    return [dict(setting=setting, world="plain", seed=i, steps=n) for i, n in enumerate(steps)]
+
+
+def test_a_setting_shows_when_the_ranges_of_all_seeds_lie_apart():
+    runs = [*run_of("full", 500, 400, 600), *run_of("a", 650, 700, None), *run_of("b", 450, 900, 950)]
+    runs += run_of("c", 100, 350, 399)
+    full = ablations.steps_of(runs, "full", "plain")
+    assert full == [400, 500, 600] and ablations.steps_of(runs, "full", "rule books") == []
+    assert ablations.as_text(full, 1000) == "500 (400 .. 600)" and ablations.as_text([], 1000) == "-"
+    assert ablations.as_text(ablations.steps_of(runs, "a", "plain"), 1000) == "700 (650 .. > 1000)"
+    assert ablations.as_text([float("inf")] * 3, 1000) == "> 1000"
+    found = [ablations.verdict(ablations.steps_of(runs, name, "plain"), full) for name in ("full", *"abcd")]
+    assert found == ["", "slower", "", "faster", ""]
+
+
 @pytest.mark.parametrize("text", ["{", "[]", '{"runs": []}'])
 def test_a_file_of_somebody_else_is_refused(command, tmp_path, text):
     (tmp_path / "odd.json").write_text(text)
@@ -71,8 +92,9 @@ def test_a_file_of_somebody_else_is_refused(command, tmp_path, text):
 
 @pytest.mark.parametrize("flag, why", [
     ("--data=x.jsonl", "leave out --data"),
-    ("--workers=1", "leave out --workers"),
+    ("--rules", "leave out --rules"),
     ("--seeds=0", "--seeds 0"),
+    ("--until=0", "needs the hit@1 at which a run ends"),
     ("--json=no/a.json", "folder that exists"),
     ("--families=image_clss", "Did you mean 'image_cls'"),
 ])

@@ -1,0 +1,165 @@
+"""Accuracy and time by the length of the program, in turtle world: what it buys to think as long as it takes.
+
+    python -m tools.lengths --moves 2-12 --ckpt out/adaptive/checkpoint out/k12/checkpoint --png lengths.png
+
+Of every checkpoint: latent with all its steps, and auto when it says when it is done; of the first also
+single and cot.  Queries of all families together, one length at a time, so that a length's time is its own;
+the fastest of --rounds.
+"""
+
+import time
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont
+
+import eval as evaluation
+from data import DataError, command, parse_flags, writing
+from eval import find_tasks, first_rank, load, rank, writable, write_json
+from tasks.turtle import World, lengths_of
+
+COLOURS = ("#d62728", "#2ca02c", "#1f77b4", "#ff7f0e", "#9467bd", "#8c564b", "#17becf", "#7f7f7f")
+
+
+@dataclass
+class Config:
+    png: str = "lengths.png"  # the picture to draw
+    json: str = ""  # also write the rows to this file
+    moves: str = "2-12"  # of the programs, the fewest and the most
+    rules: bool = False  # whether they show a rule book, as in train.py
+    ckpt: tuple = ("out/checkpoint",)  # checkpoint folders
+    done: float = 0.5  # in mode auto a row stops when <eot> has a probability above this
+    limit: int = 64  # tokens a rationale may have in modes cot and auto
+    batch_size: int = 32  # items encoded together; time depends on it
+    rounds: int = 3  # times that everything is timed
+    device: str = ""  # cuda, mps or cpu; default: the best there is
+    dtype: str = ""  # float32 or bfloat16; default: bfloat16 where it is fast
+
+
+def ways_of(models):
+    """[(label, model, mode)] of the rows, from {name of a checkpoint: model}."""
+    ways = []
+    for name, model in models.items():
+        kind = "parallel" if model.adapter.kind == "parallel" else "latent"
+        prefix = f"{name}: " if len(models) > 1 else ""
+        if not ways:
+            ways += [(f"{prefix}single", model, "single"), (f"{prefix}cot", model, "cot")]
+        ways.append((f"{prefix}{kind} {model.settings['latent_steps']}", model, "latent"))
+        if model.says_when_done:
+            ways.append((f"{prefix}auto", model, "auto"))
+    return ways
+
+
+def measure(model, mode, tasks, rows, cfg):
+    """rows: {length: numbers of a task's queries} -> [dict(length, hit, ms, steps, tokens)]"""
+    how = dict(batch_size=cfg.batch_size, limit=cfg.limit, done=cfg.done)
+    corpora = [torch.from_numpy(model.encode(task.corpus, mode, **how)) for task in tasks]
+    found = []
+    for length, mine in rows.items():
+        queries = [task.queries[i] for task in tasks for i in mine]
+        took, spent = dict(seconds=0.0, tokens=0), {}
+        vectors = torch.from_numpy(model.encode(queries, mode, took=took, spent=spent, **how))
+        hits = []
+        for task, corpus, part in zip(tasks, corpora, vectors.split(len(mine))):
+            relevant = [task.relevant[i] for i in mine]
+            ranks = rank(part, corpus, relevant, [task.candidates[i] for i in mine])
+            hits += [first_rank(of_query) == 1 for of_query in ranks]
+        found.append(dict(
+            length=length, hit=float(np.mean(hits)), ms=1e3 * took["seconds"] / len(queries),
+            steps=float(np.mean(spent["steps"])), tokens=float(np.mean(spent["tokens"]))))
+    return found
+
+
+def compare(ways, tasks, rows, cfg):
+    """-> {label: rows of `measure`, with the least time of all rounds}"""
+    best = {}
+    for _ in range(cfg.rounds):  # in turns: what else the machine does hits all alike
+        for label, model, mode in ways:
+            now = measure(model, mode, tasks, rows, cfg)
+            for old, new in zip(best.setdefault(label, now), now):
+                old["ms"] = min(old["ms"], new["ms"])
+    return best
+
+
+def as_text(best, lengths):
+    """The rows as tables, one for each thing that was measured."""
+    wide = max(map(len, best)) + 2
+    lines = []
+    for key, title, form in (
+            ("hit", "hit@1", ".1%"), ("ms", "ms per query", ".2f"), ("steps", "latent steps", ".1f"),
+            ("tokens", "tokens written", ".1f")):
+        lines.append(f"{title:{wide}}" + "".join(f"{n:>8}" for n in lengths) + f"{'mean':>8}")
+        for label, rows in best.items():
+            values = [row[key] for row in rows]
+            lines.append(f"{label:{wide}}" + "".join(f"{v:8{form}}" for v in (*values, np.mean(values))))
+        lines.append("")
+    return "\n".join(lines[:-1])
+
+
+def draw(best, lengths, path):
+    """Two plots side by side over the number of moves: hit@1, and milliseconds a query."""
+    image = Image.new("RGB", (1200, 560), "white")
+    pen, font, small = ImageDraw.Draw(image), ImageFont.load_default(20), ImageFont.load_default(16)
+    slowest = max(row["ms"] for rows in best.values() for row in rows)
+    plots = ((70, "hit", "hit@1", 1.0, "{:.0%}"), (670, "ms", "milliseconds per query", slowest, "{:.1f}"))
+    top, bottom, width = 60, 400, 480
+    for left, key, title, most, form in plots:
+        pen.text((left, 18), title, fill="black", font=font)
+        for part in range(6):
+            y = bottom - (bottom - top) * part / 5
+            pen.line((left, y, left + width, y), fill="#dddddd")
+            pen.text((left - 8, y), form.format(most * part / 5), fill="black", font=small, anchor="rm")
+        xs = np.linspace(left + 10, left + width - 10, len(lengths))
+        for x, n in zip(xs, lengths):
+            pen.text((x, bottom + 8), str(n), fill="black", font=small, anchor="mt")
+        pen.text((left + width / 2, bottom + 32), "moves", fill="black", font=small, anchor="mt")
+        for colour, rows in zip(COLOURS, best.values()):
+            points = [(x, bottom - (bottom - top) * row[key] / most) for x, row in zip(xs, rows)]
+            pen.line(points, fill=colour, width=3)
+            for x, y in points:
+                pen.ellipse((x - 4, y - 4, x + 4, y + 4), fill=colour)
+    for n, (colour, label) in enumerate(zip(COLOURS, best)):
+        x, y = 70 + n % 4 * 280, 470 + n // 4 * 34
+        pen.line((x, y, x + 30, y), fill=colour, width=4)
+        pen.text((x + 40, y), label, fill="black", font=small, anchor="lm")
+    with writing(path, "wb") as f:
+        image.save(f, "PNG")
+
+
+def main(argv):
+    cfg, _ = parse_flags(Config, argv, __doc__)
+    lengths = lengths_of(cfg.moves)
+    if len(lengths) < 2:
+        raise DataError(f"--moves {cfg.moves}: needs the fewest and the most, as 2-12")
+    if not cfg.png.endswith(".png") or not writable(cfg.png) or not writable(cfg.json):
+        raise DataError(f"--png {cfg.png!r} must end in .png, and --json {cfg.json!r} and it be in folders "
+                        "that exist")
+    if min(cfg.rounds, cfg.batch_size, cfg.limit) < 1 or len(cfg.ckpt) > len(COLOURS) // 2 - 1:
+        raise DataError(f"--rounds, --batch_size and --limit must be at least 1; {len(COLOURS) // 2 - 1} "
+                        "checkpoints at most")
+    models = {}
+    for path in cfg.ckpt:
+        name = path.removesuffix("/checkpoint").split("/")[-1]
+        models[name] = load(evaluation.Config(ckpt=path, device=cfg.device, dtype=cfg.dtype))
+    begun, ways = time.time(), ways_of(models)
+    processor = ways[0][1].processor
+    names, make = find_tasks(evaluation.Config(moves=cfg.moves, rules=cfg.rules), False, processor)
+    tasks = [make(name) for name in names if not name.endswith("_hard")]
+    world = World("test", moves=cfg.moves, rules=cfg.rules)
+    of_one_task = world.lengths[: len(tasks[0].queries)]
+    rows = {n: np.flatnonzero(of_one_task == n).tolist() for n in lengths}
+    best = compare(ways, tasks, rows, cfg)
+    count = len(rows[lengths[0]]) * len(tasks)
+    print(f"{count} queries of each length in batches of {cfg.batch_size}, {processor.limits.num_frames} "
+          f"frames of a clip, {cfg.rounds} rounds, {time.time() - begun:.0f} s")
+    print(as_text(best, lengths))
+    draw(best, lengths, cfg.png)
+    print(f"accuracy and time by length: {cfg.png}")
+    if cfg.json:
+        about = dict(ckpt=list(cfg.ckpt), moves=cfg.moves, rules=cfg.rules, batch_size=cfg.batch_size)
+        write_json(cfg.json, dict(about, rows=best))
+
+
+if __name__ == "__main__":
+    command(main)
