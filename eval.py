@@ -65,8 +65,9 @@ TIE = 1e-6  # cosines closer than this are a tie: more than float32 rounding, le
 class Config:
     # what
     data: str = ""  # folder of the tasks; media paths are relative to it; default: turtle world
-    moves: str = "8"  # of turtle world's programs, and
-    rules: bool = False  # whether they show a rule book, as in train.py
+    moves: str = "8"  # of turtle world's programs,
+    rules: bool = False  # whether they show a rule book, and
+    codes: bool = False  # whether it is pages with code words, as in train.py
     task: str = "all"  # all, image, video, visdoc, a meta-task (video_ret) or data set (MSVD);
     #     several with commas between
     ckpt: str = "out/checkpoint"  # checkpoint folder or hub name
@@ -685,7 +686,7 @@ def find_tasks(cfg, published, processor=None):
         return [task.full_name for task in MMEB.values()], make
     if cfg.data:
         return list_tasks(cfg.data), functools.partial(read_task, cfg.data)
-    turtle = world_tasks(processor.backbone if processor else QWEN2_VL, cfg.moves, cfg.rules)
+    turtle = world_tasks(processor.backbone if processor else QWEN2_VL, cfg.moves, cfg.rules, cfg.codes)
     frames = 2 * lengths_of(cfg.moves)[-1]
     if processor and processor.limits.num_frames < frames:
         raise DataError(f"--moves {cfg.moves}: clips of {frames} frames, and the checkpoint takes "

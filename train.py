@@ -61,6 +61,7 @@ class Config:
     families: str = ""  # families of turtle world, with commas between; default: all
     moves: str = "8"  # of turtle world's programs; 2-12: as many of each length
     rules: bool = False  # turtle world's moves mean what a rule book says, a word or picture at the start
+    codes: bool = False  # turtle world is pages with a code word that belongs to the answer
     media: str = ""  # folder that media paths are relative to; default: the folder of --data
     skip_bad: bool = False  # leave out records that cannot be read and name them; default: stop at the first
     workers: int = 1  # processes that decode and tokenize ahead; raise while the log's `wait` is not near 0;
@@ -494,7 +495,7 @@ def count(batch):
 def read_pairs(cfg):
     """Training pairs; raises DataError when ranks read different ones."""
     if not cfg.data:
-        return World("train", cfg.families, moves=cfg.moves, rules=cfg.rules)
+        return World("train", cfg.families, moves=cfg.moves, rules=cfg.rules, codes=cfg.codes)
     rank, world, _ = ranks()
     pairs = Pairs(cfg.data, cfg.media or None, cfg.skip_bad, progress=rank == 0)
     for line in pairs.bad:
@@ -896,6 +897,7 @@ def check(cfg, world):
         ("families", not (cfg.data and cfg.families), "turtle world: leave it out, or --data"),
         ("moves", not cfg.data or cfg.moves == "8", "turtle world: leave it out, or --data"),
         ("rules", not (cfg.data and cfg.rules), "turtle world: leave it out, or --data"),
+        ("codes", not (cfg.data and cfg.codes), "turtle world: leave it out, or --data"),
         ("thought", cfg.thought in ("recurrent", "parallel"), "recurrent or parallel"),
         ("adapter", cfg.adapter != "parallel", "moe, mlp or none; learnt tokens are --thought parallel"),
         ("thought", cfg.thought == "recurrent" or cfg.adapter == "moe", "no --adapter beside it"),

@@ -12,7 +12,7 @@ from data import Batches, DataError, Schedule, StepSampler
 from model import Plume
 from tasks.turtle import (
     FAMILIES, MOVES, RULES, STATES, World, draw_board, draw_line, draw_rule, draw_tile, moves, state_word,
-    walk, world_tasks)
+    walk, world_tasks, written)
 from test_plume import call, run, whole
 
 
@@ -121,6 +121,28 @@ def test_every_query_shows_its_rule_book():
     assert all(len(set(task.query_ids)) == len(task.queries) == 400 for task in tasks.values())
     tokenizer = data.train_tokenizer(world.texts())
     assert all(len(tokenizer.tokenize(f" {rule}")) == 1 for rule in RULES)
+
+
+def test_a_code_word_stands_on_the_page_in_the_rationale_and_in_the_target():
+    world = World("test", codes=True)
+    assert world.names == ["visdoc_ret"] and len(set(world.target)) == 400
+    for i in (0, 77, 399):
+        query, target = world[i]
+        passed = passed_by_hand(STATES[world.starts[i]], moves(world.programs[i]))
+        letters = query.rationale.split()[8:]
+        assert query.rationale == "".join(passed) + "".join(f" {letter}" for letter in letters)
+        assert len(letters) == 4 and all(len(letter) == 1 and letter.islower() for letter in letters)
+        assert query.answer == target.answer == target.parts[0][1] == " ".join([passed[-1], *letters])
+        page = query.parts[0][1].crop((0, 0, 56, 28))
+        assert page.tobytes() == written(" ".join(letters), world.backbone).tobytes()
+    (task,) = world_tasks(codes=True).values()
+    texts = [side.parts[0][1] for side in task.corpus]
+    assert len(set(texts)) == len(texts) > 7 * 400
+    for i in (0, 399):
+        (row,) = task.relevant[i]
+        assert texts[row] == world[i][1].parts[0][1] and task.corpus_ids[row] == texts[row].strip()
+        near = [text for text in texts if sum(a != b for a, b in zip(text.split(), texts[row].split())) == 1]
+        assert len(near) >= 7
 
 
 @pytest.mark.parametrize("text", ["", "0", "2-", "5-4", "2-99", "x", "-3"])

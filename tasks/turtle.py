@@ -2,11 +2,12 @@
 
 A turtle on a 4x4 torus executes 8 moves; only their order decides where it ends.  The program reaches the
 model as words, tiles, frames or lines of a page; the target is the final state, as text, board or clip.
-Programs may have other lengths (`moves`), and a rule book at the start may give the moves other meanings
-(`rules`).
+Programs may have other lengths (`moves`), a rule book at the start may give the moves other meanings
+(`rules`), and pages may bear a code word that belongs to the answer (`codes`).
 """
 
 import functools
+import string
 from dataclasses import replace
 
 import numpy as np
@@ -32,6 +33,8 @@ FAMILIES = {
     "video_ret": ("words", "words", "clip"),
     "visdoc_ret": ("page", "words", "board"),
 }
+CODED = {"visdoc_ret": ("page", "words", "text")}  # families of a world with code words
+LETTERS = 4  # of a code word
 
 
 class World:
@@ -41,16 +44,20 @@ class World:
     names with commas between, "": all; test: programs of the test split; backbone: data.Backbone for which
     pictures are drawn; moves: the length of all programs, or the shortest and the longest, as "2-12", with
     equally many of each, filled up with STOP to equal places; rules: every query shows one of RULES,
-    otherwise all go by the first.
-    The rationale of a query is the states passed through, the answer is the last.
+    otherwise all go by the first; codes: pages with code words, and no other family.
+    The rationale of a query is the states passed through, and the letters of its code word; the answer is the
+    last state, and the code word.
     """
 
-    def __init__(self, split="train", families="", test=400, backbone=QWEN2_VL, moves="8", rules=False):
-        self.names = families.split(",") if families else list(FAMILIES)
+    def __init__(self, split="train", families="", test=400, backbone=QWEN2_VL, moves="8", rules=False,
+                 codes=False):
+        self.families = CODED if codes else FAMILIES
+        self.names = families.split(",") if families else list(self.families)
         self.bad = []
         for name in self.names:
-            if name not in FAMILIES:
-                raise DataError(f"--families: {name!r} is none of turtle world's.{nearest(name, FAMILIES)}")
+            if name not in self.families:
+                known = nearest(name, self.families)
+                raise DataError(f"--families: {name!r} is none of this turtle world's.{known}")
         if len(set(self.names)) < len(self.names):
             raise DataError(f"--families {families!r}: one stands there twice")
         each = lengths_of(moves)
@@ -73,10 +80,13 @@ class World:
         self.starts[few] = 8 * eight + (eight + other) % 8
         self.rules = rng.integers(len(RULES), size=len(self.programs)) if rules else None
         self.digest = f"turtle world {split} {families}"
-        if moves != "8" or rules:
-            self.digest += f" moves {moves}, rules {rules}"
+        if moves != "8" or rules or codes:
+            self.digest += f" moves {moves}, rules {rules}, codes {codes}"
         ends = [self.passed(i)[-1] for i in range(len(self))]
         self.target = np.array([STATES.index(end) for end in ends], np.int64)
+        self.coded = codes
+        if codes:  # the number of a target is that of its state and, in 64s, that of its code word, from 1 on
+            self.target += len(STATES) * rng.integers(1, 1 + 26**LETTERS, size=len(self))
         self.longest = max(each)
         self.negatives = 0  # no record has hard ones
         self.backbone = backbone
@@ -91,12 +101,14 @@ class World:
             words.append(f" {STOP}")
         if self.rules is not None:
             words += [f" {rule}" for rule in RULES]
+        if self.coded:
+            words += [f" {letter}" for letter in string.ascii_lowercase]
         for word in words:
             yield from [word] * 20
 
     def __getitem__(self, i):
         """-> (query Side, target Side)"""
-        _, _, shown = FAMILIES[self.names[self.dataset[i]]]
+        _, _, shown = self.families[self.names[self.dataset[i]]]
         return self.query(i), state_side(self.target[i], shown, self.backbone)
 
     def rule(self, i):
@@ -108,7 +120,7 @@ class World:
 
     def query(self, i):
         """The query Side: rule book, start and program, each as the family shows it."""
-        program_as, start_as, _ = FAMILIES[self.names[self.dataset[i]]]
+        program_as, start_as, _ = self.families[self.names[self.dataset[i]]]
         parts, text, backbone = [], "", self.backbone
         state, words = STATES[self.starts[i]], moves(self.programs[i], self.lengths[i])
         words += (STOP,) * (self.longest - len(words))
@@ -123,11 +135,11 @@ class World:
         if program_as == "words":
             text += "".join(f" {word}" for word in words)
         else:
-            parts.append(program_part(words, program_as, backbone))
+            parts.append(program_part(words, program_as, backbone, code_word(self.target[i])))
         if text:
             parts.append(("text", text))
-        passed = [state_word(s) for s in self.passed(i)]
-        return Side(parts, "".join(passed), passed[-1], f"turtle program {self.programs[i]}")
+        rationale = "".join(state_word(s) for s in self.passed(i)) + code_word(self.target[i])
+        return Side(parts, rationale, target_word(self.target[i]), f"turtle program {self.programs[i]}")
 
 
 def lengths_of(moves):
@@ -178,22 +190,53 @@ def state_word(state):
     return " " + "abcd"[x] + "wxyz"[y] + "NESW"[h]
 
 
-def program_part(words, program_as, backbone):
-    """Moves as one picture of tiles, as a page, or as the frames of a clip -> (kind, what is drawn)."""
+def code_word(target):
+    """The number of a target -> " q z k t", or "" if it has none."""
+    number, letters = int(target) // len(STATES) - 1, ""
+    if number < 0:
+        return ""
+    for _ in range(LETTERS):
+        letters += " " + string.ascii_lowercase[number % 26]
+        number //= 26
+    return letters
+
+
+def target_word(target):
+    """The number of a target -> its state and its code word."""
+    return state_word(STATES[target % len(STATES)]) + code_word(target)
+
+
+def nearly_equal(target):
+    """Numbers of targets that have another state, or one other letter."""
+    state, code, n = int(target) % len(STATES), int(target) // len(STATES) - 1, len(STATES)
+    near = [(state + step) % n + n * (code + 1) for step in (1, 4, 16)]
+    for k in range(LETTERS):
+        letter = code // 26**k % 26
+        near.append(state + n * (code + ((letter + 1) % 26 - letter) * 26**k + 1))
+    return near
+
+
+def program_part(words, program_as, backbone, code=""):
+    """Moves as one picture of tiles, as a page, or as the frames of a clip -> (kind, what is drawn).
+
+    code: stands at the head of a page.
+    """
     if program_as == "tiles":
         return "image", stack([draw_tile(word, backbone) for word in words])
     if program_as == "page":
-        return "image", stack([draw_line(word, backbone) for word in words])
+        lines = [draw_line(word, backbone) for word in words]
+        if code:
+            lines.insert(0, written(code.strip(), backbone))
+        return "image", stack(lines)
     frames = []
     for word in words:
         frames += [draw_tile(word, backbone)] * 2  # two frames make one visual token: it shows one move
     return "video", frames
 
 
-def state_side(index, shown, backbone):
-    """The number of a state, shown as text, as a board, or as a clip of a walk that ends there -> Side."""
-    state = STATES[index]
-    word = state_word(state)
+def state_side(target, shown, backbone):
+    """The number of a target, shown as text, as a board, or as a clip of a walk that ends there -> Side."""
+    state, word = STATES[target % len(STATES)], target_word(target)
     if shown == "text":
         part = ("text", word)
     elif shown == "board":
@@ -258,10 +301,12 @@ def draw_tile(word, backbone=QWEN2_VL):
 @functools.cache
 def draw_line(word, backbone=QWEN2_VL):
     """A line of a page.  STOP is an empty one."""
+    return written("" if word == STOP else word, backbone)
+
+
+def written(text, backbone):
     image = blank(2, 1, backbone)
-    if word == STOP:
-        return image
-    ImageDraw.Draw(image).text((2, 6), word, fill="black", font=ImageFont.load_default(14))
+    ImageDraw.Draw(image).text((2, 6), text, fill="black", font=ImageFont.load_default(14))
     return image
 
 
@@ -293,26 +338,31 @@ def draw_board(state, backbone=QWEN2_VL, trail=()):
     return image
 
 
-def world_tasks(backbone=QWEN2_VL, moves="8", rules=False):
+def world_tasks(backbone=QWEN2_VL, moves="8", rules=False, codes=False):
     """{name: Task}: every family as "<family>/turtle", unseen programs against all 64 final states.
 
     Those of question answering also as "<family>/turtle_hard": only against the states where one wrong move
-    would have led.  moves, rules: see World.
+    would have led.  moves, rules, codes: see
+    World.  With code words the candidates are all targets and those that differ from one in a single thing.
     """
-    test = World("test", backbone=backbone, moves=moves, rules=rules)
-    n = len(test) // len(FAMILIES)
+    test = World("test", backbone=backbone, moves=moves, rules=rules, codes=codes)
+    n, numbers = len(test) // len(test.names), range(len(STATES))
+    if codes:
+        near = [number for target in test.target for number in nearly_equal(target)]
+        numbers = sorted({*test.target.tolist(), *near})
+    place = {number: row for row, number in enumerate(numbers)}
     tasks = {}
     for f, name in enumerate(test.names):
         rows = range(f * n, (f + 1) * n)
-        _, _, shown = FAMILIES[name]
+        _, _, shown = test.families[name]
         task = Task(
             f"{name}/turtle",
             queries=[test[i][0] for i in rows],
-            corpus=[state_side(s, shown, backbone) for s in range(len(STATES))],
-            relevant=[{int(test.target[i]): 1} for i in rows],
+            corpus=[state_side(number, shown, backbone) for number in numbers],
+            relevant=[{place[test.target[i]]: 1} for i in rows],
             candidates=[None] * n,
             query_ids=query_ids(test, rows),
-            corpus_ids=[state_word(state).strip() for state in STATES])
+            corpus_ids=[target_word(number).strip() for number in numbers])
         tasks[task.name] = task
         if name.endswith("_qa"):
             hard = f"{task.name}_hard"

@@ -50,7 +50,7 @@ ABLATIONS = {
     "untied, no latent transition": (dict(tied=False, adapter="none"), None),
 }
 
-NOT_HERE = {"data", "init", "seed", "resume", "workers", "preset", "rules"}  # flags of train.py
+NOT_HERE = {"data", "init", "seed", "resume", "workers", "preset", "rules", "codes"}  # flags of train.py
 
 
 @dataclass
