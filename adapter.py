@@ -58,6 +58,7 @@ class TransitionAdapter(nn.Module):
 
     def forward(self, z, step, anchor):
         """z, anchor (B, D), step a Python int -> next input (B, D), router probabilities (B, E or 0)."""
+        assert self.kind != "parallel", "learnt tokens take no state"
         B = z.shape[0]
         if self.kind == "none":
             return z, z.new_zeros(B, 0)

@@ -97,7 +97,9 @@ class Curriculum:
             if begin >= end:
                 continue
             kept = "answer" if stage.answer else "nothing: as at inference"
-            if stage.index < self.segments:
+            if self.adaptive:
+                kept = "units behind the steps, answer" if stage.answer else "units behind the steps"
+            elif stage.index < self.segments:
                 kept = f"rationale {self.segments - stage.index}/{self.segments}, {kept}"
             lines.append(f"{begin:15d}  {stage.index:5d}  {stage.latent_steps:12d}  {kept}")
         if self.gate:

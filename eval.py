@@ -30,6 +30,7 @@ import math
 import os
 import secrets
 import time
+import warnings
 from collections import namedtuple
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -665,6 +666,10 @@ def refuse(cfg, given, published, world):
     if wrong and not published:
         raise DataError(f"--{' --'.join(wrong)}: for MMEB-V2 only; --data {cfg.data!r} has no rows/, "
                         "image-tasks/, video-tasks/ or visdoc-tasks/")
+    if cfg.data and given & {"moves", "rules", "codes"}:
+        raise DataError("--moves, --rules and --codes are turtle world's: leave them out, or --data")
+    if not 0 <= cfg.done <= 1 or ("done" in given and cfg.mode != "auto"):
+        raise DataError(f"--done {cfg.done}: needs a probability, 0 .. 1, and --mode auto")
     if cfg.skip_bad and not published:
         raise DataError("--skip_bad: for MMEB-V2 only")
 
@@ -687,11 +692,18 @@ def find_tasks(cfg, published, processor=None):
     if cfg.data:
         return list_tasks(cfg.data), functools.partial(read_task, cfg.data)
     turtle = world_tasks(processor.backbone if processor else QWEN2_VL, cfg.moves, cfg.rules, cfg.codes)
-    frames = 2 * lengths_of(cfg.moves)[-1]
-    if processor and processor.limits.num_frames < frames:
-        raise DataError(f"--moves {cfg.moves}: clips of {frames} frames, and the checkpoint takes "
-                        f"{processor.limits.num_frames} of a clip: train it with these --moves")
+    if processor and moves_lost(processor, cfg.moves):
+        warnings.warn(moves_lost(processor, cfg.moves))
     return list(turtle), turtle.get
+
+
+def moves_lost(processor, moves):
+    """What there is to say when a checkpoint takes fewer frames than turtle world's clips have, or ""."""
+    frames, taken = 2 * lengths_of(moves)[-1], processor.limits.num_frames
+    if frames <= taken:
+        return ""
+    return (f"turtle world's longest clips have {frames} frames, and the checkpoint takes {taken} of a clip: "
+            "moves are lost there")
 
 
 def looked_at(cfg, names):

@@ -53,19 +53,22 @@ class Rollout(NamedTuple):
 class Cache:
     """Keys and values of every layer in two blocks: the prefix, written once, and the few slots behind it.
 
-    Everything stays in the autograd graph.  The prefix block is never copied; only the slots grow.
+    Everything stays in the autograd graph.  The prefix block is copied only by `of`; only the slots grow.
     """
 
     def __init__(self, lengths, P):
-        self.taken = None  # (B,): of the first so many slots alone a row's later columns see; None: of all
+        self.taken = None  # (B,): a row's later columns see only its first `taken` slots; None: all
         padding = torch.arange(P, device=lengths.device) >= lengths[:, None]  # (B, P)
         hide = torch.zeros(padding.shape, device=lengths.device).masked_fill_(padding, float("-inf"))
         self.hide = hide[:, None, None]  # (B, 1, 1, P)
         self.prefix, self.slots = [], []  # a (k, v) for each layer, each (B, G, ., d)
 
     def of(self, rows):
-        """The cache of some rows (n,); a copy."""
+        """The cache of some rows (n,): a copy, or itself over the same tensors for all rows."""
         some = copy.copy(self)
+        if len(rows) == len(self.hide):
+            some.prefix, some.slots = list(self.prefix), list(self.slots)
+            return some
         some.hide = self.hide[rows]
         some.prefix = [(k[rows], v[rows]) for k, v in self.prefix]
         some.slots = [(k[rows], v[rows]) for k, v in self.slots]
@@ -151,10 +154,10 @@ def write(lm, embed, head, h, pos, cache, end, limit):
 
 
 @torch.no_grad()
-def until_done(lm, adapter, embed, head, prefix, steps, suffix, gen, reads, done, end, limit, rule="mrope"):
+def until_done(lm, adapter, embed, head, prefix, steps, suffix, gen, eot, done, end, limit, rule="mrope"):
     """Mode auto: latent steps until the state of a row reads <eot>, and if K do not do, explicit reasoning.
 
-    After each step, and before the first, a row stops whose state gives the token `reads` a probability above
+    After each step, and before the first, a row stops whose state gives the token `eot` a probability above
     `done`; its vector is that of the rollout with as many steps.  A row that has not stopped after K steps
     goes on in words behind them, as in `greedy`.  Rows that have stopped ride along: a batch takes as many
     steps as its last row.  Looks at the device before every step.
@@ -167,7 +170,7 @@ def until_done(lm, adapter, embed, head, prefix, steps, suffix, gen, reads, done
     taken, written = torch.full_like(pos, steps), torch.zeros_like(pos)
     stopped = torch.zeros_like(pos, dtype=torch.bool)
     for k in range(steps + 1):
-        stops = at_least_float32(head(z)).softmax(-1)[:, reads] > done
+        stops = at_least_float32(head(z)).softmax(-1)[:, eot] > done
         taken, stopped = torch.where(stops & ~stopped, k, taken), stopped | stops
         if k == steps or bool(stopped.all()):
             break

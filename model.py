@@ -244,7 +244,10 @@ class Plume(nn.Module):
             return unit(single_pass(self.lm, prefix)), Spent(none, none)
         steps = self.settings["latent_steps"] if steps is None else steps
         suffix = embed(batch["suffix"])
-        if mode == "auto" and self.says_when_done:
+        if mode == "auto" and not self.says_when_done:
+            warnings.warn("this checkpoint does not say when it is done (those of train.py --adaptive do): "
+                          "mode auto takes all latent steps, as mode latent")
+        elif mode == "auto":
             h, *spent = until_done(
                 self.lm, self.adapter, embed, head, prefix, steps, suffix, batch["gen"], ids["<eot>"], done,
                 end, limit, rule)
@@ -267,7 +270,7 @@ class Plume(nn.Module):
         mode: "latent" (steps = 0..32, default the checkpoint's K), "single" (one pass), "cot" (greedy
         rationale, until <gen_emb> or `limit` tokens), "auto" (latent steps until the probability of <eot> is
         above `done`; what K steps do not hold is written as in cot).  progress: a bar, or its label.
-        spent: a dict, in which "steps" and "tokens" become lists of what each item took, a 0 for a bad one.
+        spent: a dict; what each item took is added to its lists "steps" and "tokens", a 0 for a bad one.
         took: a dict whose "seconds" (of the model alone) and "tokens" (decoded) are added to.
         workers: threads that decode and tokenize beside the model.
         dim: only so many first components, normalised again; made for checkpoints of --matryoshka.
@@ -291,9 +294,6 @@ class Plume(nn.Module):
         check_mode(mode, steps)
         if not 0 <= done <= 1:
             raise ValueError(f"done {done}: needs a probability, 0 .. 1")
-        if mode == "auto" and not self.says_when_done:
-            warnings.warn("this checkpoint does not say when it is done (those of train.py --adaptive do): "
-                          "mode auto takes all latent steps, as mode latent")
         width = self.lm.config.hidden_size
         if dim is not None and not 1 <= dim <= width:
             raise ValueError(f"dim {dim}: this model has 1 to {width} components")

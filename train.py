@@ -39,6 +39,7 @@ from torch.distributed.checkpoint.state_dict import (
     StateDictOptions, get_model_state_dict, get_optimizer_state_dict, set_optimizer_state_dict)
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_leaves, tree_map
 
@@ -261,7 +262,7 @@ def train(cfg, given, curriculum, device, dtype):
         if cfg.freeze_backbone and progress.place(step) > 0:
             model.backbone.zero_grad(set_to_none=True)
         norm = torch.nn.utils.clip_grad_norm_(trained, cfg.clip)
-        norm = norm.full_tensor() if cfg.fsdp else norm
+        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         total = over_ranks(dict(parts, norm=norm, stop=stop.asked, **count(batch)), device)
         metrics = {name: total[name] / world for name in (*parts, "norm")}
         check_finite(metrics, batch, saved)
@@ -514,7 +515,7 @@ def plan(cfg, pairs):
     held = held[: min(256, len(pairs) // 10) if cfg.eval_every else 0]
     steps = cfg.steps or max(1, round(cfg.epochs * (len(pairs) - len(held)) / cfg.global_batch))
     dataset = pairs.dataset.copy()
-    dataset[held] = -1  # in no batch
+    dataset[held if cfg.data else pairs.twins(held)] = -1  # in no batch
     return Schedule(dataset, pairs.names, cfg.global_batch, steps, cfg.seed), held
 
 
@@ -541,9 +542,11 @@ def build_model(cfg, given, pairs, device):
         settings["adapter"]["kind"] = cfg.adapter
     if cfg.thought == "parallel":
         settings["adapter"]["kind"] = "parallel"
+    elif "thought" in given:
+        settings["adapter"]["kind"] = cfg.adapter
     settings["latent_steps"] = cfg.segments * cfg.steps_per_segment
     settings["adaptive"] = cfg.adaptive
-    if not cfg.data and "num_frames" not in given:
+    if not (cfg.data or cfg.init or cfg.num_frames):
         settings["limits"]["num_frames"] = max(16, 2 * pairs.longest)  # all of turtle world's clips
     if cfg.resume:
         model = Plume.from_pretrained(checkpoint_in(cfg.out), device, torch.float32)
@@ -559,6 +562,8 @@ def build_model(cfg, given, pairs, device):
             merger.requires_grad_(True)
     if cfg.freeze_backbone and cfg.init:
         model.backbone.requires_grad_(False)
+    if not any(p.requires_grad for p in model.parameters()):
+        raise DataError("--freeze_backbone: the checkpoint has no adapter, so nothing is left to learn")
     if not cfg.data:
         pairs.backbone = model.processor.backbone  # turtle world's pictures are drawn for it
     width = model.lm.config.hidden_size
@@ -611,15 +616,17 @@ def readable(cfg, pairs, rows, processor):
 
 
 def hit_at_1(model, pairs, rows, autocast):
-    """hit@1 of the held-out queries against their targets, with all latent steps, or as many as they take.
+    """hit@1 of the held-out queries against their targets: latent, or auto if the model says when it is done.
 
-    The same number on all ranks: the first one's.
+    Turtle world's rationales end at 64 tokens there.  The same number on all ranks: the first one's.
     """
     queries, targets = zip(*[pairs[i][:2] for i in rows])
     _, first, gold = np.unique([target.key() for target in targets], return_index=True, return_inverse=True)
     mode = "auto" if model.says_when_done else "latent"
+    limit = 64 if isinstance(pairs, World) else 512
     with autocast:
-        q, t = (model.encode(list(items), mode, limit=64) for items in (queries, [targets[i] for i in first]))
+        q = model.encode(list(queries), mode, limit=limit)
+        t = model.encode([targets[i] for i in first], mode, limit=limit)
     hit = float(((q @ t.T).argmax(1) == gold).mean())
     return of_all_ranks(hit)[0] if dist.is_initialized() else hit
 
@@ -890,6 +897,9 @@ def check(cfg, world):
         ("device", cfg.device != "meta", "numbers; with shapes alone runs python -m tools.dry_run"),
         ("freeze_vision", cfg.freeze_vision in ("auto", "true", "false"), "auto, true or false"),
         ("latent_positions", cfg.latent_positions in ("mrope", "cache"), "mrope or cache"),
+        ("adaptive", not cfg.adaptive or cfg.replay > 0,
+         "--replay above 0: else no vector behind fewer than all steps is trained at the end"),
+        ("tied", cfg.tied or not cfg.init, "random weights: leave out --init, whose weights say it"),
         ("until", not cfg.until or cfg.eval_every and 0 < cfg.until <= 1, "a share, and --eval_every"),
         ("segments", latent_steps <= MAX_STEPS, f"with --steps_per_segment at most {MAX_STEPS} latent steps"),
         ("workers", not cfg.gate or cfg.workers <= most_workers,

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import data
+import train
 from curriculum import Curriculum, Progress
 from data import Batches, DataError, Schedule, StepSampler
 from model import Plume
@@ -99,6 +100,23 @@ def test_programs_of_other_lengths_and_rule_books_are_those_of_a_second_implemen
                     for w in (train_world, test_world))
     assert unseen and not seen & unseen  # no program, and of those under 5 moves no program from its start
     assert train_world.longest == 12
+
+
+def test_what_is_held_out_of_training_is_not_trained_on_in_an_equal_pair():
+    world = World("train", "image_ret,image_cls", moves="2-9")
+    cfg = train.Config(moves="2-9", eval_every=1, steps=5)
+    schedule, held = train.plan(cfg, world)
+
+    def known(i):
+        query, _ = world[i]
+        return world.dataset[i], world.starts[i], query.rationale, moves(world.programs[i], world.lengths[i])
+
+    out, trained = {known(i) for i in held}, np.concatenate(schedule.rows)
+    short = trained[world.lengths[trained] < 4]
+    assert len(held) == 256 and min(world.lengths[held]) == 2 and len(short) > 9000
+    assert not out & {known(i) for i in short}
+    plain = World("train", "image_ret")
+    assert plain.twins([3, 4000]).tolist() == [3, 4000]  # of 8 moves there are programs enough
 
 
 def test_every_query_shows_its_rule_book():

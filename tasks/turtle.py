@@ -40,11 +40,15 @@ LETTERS = 4  # of a code word
 class World:
     """Pairs that are drawn when they are needed; attributes as those of data.Pairs.
 
-    split: train or test, which share no program, and of lengths with few programs no start state; families:
-    names with commas between, "": all; test: programs of the test split; backbone: data.Backbone for which
-    pictures are drawn; moves: the length of all programs, or the shortest and the longest, as "2-12", with
-    equally many of each, filled up with STOP to equal places; rules: every query shows one of RULES,
-    otherwise all go by the first; codes: pages with code words, and no other family.
+    split: train or test, which share no program; of few moves there are too few programs, those they share,
+        and then no start state
+    families: names with commas between, "": all
+    test: programs of the test split
+    backbone: data.Backbone for which pictures are drawn
+    moves: the length of all programs, or the fewest and the most, as "2-12": as many of each, and shorter
+        ones are filled up with STOP
+    rules: every query shows one of RULES; otherwise all go by the first
+    codes: pages with code words, and no other family
     The rationale of a query is the states passed through, and the letters of its code word; the answer is the
     last state, and the code word.
     """
@@ -74,10 +78,10 @@ class World:
         self.dataset = np.repeat(np.arange(count), len(lengths)).astype(np.int32)
         self.programs, self.lengths = np.tile(np.concatenate(programs), count), np.tile(lengths, count)
         self.starts = rng.integers(len(STATES), size=len(self.programs))
-        few = len(MOVES) ** self.lengths < 4 * test
-        eight = self.starts[few] // 8  # one start of every 8 is kept for the test split
-        other = rng.integers(1, 8, size=len(eight)) if split == "train" else 0
-        self.starts[few] = 8 * eight + (eight + other) % 8
+        shared = len(MOVES) ** self.lengths < 4 * test
+        block = self.starts[shared] // 8  # one start of every 8 is kept for the test split
+        shift = rng.integers(1, 8, size=len(block)) if split == "train" else 0
+        self.starts[shared] = 8 * block + (block + shift) % 8
         self.rules = rng.integers(len(RULES), size=len(self.programs)) if rules else None
         self.digest = f"turtle world {split} {families}"
         if moves != "8" or rules or codes:
@@ -110,6 +114,14 @@ class World:
         """-> (query Side, target Side)"""
         _, _, shown = self.families[self.names[self.dataset[i]]]
         return self.query(i), state_side(self.target[i], shown, self.backbone)
+
+    def twins(self, rows):
+        """The numbers of all pairs that are equal to one of these: a few moves make few programs."""
+        key = np.zeros(len(self), np.int64)
+        for values, count in ((self.dataset, 8), (self.lengths, 16), (self.starts, 64), (self.target, 64)):
+            key = key * count + values % count
+        key = key * 3**LONGEST + self.programs
+        return np.flatnonzero(np.isin(key, key[rows]))
 
     def rule(self, i):
         return RULES[0 if self.rules is None else self.rules[i]]

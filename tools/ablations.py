@@ -82,13 +82,23 @@ class Runs:
         flags = [f"--{name}={value}" for name, value in cfg.items() if value != usual[name]]
         if train.checkpoints_in(out):
             flags.append("--resume")
-        if not self.start(out, "train.py", *flags):
-            return None
-        with open(os.path.join(out, "log.jsonl")) as f:
-            rows = [json.loads(line) for line in f]
-        hit, seconds = rows[-1]["hit"], sum(row["ms"] for row in rows) / 1e3
-        steps = len(rows) if hit >= self.base.until else None
-        return dict(setting=setting, world=world, seed=seed, steps=steps, hit=hit, seconds=round(seconds))
+        rows, steps = self.logged(out)
+        if steps is None and len(rows) < self.base.steps:
+            if not self.start(out, "train.py", *flags):
+                return None
+            rows, steps = self.logged(out)
+        hit = [row["hit"] for row in rows if "hit" in row][-1]
+        seconds = round(sum(row["ms"] for row in rows) / 1e3)
+        return dict(setting=setting, world=world, seed=seed, steps=steps, hit=hit, seconds=seconds)
+
+    def logged(self, out):
+        """-> rows of a run's log, and the steps after which it had come so far, or None."""
+        path, rows = os.path.join(out, "log.jsonl"), []
+        if os.path.exists(path):
+            with open(path) as f:
+                rows = [json.loads(line) for line in f if line.endswith("\n")]
+        there = [row["step"] + 1 for row in rows if row.get("hit", 0) >= self.base.until]
+        return rows, there[0] if there else None
 
     def start(self, out, script, *flags):
         """Runs a script of the folder above to its end, on one core -> whether it ended well."""

@@ -7,8 +7,9 @@ single and cot.  Queries of all families together, one length at a time, so that
 the fastest of --rounds.
 """
 
+import os
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import numpy as np
 import torch
@@ -16,7 +17,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 import eval as evaluation
 from data import DataError, command, parse_flags, writing
-from eval import find_tasks, first_rank, load, rank, writable, write_json
+from eval import find_tasks, first_rank, load, moves_lost, rank, writable, write_json
 from tasks.turtle import World, lengths_of
 
 COLOURS = ("#d62728", "#2ca02c", "#1f77b4", "#ff7f0e", "#9467bd", "#8c564b", "#17becf", "#7f7f7f")
@@ -138,10 +139,16 @@ def main(argv):
     if min(cfg.rounds, cfg.batch_size, cfg.limit) < 1 or len(cfg.ckpt) > len(COLOURS) // 2 - 1:
         raise DataError(f"--rounds, --batch_size and --limit must be at least 1; {len(COLOURS) // 2 - 1} "
                         "checkpoints at most")
+    if not 0 <= cfg.done <= 1:
+        raise DataError(f"--done {cfg.done}: needs a probability, 0 .. 1")
     models = {}
     for path in cfg.ckpt:
-        name = path.removesuffix("/checkpoint").split("/")[-1]
+        name = os.path.normpath(path).removesuffix("/checkpoint").split("/")[-1]
+        if name in models:
+            raise DataError(f"--ckpt: two of them are called {name!r}; their folders need other names")
         models[name] = load(evaluation.Config(ckpt=path, device=cfg.device, dtype=cfg.dtype))
+        if lost := moves_lost(models[name].processor, cfg.moves):
+            raise DataError(f"{path}: {lost}")
     begun, ways = time.time(), ways_of(models)
     processor = ways[0][1].processor
     names, make = find_tasks(evaluation.Config(moves=cfg.moves, rules=cfg.rules), False, processor)
@@ -157,7 +164,7 @@ def main(argv):
     draw(best, lengths, cfg.png)
     print(f"accuracy and time by length: {cfg.png}")
     if cfg.json:
-        about = dict(ckpt=list(cfg.ckpt), moves=cfg.moves, rules=cfg.rules, batch_size=cfg.batch_size)
+        about = {name: value for name, value in asdict(cfg).items() if name not in ("png", "json")}
         write_json(cfg.json, dict(about, rows=best))
 
 

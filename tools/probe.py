@@ -158,7 +158,7 @@ def refuse(cfg):
 
 
 def curriculum_of(cfg, model):
-    """How a rationale was cut for a checkpoint of K steps."""
+    """How rationales were cut for a checkpoint."""
     K = model.settings["latent_steps"]
     if model.adapter.kind == "parallel":
         raise DataError(f"{cfg.ckpt}: its K learnt tokens take one pass, there are no steps to look into")
@@ -166,7 +166,7 @@ def curriculum_of(cfg, model):
         raise DataError(f"{cfg.ckpt}: a checkpoint with K = 0 has no latent steps to look into; its score: "
                         "python eval.py --mode single")
     segments = cfg.segments or K
-    if K % segments:
+    if K % segments or (model.settings["adaptive"] and K != segments):
         raise DataError(f"--segments {segments}: the checkpoint's {K} latent steps are no multiple of it; "
                         "needs what train.py was given")
     return Curriculum(segments, K // segments, adaptive=model.settings["adaptive"])

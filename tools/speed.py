@@ -565,6 +565,9 @@ def load_model(cfg):
     """--ckpt, or random weights, with limits that leave the queries as they are."""
     if cfg.ckpt:
         model = Plume.from_pretrained(cfg.ckpt, cfg.device or None, cfg.dtype or None)
+        if model.adapter.kind == "parallel":
+            raise DataError(f"{cfg.ckpt}: its learnt tokens take one pass, there are no steps to time; "
+                            "python -m tools.lengths")
     else:
         device, dtype = pick_device(cfg.device or None, cfg.dtype or None)
         # the prompt stands there often, so that the tokenizer learns its words as whole tokens
