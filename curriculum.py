@@ -117,7 +117,8 @@ class Curriculum:
         takes the same number of latent steps, so one batch has one K.
         """
         rest = "".join(self.parts(rationale)[stage.index :])
-        return rest, answer if stage.answer or rest else ""  # adaptive: a rest may stand at the last stage
+        goes_on = self.adaptive and rest  # in words, as in mode auto: to the answer, at every stage
+        return rest, answer if stage.answer or goes_on else ""
 
     def parts(self, rationale):
         """The rationale in S strings, of which stage s replaces the first s; adaptive: perhaps in more."""
