@@ -56,7 +56,7 @@ from tasks.turtle import lengths_of, world_tasks
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 # What an embedding comes from: kept ones are used again only while all of these are the same
-SOURCES = ("adapter.py", "curriculum.py", "latent.py", "data.py", "model.py",
+SOURCES = ("adapter.py", "latent.py", "data.py", "model.py",
            "tasks/beir.py", "tasks/mmeb.py", "tasks/turtle.py")
 METRICS = ("hit@1", "hit@5", "hit@10", "ndcg@5")
 TIE = 1e-6  # cosines closer than this are a tie: more than float32 rounding, less than means something

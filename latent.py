@@ -33,6 +33,8 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
+from adapter import TransitionAdapter
+
 
 class Prefix(NamedTuple):
     x: torch.Tensor  # (B, P, D) input embeddings, padded on the right
@@ -97,7 +99,8 @@ def rollout(lm, adapter, prefix, steps, suffix, rule="mrope", checkpointing=Fals
 def steps_and_suffix(lm, adapter, steps, anchor, z, pos, suffix, cache, checkpointing=False, hook=None):
     """What comes behind the prefix -> latents (B, K, D), suffix (B, T, D), router probabilities (B, K, E)."""
     states, probs, columns, one_by_one = [], [], suffix, steps
-    if adapter.kind == "parallel":  # K learnt tokens instead, all of them in one pass with the suffix
+    if isinstance(adapter, TransitionAdapter) and adapter.kind == "parallel":
+        # K learnt tokens instead, all of them in one pass with the suffix
         learnt = adapter.tokens.weight[:steps].expand(len(z), -1, -1)  # (B, K, D)
         columns, one_by_one = torch.cat([learnt, suffix], 1), 0
     for k in range(one_by_one):

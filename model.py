@@ -316,7 +316,7 @@ class Plume(nn.Module):
                     bar.update(len(batch))
                     rows = [i for i in batch if samples[i]]
                     if rows:
-                        self.embed_rows(out, costs, rows, samples, mode, steps, limit, took, done)
+                        self.embed_rows(out, rows, samples, mode, steps, limit, took, done, costs)
                 out = out.cpu().numpy()
                 for name, column in zip(Spent._fields, costs.T.tolist() if spent is not None else ()):
                     spent.setdefault(name, []).extend(column)
@@ -377,7 +377,7 @@ class Plume(nn.Module):
             bad[i] = str(e)
 
     @torch.no_grad()
-    def embed_rows(self, out, costs, rows, samples, mode, steps, limit, took, done):
+    def embed_rows(self, out, rows, samples, mode, steps, limit, took, done, costs):
         """One batch: out[rows] = embeddings of these samples, costs[rows] = their steps and tokens."""
         batch = to_device(collate([samples[i] for i in rows], self.processor), self.device)
         begun = time.perf_counter()

@@ -454,7 +454,7 @@ REFUSED = (  # flags, what the error says
     ("--segments=8 --steps_per_segment=5", "at most 32"),
     ("--latent_positions=rope", "mrope or cache"),
     ("--freeze_vision=no", "auto, true or false"),
-    ("--adapter=moo", "'moe', 'mlp' or 'none'"),
+    ("--adapter=moo", "'moe', 'mlp', 'none'"),
     ("--save_every=0", "needs at least 1"),
     ("--steps=-5", "needs at least 0"),
     ("--epochs=inf", "above 0 and finite"),

@@ -120,7 +120,7 @@ def test_hidden_latents_are_those_that_a_mask_hides_from_the_suffix(world, monke
     def hiding(x, cache):
         mask = mask_of(x, cache)
         if mask is not None:  # the last pass: the last latent, then the suffix
-            mask[1:, :K] = -torch.inf
+            mask[..., 1:, :K] = -torch.inf
         return mask
 
     monkeypatch.setattr(latent, "mask_of", hiding)
@@ -327,7 +327,7 @@ def test_what_a_checkpoint_does_not_have_is_left_out_and_said(settings, left_out
 
 def test_no_latent_steps_is_an_error_and_one_query_leaves_out_what_needs_another():
     with pytest.raises(DataError, match="K = 0 has no latent steps"):
-        probe.curriculum_of(probe.Config(), 0)
+        probe.curriculum_of(probe.Config(), make_model(latent_steps=0))
     m = make_model(latent_steps=1).float()
     sides = [parse_item(f"number {i}") for i in range(7)]
     task = Task("x/one", sides[:1], sides, [{0: 1}], [[0, 3]], ["only"], list("abcdefg"))
