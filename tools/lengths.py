@@ -136,8 +136,8 @@ def main(argv):
     if not cfg.png.endswith(".png") or not writable(cfg.png) or not writable(cfg.json):
         raise DataError(f"--png {cfg.png!r} must end in .png, and --json {cfg.json!r} and it be in folders "
                         "that exist")
-    if min(cfg.rounds, cfg.batch_size, cfg.limit) < 1 or len(cfg.ckpt) > len(COLOURS) // 2 - 1:
-        raise DataError(f"--rounds, --batch_size and --limit must be at least 1; {len(COLOURS) // 2 - 1} "
+    if min(cfg.rounds, cfg.batch_size, cfg.limit) < 1 or len(cfg.ckpt) > len(COLOURS) // 2:
+        raise DataError(f"--rounds, --batch_size and --limit must be at least 1; {len(COLOURS) // 2} "
                         "checkpoints at most")
     if not 0 <= cfg.done <= 1:
         raise DataError(f"--done {cfg.done}: needs a probability, 0 .. 1")
