@@ -16,7 +16,7 @@ import eval as evaluation
 from data import DataError, command, parse_flags, writing
 from eval import Embedder, find_tasks, fingerprint, load, score, select, writable, write_json
 
-COLOURS = {"single": "#d62728", "latent": "#1f77b4", "cot": "#2ca02c"}  # of a mode
+COLOURS = {"single": "#d62728", "latent": "#1f77b4", "cot": "#2ca02c", "auto": "#ff7f0e"}  # of a mode
 
 
 @dataclass
@@ -24,6 +24,9 @@ class Config:
     png: str = "compare.png"  # the picture to draw
     json: str = ""  # also write the rows to this file
     data: str = ""  # folder of the tasks; default: turtle world
+    moves: str = "8"  # of turtle world's programs,
+    rules: bool = False  # whether they show a rule book, and
+    codes: bool = False  # whether it is pages with code words, as in train.py
     task: str = "all"  # as eval.py's: all, a meta-task (video_ret), a data set, several with commas between
     ckpt: str = "out/checkpoint"  # checkpoint folder or hub name
     limit: int = 512  # tokens a rationale may have in mode cot
@@ -41,6 +44,8 @@ def compare(model, tasks, cfg):
     ways = [("single", None)]
     ways += [("latent", steps) for steps in range(model.settings["latent_steps"] + 1)]
     ways.append(("cot", None))
+    if model.says_when_done:
+        ways.append(("auto", None))
     by_name = {task.name: task for task in tasks}
     makers = [(name, functools.partial(by_name.get, name)) for name in by_name]
     first_batch = tasks[0].queries[: cfg.batch_size]
@@ -92,8 +97,8 @@ def label_of(row):
     """What stands beside a row's point."""
     if row["mode"] == "latent":
         return str(row["steps"])
-    if row["mode"] == "cot":
-        return f"cot, {row['tokens']:.0f} tokens"
+    if row["mode"] in ("cot", "auto"):
+        return f"{row['mode']}, {row['tokens']:.0f} tokens"
     return "single pass"
 
 
@@ -155,7 +160,8 @@ def main(argv):
     if cfg.batch_size < 1 or cfg.limit < 1:
         raise DataError(f"--batch_size {cfg.batch_size} and --limit {cfg.limit} must be at least 1")
     model = load(cfg)
-    names, make = find_tasks(evaluation.Config(data=cfg.data), False, model.processor)
+    what = evaluation.Config(data=cfg.data, moves=cfg.moves, rules=cfg.rules, codes=cfg.codes)
+    names, make = find_tasks(what, False, model.processor)
     tasks = [make(name) for name in select(names, cfg.task, cfg.data or "turtle world")]
     begun = time.time()
     rows = compare(model, tasks, evaluation.Config(batch_size=cfg.batch_size, limit=cfg.limit))
