@@ -52,7 +52,7 @@ from model import MODES, RELEASED, Plume, unit
 from tasks.beir import list_tasks, read_task
 from tasks.mmeb import MMEB, modality, read_published
 from tasks.mmeb_report import check, differences, leaderboard, paper_table
-from tasks.turtle import lengths_of, world_tasks
+from tasks.turtle import moves_lost, world_tasks
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 # What an embedding comes from: kept ones are used again only while all of these are the same
@@ -695,15 +695,6 @@ def find_tasks(cfg, published, processor=None):
     if processor and moves_lost(processor, cfg.moves):
         warnings.warn(moves_lost(processor, cfg.moves))
     return list(turtle), turtle.get
-
-
-def moves_lost(processor, moves):
-    """What there is to say when a checkpoint takes fewer frames than turtle world's clips have, or ""."""
-    frames, taken = 2 * lengths_of(moves)[-1], processor.limits.num_frames
-    if frames <= taken:
-        return ""
-    return (f"turtle world's longest clips have {frames} frames, and the checkpoint takes {taken} of a clip: "
-            "moves are lost there")
 
 
 def looked_at(cfg, names):

@@ -50,7 +50,7 @@ from data import (
     to_device, write_errors, writing)
 from model import (
     SHAPES, Plume, checkpoint_files, pick_device, pointer, remove_checkpoint, replacing, unit)
-from tasks.turtle import World
+from tasks.turtle import World, moves_lost
 
 # ------------------------------------------------------------------------------------------ config
 
@@ -566,6 +566,8 @@ def build_model(cfg, given, pairs, device):
         raise DataError("--freeze_backbone: the checkpoint has no adapter, so nothing is left to learn")
     if not cfg.data:
         pairs.backbone = model.processor.backbone  # turtle world's pictures are drawn for it
+        if lost := moves_lost(model.processor, cfg.moves):
+            say(f"warning: {lost}; --num_frames")
     width = model.lm.config.hidden_size
     if cfg.matryoshka and max(sizes(cfg.matryoshka)) >= width:
         raise DataError(f"--matryoshka {cfg.matryoshka!r}: the model has {width} components; name fewer")

@@ -165,6 +165,15 @@ def lengths_of(moves):
     return list(range(int(first), int(last) + 1))
 
 
+def moves_lost(processor, moves):
+    """What there is to say when a checkpoint takes fewer frames than turtle world's clips have, or ""."""
+    frames, taken = 2 * lengths_of(moves)[-1], processor.limits.num_frames
+    if frames <= taken:
+        return ""
+    return (f"turtle world's longest clips have {frames} frames, and the checkpoint takes {taken} of a clip: "
+            "moves are lost there")
+
+
 def walk(start, program, n=8, rule="turtle"):
     """Number of the start state, number of a program of n moves -> the n states, one after each move.
 

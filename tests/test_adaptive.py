@@ -249,6 +249,13 @@ def test_a_run_ends_when_it_has_come_so_far_and_goes_on_when_asked_for_more(tmp_
     assert failed.returncode == 1 and "--eval_every" in failed.stderr
 
 
+def test_a_run_says_that_moves_are_lost(tmp_path):
+    flags = [*QUICK, "--families=video_cls", "--segments=2", "--steps=1"]
+    short = run("train.py", "--out", tmp_path / "a", *flags, "--moves=9", "--num_frames=16")
+    assert "have 18 frames, and the checkpoint takes 16" in short.stdout
+    assert "warning" not in run("train.py", "--out", tmp_path / "b", *flags, "--moves=9").stdout
+
+
 def test_untied_embeddings_are_two(tmp_path):
     run("train.py", "--out", tmp_path, *QUICK, "--families=image_ret", "--steps=2", "--tied=false")
     weights = trained(tmp_path)

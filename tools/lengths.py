@@ -17,8 +17,8 @@ from PIL import Image, ImageDraw, ImageFont
 
 import eval as evaluation
 from data import DataError, command, parse_flags, writing
-from eval import find_tasks, first_rank, load, moves_lost, rank, writable, write_json
-from tasks.turtle import World, lengths_of
+from eval import find_tasks, first_rank, load, rank, writable, write_json
+from tasks.turtle import World, lengths_of, moves_lost
 
 COLOURS = ("#d62728", "#2ca02c", "#1f77b4", "#ff7f0e", "#9467bd", "#8c564b", "#17becf", "#7f7f7f")
 
