@@ -3,8 +3,9 @@
     python -m tools.ablations --families image_ret --until 0.9 --eval_every 50 --steps 1300
 
 Every setting is trained in the plain world and with rule books, a process a core, until hit@1 on 256 held-out
-queries has come to --until, or --steps are over.  Other flags are train.py's.  Finished runs stay in the
-JSON; the same command goes on where it stopped.
+queries has come to --until, or --steps are over.  A setting that does not come so far with any of its first
+three seeds gets no more.  Other flags are train.py's.  Finished runs stay in the JSON; the same command goes
+on where it stopped.
 """
 
 import itertools
@@ -50,6 +51,7 @@ ABLATIONS = {
     "untied, no latent transition": (dict(tied=False, adapter="none"), None),
 }
 
+ENOUGH = 3  # seeds of a setting that all stay below --until; it gets no more of them
 NOT_HERE = {"data", "init", "seed", "resume", "workers", "preset", "rules", "codes"}  # flags of train.py
 
 
@@ -57,14 +59,17 @@ NOT_HERE = {"data", "init", "seed", "resume", "workers", "preset", "rules", "cod
 class Config(train.Config):
     # ablations
     json: str = "ablations.json"  # where the results are kept
-    seeds: int = 5  # runs of each setting in each world
+    seeds: int = 5  # runs of each setting in each world, at most
 
 
 class Runs:
-    """The runs of one command, each in a process of its own.  A job is (setting, world, seed)."""
+    """The runs of one command, each in a process of its own.  A job is (setting, world, seed).
 
-    def __init__(self, base):
-        self.base, self.processes, self.stopping = base, [], False
+    rows: the results, those of earlier commands, too; `run` adds to them.
+    """
+
+    def __init__(self, base, rows):
+        self.base, self.rows, self.processes, self.stopping = base, rows, [], False
 
     def config(self, setting, world, seed):
         flags, _ = ABLATIONS[setting]
@@ -75,7 +80,9 @@ class Runs:
         return os.path.join(self.base.out, "ablations", re.sub(r"\W+", "_", " ".join(map(str, job))))
 
     def run(self, setting, world, seed):
-        """Trains, or goes on -> a row of the results, or None when that did not end well."""
+        """Trains, or goes on, if there is need, and adds a row to the results -> whether that ended well."""
+        if hopeless(steps_of(self.rows, setting, world)):
+            return True
         out, usual = self.out(setting, world, seed), asdict(train.Config())
         os.makedirs(out, exist_ok=True)
         cfg = asdict(self.config(setting, world, seed))
@@ -85,11 +92,13 @@ class Runs:
         rows, steps = self.logged(out)
         if steps is None and len(rows) < self.base.steps:
             if not self.start(out, "train.py", *flags):
-                return None
+                return False
             rows, steps = self.logged(out)
         hit = [row["hit"] for row in rows if "hit" in row][-1]
         seconds = round(sum(row["ms"] for row in rows) / 1e3)
-        return dict(setting=setting, world=world, seed=seed, steps=steps, hit=hit, seconds=seconds)
+        self.rows.append(
+            dict(setting=setting, world=world, seed=seed, steps=steps, hit=hit, seconds=seconds))
+        return True
 
     def logged(self, out):
         """-> rows of a run's log, and the steps after which it had come so far, or None."""
@@ -146,6 +155,11 @@ def steps_of(runs, setting, world):
     return sorted(float("inf") if run["steps"] is None else run["steps"] for run in mine)
 
 
+def hopeless(steps):
+    """Whether no seed came so far, of enough."""
+    return len(steps) >= ENOUGH and steps[0] == float("inf")
+
+
 def as_text(steps, most):
     """Median and range of the steps of all seeds."""
     if not steps:
@@ -168,7 +182,8 @@ def verdict(steps, full):
 
 def show(runs, most):
     """The table: steps of every setting in every world, and whether they lie apart from the full method's."""
-    print("steps: median (lowest .. highest) of the seeds; slower, faster: the ranges lie apart from full's")
+    print("steps: median (lowest .. highest) of the seeds, > N alone: none of them came so far;\n"
+          "slower, faster: the ranges lie apart from full's")
     print(f"{'setting':34}" + "".join(f"{world:>32}" for world in WORLDS) + "   paper, MMEB-V2")
     for name, (_, paper) in ABLATIONS.items():
         line = f"{name:34}"
@@ -198,10 +213,10 @@ def main(argv):
     refuse(cfg, given)
     base = train.Config(**{field.name: getattr(cfg, field.name) for field in fields(train.Config)})
     World("test", cfg.families, moves=cfg.moves)
-    runs = Runs(base)
+    results = results_so_far(cfg.json, base)
+    runs = Runs(base, results["runs"])
     for name in ABLATIONS:
         train.check(runs.config(name, "plain", 0), 1)
-    results = results_so_far(cfg.json, base)
     done = {(r["setting"], r["world"], r["seed"]) for r in results["runs"]}
     jobs = itertools.product(range(cfg.seeds), WORLDS, ABLATIONS)  # a seed is whole before the next begins
     todo = [(name, world, seed) for seed, world, name in jobs if (name, world, seed) not in done]
@@ -212,12 +227,10 @@ def main(argv):
         try:
             jobs = {pool.submit(runs.run, *job): job for job in todo}
             for future in as_completed(jobs):
-                row = future.result()
-                if row is None:
+                if not future.result():
                     job = jobs[future]
                     raise DataError(f"{job} did not finish; see output.txt in {runs.out(*job)}.  The same "
                                     "command goes on")
-                results["runs"].append(row)
                 with writing(cfg.json) as f:
                     json.dump(results, f, indent=1)
                 bar.update()

@@ -3,6 +3,7 @@
 import json
 import shutil
 import sys
+from collections import Counter
 
 import pytest
 
@@ -65,6 +66,18 @@ def test_ablations_by_one_command_that_goes_on_where_it_stopped(command, tmp_pat
     assert timeless(json.loads(file.read_text())["runs"]) == timeless(first["runs"])
     with pytest.raises(DataError, match="another file, or the same flags"):
         ablations.main([*command, "--lr=1e-3"])
+
+
+def test_a_setting_that_stays_below_with_three_seeds_gets_no_more(command, tmp_path, capsys, monkeypatch):
+    def logged(runs, out):
+        return [dict(hit=0.5, ms=1)] * 6, None if "K_1" in out and "plain" in out else 4
+
+    monkeypatch.setattr(ablations.Runs, "logged", logged)
+    monkeypatch.setattr(ablations.os, "cpu_count", lambda: 1)
+    assert ablations.main([*command, "--seeds=5"]) == 0
+    seeds = Counter((r["setting"], r["world"]) for r in json.loads((tmp_path / "a.json").read_text())["runs"])
+    assert seeds.pop(("K = 1, single MLP", "plain")) == 3 and set(seeds.values()) == {5}
+    assert "18 runs" in capsys.readouterr().out
 
 
 def run_of(setting, *steps):
