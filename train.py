@@ -694,16 +694,20 @@ def resume(cfg, config, model, optimizer, progress):
     then = state["config"]
     for name in sorted(config.keys() - then.keys()):
         say(f"new since the run began: {name} = {config[name]!r}")
-    then = asdict(Config()) | then
-    changed = [f"{name}: {then[name]!r} then, {now!r} now" for name, now in config.items()
-               if name not in FREE_ON_RESUME and then[name] != now]
-    if changed:
-        raise DataError("--resume with another configuration: " + "; ".join(changed))
+    if changed := changes(then, config):
+        raise DataError(f"--resume with another configuration: {changed}")
     if state["ranks"] != world:
         say(f"the run began on {state['ranks']} ranks and goes on with {world}: the same but for rounding")
     load_moments(model, optimizer, state["optimizer"])
     progress.load(state["progress"])
     return state["step"], state["kept"]
+
+
+def changes(then, now):
+    """What differs between the configurations of a run and of its continuation, and must not."""
+    then = asdict(Config()) | then
+    return "; ".join(f"{name}: {then[name]!r} then, {value!r} now" for name, value in now.items()
+                     if name not in FREE_ON_RESUME and then[name] != value)
 
 
 def read_state(file):
@@ -901,6 +905,11 @@ def check(cfg, world):
         ("latent_positions", cfg.latent_positions in ("mrope", "cache"), "mrope or cache"),
         ("adaptive", not cfg.adaptive or cfg.replay > 0,
          "--replay above 0: else no vector behind fewer than all steps is trained at the end"),
+        ("w_read", not cfg.adaptive or cfg.w_read > 0, "a number above 0: --adaptive learns <eot> by it"),
+        ("thought", not (cfg.adaptive and cfg.thought == "parallel"),
+         "--adaptive left out: learnt tokens in one pass do not stop earlier"),
+        ("last_stage", cfg.last_stage < 1 or cfg.init or not cfg.freeze_backbone,
+         "less than 1, or --init: --freeze_backbone would keep random weights"),
         ("tied", cfg.tied or not cfg.init, "random weights: leave out --init, whose weights say it"),
         ("until", not cfg.until or cfg.eval_every and 0 < cfg.until <= 1, "a share, and --eval_every"),
         ("segments", latent_steps <= MAX_STEPS, f"with --steps_per_segment at most {MAX_STEPS} latent steps"),

@@ -1,6 +1,6 @@
 """The paper's ablations in turtle world: how many steps each setting takes until it is right, over seeds.
 
-    python -m tools.ablations --families image_ret --until 0.9 --eval_every 50 --steps 1300
+    python -m tools.ablations --families image_ret --global_batch 16 --until 0.9 --eval_every 50 --steps 1300
 
 Every setting is trained in the plain world and with rule books, a process a core, until hit@1 on 256 held-out
 queries has come to --until, or --steps are over.  A setting that does not come so far with any of its first
@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 import train
 from data import DataError, command, parse_flags, reason, writing
+from eval import writable
 from tasks.turtle import World
 
 WORLDS = {"plain": False, "rule books": True}  # --rules
@@ -52,7 +53,10 @@ ABLATIONS = {
 }
 
 ENOUGH = 3  # seeds of a setting that all stay below --until; it gets no more of them
-NOT_HERE = {"data", "init", "seed", "resume", "workers", "preset", "rules", "codes"}  # flags of train.py
+NOT_HERE = {  # flags of train.py
+    "data", "init", "seed", "resume", "workers", "preset", "rules", "codes", "adaptive", "adapter", "thought",
+    "freeze_backbone"}
+ROW = {"setting", "world", "seed", "steps", "hit", "seconds"}  # of the results
 
 
 @dataclass
@@ -80,25 +84,32 @@ class Runs:
         return os.path.join(self.base.out, "ablations", re.sub(r"\W+", "_", " ".join(map(str, job))))
 
     def run(self, setting, world, seed):
-        """Trains, or goes on, if there is need, and adds a row to the results -> whether that ended well."""
-        if hopeless(steps_of(self.rows, setting, world)):
-            return True
+        """Trains, or goes on, where there is need, and adds a row to the results.
+
+        Raises DataError for a run that did not end well, or has other flags.
+        """
+        if self.stopping or hopeless(steps_of(self.rows, setting, world)):
+            return
         out, usual = self.out(setting, world, seed), asdict(train.Config())
         os.makedirs(out, exist_ok=True)
         cfg = asdict(self.config(setting, world, seed))
         flags = [f"--{name}={value}" for name, value in cfg.items() if value != usual[name]]
+        rows, steps = [], None
         if train.checkpoints_in(out):
             flags.append("--resume")
-        rows, steps = self.logged(out)
+            state = train.read_state(os.path.join(train.checkpoint_in(out), "train_state.pt"))
+            if changed := train.changes(state["config"], cfg):
+                raise DataError(f"{out} holds a run of other flags ({changed}): choose another --out")
+            rows, steps = self.logged(out)
         if steps is None and len(rows) < self.base.steps:
-            if not self.start(out, "train.py", *flags):
-                return False
+            self.start(out, "train.py", *flags)
+            if self.stopping:
+                return
             rows, steps = self.logged(out)
         hit = [row["hit"] for row in rows if "hit" in row][-1]
         seconds = round(sum(row["ms"] for row in rows) / 1e3)
         self.rows.append(
             dict(setting=setting, world=world, seed=seed, steps=steps, hit=hit, seconds=seconds))
-        return True
 
     def logged(self, out):
         """-> rows of a run's log, and the steps after which it had come so far, or None."""
@@ -110,16 +121,19 @@ class Runs:
         return rows, there[0] if there else None
 
     def start(self, out, script, *flags):
-        """Runs a script of the folder above to its end, on one core -> whether it ended well."""
-        if self.stopping:
-            return False
+        """Runs a script of the folder above to its end, on one core."""
         folder = os.path.dirname(os.path.abspath(train.__file__))
         command = [sys.executable, os.path.join(folder, script), *flags]
         environment = dict(os.environ, OMP_NUM_THREADS="1")
         with open(os.path.join(out, "output.txt"), "a") as log:
             process = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
         self.processes.append(process)
-        return process.wait() == 0 and not self.stopping
+        if self.stopping:
+            process.terminate()
+        if process.wait() and not self.stopping:
+            self.stopping = True  # no other begins
+            raise DataError(f"{out}: this run did not end well; output.txt there says why.  Then the same "
+                            "command goes on")
 
     def stop(self):
         """Those that still run write a checkpoint."""
@@ -130,8 +144,9 @@ class Runs:
 
 def results_so_far(path, base):
     """The results of the JSON, or new ones; raises DataError for those of another command."""
-    config = {k: v for k, v in asdict(base).items() if k not in (*train.FREE_ON_RESUME, "seed")}
-    config["until"] = base.until
+    config, usual = asdict(base), asdict(train.Config())
+    for name in {*train.FREE_ON_RESUME, "seed"} - {"until"}:
+        del config[name]
     settings = {name: flags for name, (flags, _) in ABLATIONS.items()}
     new = dict(config=config, settings=settings, cores=os.cpu_count(), torch=torch.__version__, runs=[])
     if not os.path.exists(path):
@@ -139,8 +154,11 @@ def results_so_far(path, base):
     try:
         with open(path) as f:
             then = json.load(f)
-        then["config"], then["settings"], then["runs"]
-    except (ValueError, LookupError, TypeError) as e:
+        then["config"] = {name: usual[name] for name in config} | then["config"]  # flags since then
+        if not isinstance(then["runs"], list) or not all(run.keys() == ROW for run in then["runs"]):
+            raise LookupError("its runs are others")
+        then["settings"]
+    except (ValueError, LookupError, TypeError, AttributeError) as e:
         raise DataError(f"{path}: not a file that this command writes: {reason(e)}; choose another") from e
     for key in ("config", "settings"):
         if then[key] != new[key]:
@@ -172,10 +190,12 @@ def as_text(steps, most):
 
 
 def verdict(steps, full):
-    """Whether a setting shows: the ranges of all seeds lie apart.  -> "slower", "faster" or "" """
-    if steps and full and steps[0] > full[-1]:
+    """Whether a setting shows: the ranges of enough seeds lie apart.  -> "slower", "faster" or "" """
+    if min(len(steps), len(full)) < ENOUGH:
+        return ""
+    if steps[0] > full[-1]:
         return "slower"
-    if steps and full and steps[-1] < full[0]:
+    if steps[-1] < full[0]:
         return "faster"
     return ""
 
@@ -199,10 +219,11 @@ def refuse(cfg, given):
     """Raises DataError for flags that make no sense."""
     wrong = sorted(given & NOT_HERE)
     if wrong:
-        raise DataError(f"ablations run turtle world from scratch with {cfg.seeds} seeds, plain and with "
-                        f"rule books: leave out --{' --'.join(wrong)}")
-    if cfg.seeds < 1 or not os.path.isdir(os.path.dirname(os.path.abspath(cfg.json))):
-        raise DataError(f"--seeds {cfg.seeds}, --json {cfg.json!r}: needs 1 or more, a folder that exists")
+        raise DataError("ablations run turtle world from scratch, plain and with rule books, and set adapter "
+                        f"and seeds themselves: leave out --{' --'.join(wrong)}")
+    if cfg.seeds < 1 or not cfg.json or not writable(cfg.json):
+        raise DataError(f"--seeds {cfg.seeds}, --json {cfg.json!r}: needs 1 or more, a file in a folder that "
+                        "exists")
     if not (cfg.until and cfg.eval_every and cfg.steps):
         raise DataError(f"--until {cfg.until} --eval_every {cfg.eval_every} --steps {cfg.steps}: needs the "
                         "hit@1 at which a run ends, how often to look, and the most steps")
@@ -223,14 +244,12 @@ def main(argv):
 
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
     bar = tqdm(total=len(todo), desc="ablations", unit="run")
-    with ThreadPoolExecutor(os.cpu_count()) as pool, bar:
+    alone = train.only_run(replace(base, out=os.path.join(base.out, "ablations"), resume=True))
+    with alone, ThreadPoolExecutor(os.cpu_count()) as pool, bar:
         try:
-            jobs = {pool.submit(runs.run, *job): job for job in todo}
+            jobs = [pool.submit(runs.run, *job) for job in todo]
             for future in as_completed(jobs):
-                if not future.result():
-                    job = jobs[future]
-                    raise DataError(f"{job} did not finish; see output.txt in {runs.out(*job)}.  The same "
-                                    "command goes on")
+                future.result()
                 with writing(cfg.json) as f:
                     json.dump(results, f, indent=1)
                 bar.update()

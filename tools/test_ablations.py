@@ -7,9 +7,11 @@ from collections import Counter
 
 import pytest
 
+import train
 from tools import ablations
 from data import DataError
 from test_plume import Started
+from tests.processes import server
 
 TWO = {"full": ({}, 61.6), "K = 1, single MLP": (dict(segments=1, adapter="mlp"), 59.2)}
 FOLDER = {"full": "full", "K = 1, single MLP": "K_1_single_MLP"}
@@ -24,6 +26,7 @@ def forked(command, stdout, stderr, env):
 
 @pytest.fixture
 def command(tmp_path, monkeypatch):
+    server()  # changes the environment for a moment: before threads read it
     monkeypatch.setattr(ablations, "ABLATIONS", TWO)
     monkeypatch.setattr(ablations.subprocess, "Popen", forked)
     return ["--json", str(tmp_path / "a.json"), "--seeds=1", "--families=image_cls", "--steps=6",
@@ -66,12 +69,31 @@ def test_ablations_by_one_command_that_goes_on_where_it_stopped(command, tmp_pat
     assert timeless(json.loads(file.read_text())["runs"]) == timeless(first["runs"])
     with pytest.raises(DataError, match="another file, or the same flags"):
         ablations.main([*command, "--lr=1e-3"])
+    with pytest.raises(DataError, match="holds a run of other flags .lr: 0.002 then, 0.001 now.: choose"):
+        ablations.main([*command, "--lr=1e-3", f"--json={tmp_path}/b.json"])
+
+
+def test_after_a_run_that_does_not_end_well_no_other_begins(command, tmp_path, monkeypatch):
+    monkeypatch.setattr(ablations.os, "cpu_count", lambda: 1)
+    (tmp_path / "ablations" / "full_plain_0").mkdir(parents=True)
+    (tmp_path / "ablations" / "full_plain_0" / "checkpoint").write_text("a file where a folder should be")
+    with pytest.raises(DataError, match="full_plain_0: this run did not end well"):
+        ablations.main(command)
+    assert not list(tmp_path.glob("ablations/*/log.jsonl"))
+
+
+def test_one_command_at_a_time(command, tmp_path):
+    with train.only_run(train.Config(out=str(tmp_path / "ablations"), resume=True)):
+        second = Started("tools.ablations", *command)
+        assert second.returncode and "another run is at work there" in second.stdout + second.stderr
+    assert not (tmp_path / "a.json").exists()
 
 
 def test_a_setting_that_stays_below_with_three_seeds_gets_no_more(command, tmp_path, capsys, monkeypatch):
     def logged(runs, out):
         return [dict(hit=0.5, ms=1)] * 6, None if "K_1" in out and "plain" in out else 4
 
+    monkeypatch.setattr(ablations.Runs, "start", lambda *given: None)
     monkeypatch.setattr(ablations.Runs, "logged", logged)
     monkeypatch.setattr(ablations.os, "cpu_count", lambda: 1)
     assert ablations.main([*command, "--seeds=5"]) == 0
@@ -94,9 +116,12 @@ def test_a_setting_shows_when_the_ranges_of_all_seeds_lie_apart():
     assert ablations.as_text([float("inf")] * 3, 1000) == "> 1000"
     found = [ablations.verdict(ablations.steps_of(runs, name, "plain"), full) for name in ("full", *"abcd")]
     assert found == ["", "slower", "", "faster", ""]
+    assert ablations.verdict([1200, 1300], full) == ablations.verdict([2000] * 3, full[:2]) == ""  # too few
 
 
-@pytest.mark.parametrize("text", ["{", "[]", '{"runs": []}'])
+@pytest.mark.parametrize("text", [
+    "{", "[]", '{"runs": []}', '{"config": {}, "settings": {}, "runs": {}}',
+    '{"config": {}, "settings": {}, "runs": [{}]}', '{"config": {}, "settings": {}, "runs": [3]}'])
 def test_a_file_of_somebody_else_is_refused(command, tmp_path, text):
     (tmp_path / "odd.json").write_text(text)
     with pytest.raises(DataError, match="odd.json: not a file that this command writes"):
@@ -106,9 +131,11 @@ def test_a_file_of_somebody_else_is_refused(command, tmp_path, text):
 @pytest.mark.parametrize("flag, why", [
     ("--data=x.jsonl", "leave out --data"),
     ("--rules", "leave out --rules"),
+    ("--thought=parallel", "leave out --thought"),
+    ("--json=", "needs 1 or more, a file"),
     ("--seeds=0", "--seeds 0"),
     ("--until=0", "needs the hit@1 at which a run ends"),
-    ("--json=no/a.json", "folder that exists"),
+    ("--json=no/a.json", "folder that *exists"),
     ("--families=image_clss", "Did you mean 'image_cls'"),
 ])
 def test_flags_that_cannot_work_are_refused(command, tmp_path, monkeypatch, flag, why):
