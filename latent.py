@@ -66,7 +66,7 @@ class Cache:
         self.prefix, self.slots = [], []  # a (k, v) for each layer, each (B, G, ., d)
 
     def of(self, rows):
-        """The cache of some rows (n,): a copy, or itself over the same tensors for all rows."""
+        """The cache of some rows (n,), sorted, each once: a copy, or for all rows over the same tensors."""
         some = copy.copy(self)
         if len(rows) == len(self.hide):
             some.prefix, some.slots = list(self.prefix), list(self.slots)

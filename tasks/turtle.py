@@ -79,7 +79,8 @@ class World:
         self.programs, self.lengths = np.tile(np.concatenate(programs), count), np.tile(lengths, count)
         self.starts = rng.integers(len(STATES), size=len(self.programs))
         shared = len(MOVES) ** self.lengths < 4 * test
-        block = self.starts[shared] // 8  # one start of every 8 is kept for the test split
+        # one start of every 8, the first, is kept for the test split: 13 = 8 + 5 becomes 8 there
+        block = self.starts[shared] // 8
         shift = rng.integers(1, 8, size=len(block)) if split == "train" else 0
         self.starts[shared] = 8 * block + (block + shift) % 8
         self.rules = rng.integers(len(RULES), size=len(self.programs)) if rules else None
@@ -363,8 +364,8 @@ def world_tasks(backbone=QWEN2_VL, moves="8", rules=False, codes=False):
     """{name: Task}: every family as "<family>/turtle", unseen programs against all 64 final states.
 
     Those of question answering also as "<family>/turtle_hard": only against the states where one wrong move
-    would have led.  moves, rules, codes: see
-    World.  With code words the candidates are all targets and those that differ from one in a single thing.
+    would have led.  moves, rules, codes: see World.  With code words the candidates are all targets and those
+    that differ from one in a single thing.
     """
     test = World("test", backbone=backbone, moves=moves, rules=rules, codes=codes)
     n, numbers = len(test) // len(test.names), range(len(STATES))

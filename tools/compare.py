@@ -29,7 +29,7 @@ class Config:
     codes: bool = False  # whether it is pages with code words, as in train.py
     task: str = "all"  # as eval.py's: all, a meta-task (video_ret), a data set, several with commas between
     ckpt: str = "out/checkpoint"  # checkpoint folder or hub name
-    limit: int = 512  # tokens a rationale may have in mode cot
+    limit: int = 512  # tokens a rationale may have in modes cot and auto
     batch_size: int = 32  # items encoded together; time depends on it
     device: str = ""  # cuda, mps or cpu; default: the best there is
     dtype: str = ""  # float32 or bfloat16; default: bfloat16 where it is fast

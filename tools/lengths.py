@@ -7,6 +7,7 @@ single and cot.  Queries of all families together, one length at a time, so that
 the fastest of --rounds.
 """
 
+import math
 import os
 import time
 from dataclasses import asdict, dataclass
@@ -102,7 +103,7 @@ def draw(best, lengths, path):
     """Two plots side by side over the number of moves: hit@1, and milliseconds a query."""
     image = Image.new("RGB", (1200, 560), "white")
     pen, font, small = ImageDraw.Draw(image), ImageFont.load_default(20), ImageFont.load_default(16)
-    slowest = max(row["ms"] for rows in best.values() for row in rows)
+    slowest = math.ceil(max(row["ms"] for rows in best.values() for row in rows))
     plots = ((70, "hit", "hit@1", 1.0, "{:.0%}"), (670, "ms", "milliseconds per query", slowest, "{:.1f}"))
     top, bottom, width = 60, 400, 480
     for left, key, title, most, form in plots:
@@ -115,11 +116,12 @@ def draw(best, lengths, path):
         for x, n in zip(xs, lengths):
             pen.text((x, bottom + 8), str(n), fill="black", font=small, anchor="mt")
         pen.text((left + width / 2, bottom + 32), "moves", fill="black", font=small, anchor="mt")
-        for colour, rows in zip(COLOURS, best.values()):
+        for n, (colour, rows) in enumerate(zip(COLOURS, best.values())):
+            r = 2 + len(best) - n  # equal ones stay visible as rings
             points = [(x, bottom - (bottom - top) * row[key] / most) for x, row in zip(xs, rows)]
             pen.line(points, fill=colour, width=3)
             for x, y in points:
-                pen.ellipse((x - 4, y - 4, x + 4, y + 4), fill=colour)
+                pen.ellipse((x - r, y - r, x + r, y + r), fill=colour)
     for n, (colour, label) in enumerate(zip(COLOURS, best)):
         x, y = 70 + n % 4 * 280, 470 + n // 4 * 34
         pen.line((x, y, x + 30, y), fill=colour, width=4)
