@@ -121,7 +121,10 @@ class Curriculum:
         return rest, answer if stage.answer or goes_on else ""
 
     def parts(self, rationale):
-        """The rationale in S strings, stage s replaces the first s of them; adaptive: as many as units, or S."""
+        """The rationale in S strings, of which stage s replaces the first s.
+
+        adaptive: in as many as it has units, but no fewer than S.
+        """
         if not self.adaptive:
             return segment(rationale, self.segments)
         units = len(SENTENCE.findall(rationale))

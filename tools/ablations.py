@@ -43,6 +43,7 @@ ABLATIONS = {
     "K = 6": (dict(segments=6), 61.1),
     "rest after the thought": (dict(rest_of_rationale="after"), None),
     "no read-out loss": (dict(w_read=0.0), None),
+    "no gate": (dict(gate=0.0), None),
     "paper's schedule": (dict(gate=0.0, replay=0.0, last_stage=0.5), None),
     "no curriculum, but read-out loss": (dict(last_stage=1.0, replay=0.0), None),
     "tokens in parallel": (dict(thought="parallel"), None),
@@ -157,7 +158,7 @@ def results_so_far(path, base):
         then["config"] = {name: usual[name] for name in config} | then["config"]  # flags since then
         if not isinstance(then["runs"], list) or not all(run.keys() == ROW for run in then["runs"]):
             raise LookupError("its runs are others")
-        then["settings"]
+        then["settings"] = settings | then["settings"]
     except (ValueError, LookupError, TypeError, AttributeError) as e:
         raise DataError(f"{path}: not a file that this command writes: {reason(e)}; choose another") from e
     for key in ("config", "settings"):
