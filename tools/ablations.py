@@ -115,9 +115,13 @@ class Runs:
     def logged(self, out):
         """-> rows of a run's log, and the steps after which it had come so far, or None."""
         path, rows = os.path.join(out, "log.jsonl"), []
-        if os.path.exists(path):
-            with open(path) as f:
-                rows = [json.loads(line) for line in f if line.endswith("\n")]
+        try:
+            if os.path.exists(path):
+                with open(path) as f:
+                    rows = [json.loads(line) for line in f if line.endswith("\n")]
+        except ValueError as e:
+            raise DataError(f"{path}: not the log of a run: {reason(e)}; remove that folder, and the same "
+                            "command runs it anew") from e
         there = [row["step"] + 1 for row in rows if row.get("hit", 0) >= self.base.until]
         return rows, there[0] if there else None
 

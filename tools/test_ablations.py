@@ -71,6 +71,9 @@ def test_ablations_by_one_command_that_goes_on_where_it_stopped(command, tmp_pat
         ablations.main([*command, "--lr=1e-3"])
     with pytest.raises(DataError, match="holds a run of other flags .lr: 0.002 then, 0.001 now.: choose"):
         ablations.main([*command, "--lr=1e-3", f"--json={tmp_path}/b.json"])
+    (folder(known) / "log.jsonl").write_text("odd\n")
+    with pytest.raises(DataError, match="log.jsonl: not the log of a run: .*; remove that folder"):
+        ablations.main([*command, f"--json={tmp_path}/b.json"])
 
 
 def test_after_a_run_that_does_not_end_well_no_other_begins(command, tmp_path, monkeypatch):
