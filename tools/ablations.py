@@ -10,6 +10,7 @@ on where it stopped.
 
 import itertools
 import json
+import math
 import os
 import re
 import signal
@@ -89,7 +90,7 @@ class Runs:
 
         Raises DataError for a run that did not end well, or has other flags.
         """
-        if self.stopping or hopeless(steps_of(self.rows, setting, world)):
+        if self.stopping or hopeless(outcomes_of(self.rows, setting, world)):
             return
         out, usual = self.out(setting, world, seed), asdict(train.Config())
         os.makedirs(out, exist_ok=True)
@@ -101,7 +102,7 @@ class Runs:
             state = train.read_state(os.path.join(train.checkpoint_in(out), "train_state.pt"))
             if changed := train.changes(state["config"], cfg):
                 raise DataError(f"{out} holds a run of other flags ({changed}): choose another --out")
-            rows, steps = self.logged(out)
+            rows, steps = self.logged(out, state["step"])
         if steps is None and len(rows) < self.base.steps:
             self.start(out, "train.py", *flags)
             if self.stopping:
@@ -112,16 +113,21 @@ class Runs:
         self.rows.append(
             dict(setting=setting, world=world, seed=seed, steps=steps, hit=hit, seconds=seconds))
 
-    def logged(self, out):
-        """-> rows of a run's log, and the steps after which it had come so far, or None."""
-        path, rows = os.path.join(out, "log.jsonl"), []
+    def logged(self, out, done=0):
+        """-> rows of a run's log, and the steps after which it had come so far, or None.
+
+        Raises DataError for the log of less than `done` steps, which the run's checkpoint has.
+        """
+        path, rows, broken = os.path.join(out, "log.jsonl"), [], ""
         try:
             if os.path.exists(path):
                 with open(path) as f:
                     rows = [json.loads(line) for line in f if line.endswith("\n")]
         except ValueError as e:
-            raise DataError(f"{path}: not the log of a run: {reason(e)}; remove that folder, and the same "
-                            "command runs it anew") from e
+            broken = f": {reason(e)}"
+        if broken or len(rows) < done:
+            raise DataError(f"{path}: not the whole log of a run of {done} steps{broken}; remove {out}, and "
+                            "the same command runs it anew")
         there = [row["step"] + 1 for row in rows if row.get("hit", 0) >= self.base.until]
         return rows, there[0] if there else None
 
@@ -172,52 +178,56 @@ def results_so_far(path, base):
     return then
 
 
-def steps_of(runs, setting, world):
-    """-> steps that each seed took, sorted; infinite for one that did not come so far."""
+def outcomes_of(runs, setting, world):
+    """-> (steps, 0) of each seed that came so far, (infinity, share of queries that it misses) of the others.
+
+    The best first.
+    """
     mine = [run for run in runs if run["setting"] == setting and run["world"] == world]
-    return sorted(float("inf") if run["steps"] is None else run["steps"] for run in mine)
+    return sorted((run["steps"], 0) if run["steps"] else (math.inf, 1 - run["hit"]) for run in mine)
 
 
-def hopeless(steps):
+def hopeless(outcomes):
     """Whether no seed came so far, of enough."""
-    return len(steps) >= ENOUGH and steps[0] == float("inf")
+    return len(outcomes) >= ENOUGH and outcomes[0][0] == math.inf
 
 
-def as_text(steps, most):
+def as_text(outcomes, most):
     """Median and range of the steps of all seeds."""
-    if not steps:
+    if not outcomes:
         return "-"
-    low, middle, high = (f"{n:.0f}" if n <= most else f"> {most}"
-                         for n in (steps[0], statistics.median_low(steps), steps[-1]))
+    seeds = outcomes[0], statistics.median_low(outcomes), outcomes[-1]
+    low, middle, high = (f"{steps:.0f}" if steps <= most else f"> {most}" for steps, _ in seeds)
     if low == high:
         return low
     return f"{middle} ({low} .. {high})"
 
 
-def verdict(steps, full):
-    """Whether a setting shows: the ranges of enough seeds lie apart.  -> "slower", "faster" or "" """
-    if min(len(steps), len(full)) < ENOUGH:
+def verdict(outcomes, full):
+    """Whether a setting shows: all of enough seeds lie apart from all of the full method's."""
+    if min(len(outcomes), len(full)) < ENOUGH:
         return ""
-    if steps[0] > full[-1]:
-        return "slower"
-    if steps[-1] < full[0]:
-        return "faster"
+    if outcomes[0] > full[-1]:
+        return "worse"
+    if outcomes[-1] < full[0]:
+        return "better"
     return ""
 
 
 def show(runs, most):
     """The table: steps of every setting in every world, and whether they lie apart from the full method's."""
     print("steps: median (lowest .. highest) of the seeds, > N alone: none of them came so far;\n"
-          "slower, faster: the ranges lie apart from full's")
+          "worse, better: all seeds lie apart from all of full's, by steps, and those that did not come so "
+          "far by their last hit@1")
     print(f"{'setting':34}" + "".join(f"{world:>32}" for world in WORLDS) + "   paper, MMEB-V2")
     for name, (_, paper) in ABLATIONS.items():
         line = f"{name:34}"
         for world in WORLDS:
-            steps = steps_of(runs, name, world)
-            line += f"{as_text(steps, most):>24}{verdict(steps, steps_of(runs, 'full', world)):>8}"
+            mine, full = outcomes_of(runs, name, world), outcomes_of(runs, "full", world)
+            line += f"{as_text(mine, most):>24}{verdict(mine, full):>8}"
         print(f"{line}   {paper or ''}")
     hours = sum(r["seconds"] for r in runs) / 3600
-    print(f"{len(runs)} runs, {hours:.1f} hours of training on one core each")
+    print(f"{len(runs)} runs, {hours:.1f} hours of training steps on one core each")
 
 
 def refuse(cfg, given):

@@ -71,9 +71,10 @@ def test_ablations_by_one_command_that_goes_on_where_it_stopped(command, tmp_pat
         ablations.main([*command, "--lr=1e-3"])
     with pytest.raises(DataError, match="holds a run of other flags .lr: 0.002 then, 0.001 now.: choose"):
         ablations.main([*command, "--lr=1e-3", f"--json={tmp_path}/b.json"])
-    (folder(known) / "log.jsonl").write_text("odd\n")
-    with pytest.raises(DataError, match="log.jsonl: not the log of a run: .*; remove that folder"):
-        ablations.main([*command, f"--json={tmp_path}/b.json"])
+    for text in ("odd\n", ""):
+        (folder(known) / "log.jsonl").write_text(text)
+        with pytest.raises(DataError, match="log.jsonl: not the whole log of a run of .* steps.*; remove"):
+            ablations.main([*command, f"--json={tmp_path}/b.json"])
 
 
 def test_after_a_run_that_does_not_end_well_no_other_begins(command, tmp_path, monkeypatch):
@@ -93,7 +94,7 @@ def test_one_command_at_a_time(command, tmp_path):
 
 
 def test_a_setting_that_stays_below_with_three_seeds_gets_no_more(command, tmp_path, capsys, monkeypatch):
-    def logged(runs, out):
+    def logged(runs, out, done=0):
         return [dict(hit=0.5, ms=1)] * 6, None if "K_1" in out and "plain" in out else 4
 
     monkeypatch.setattr(ablations.Runs, "start", lambda *given: None)
@@ -105,21 +106,31 @@ def test_a_setting_that_stays_below_with_three_seeds_gets_no_more(command, tmp_p
     assert "18 runs" in capsys.readouterr().out
 
 
-def run_of(setting, *steps):
-    return [dict(setting=setting, world="plain", seed=i, steps=n) for i, n in enumerate(steps)]
+def runs_of(setting, *steps, hits=()):
+    """A run for each number of steps, and one that does not come so far for each hit@1."""
+    ends = [(n, 0.9) for n in steps] + [(None, hit) for hit in hits]
+    return [dict(setting=setting, world="plain", steps=n, hit=hit) for n, hit in ends]
 
 
-def test_a_setting_shows_when_the_ranges_of_all_seeds_lie_apart():
-    runs = [*run_of("full", 500, 400, 600), *run_of("a", 650, 700, None), *run_of("b", 450, 900, 950)]
-    runs += run_of("c", 100, 350, 399)
-    full = ablations.steps_of(runs, "full", "plain")
-    assert full == [400, 500, 600] and ablations.steps_of(runs, "full", "rule books") == []
+def test_a_setting_shows_when_all_its_seeds_lie_apart():
+    runs = [*runs_of("full", 500, 400, 600), *runs_of("a", 650, 700, hits=[0.8])]
+    runs += [*runs_of("b", 450, 900, 950), *runs_of("c", 100, 350, 399)]
+    full, a, b, c = (ablations.outcomes_of(runs, name, "plain") for name in ("full", *"abc"))
+    assert [steps for steps, _ in full] == [400, 500, 600]
+    assert ablations.outcomes_of(runs, "full", "rule books") == []
     assert ablations.as_text(full, 1000) == "500 (400 .. 600)" and ablations.as_text([], 1000) == "-"
-    assert ablations.as_text(ablations.steps_of(runs, "a", "plain"), 1000) == "700 (650 .. > 1000)"
-    assert ablations.as_text([float("inf")] * 3, 1000) == "> 1000"
-    found = [ablations.verdict(ablations.steps_of(runs, name, "plain"), full) for name in ("full", *"abcd")]
-    assert found == ["", "slower", "", "faster", ""]
-    assert ablations.verdict([1200, 1300], full) == ablations.verdict([2000] * 3, full[:2]) == ""  # too few
+    assert ablations.as_text(a, 1000) == "700 (650 .. > 1000)"
+    assert ablations.as_text(a[2:] * 3, 1000) == "> 1000"
+    assert [ablations.verdict(mine, full) for mine in (full, a, b, c, [])] == ["", "worse", "", "better", ""]
+    assert ablations.verdict(a[1:], full) == ablations.verdict(a, full[:2]) == ""  # too few
+
+
+def test_seeds_that_did_not_come_so_far_are_compared_by_their_last_hit():
+    runs = [*runs_of("full", 500, 400, hits=[0.4]), *runs_of("a", hits=[0.39, 0.1, 0.2])]
+    runs += runs_of("b", hits=[0.41, 0.1, 0.2])
+    full, a, b = (ablations.outcomes_of(runs, name, "plain") for name in ("full", *"ab"))
+    assert ablations.hopeless(a) and not ablations.hopeless(full)
+    assert [ablations.verdict(mine, full) for mine in (a, b)] == ["worse", ""]
 
 
 @pytest.mark.parametrize("text", [
