@@ -242,7 +242,8 @@ class Plume(nn.Module):
             return unit(h), Spent(none, length_of(tokens, end))
         if mode == "single":
             return unit(single_pass(self.lm, prefix)), Spent(none, none)
-        steps = self.settings["latent_steps"] if steps is None else steps
+        K = self.settings["latent_steps"]
+        steps = K if steps is None else steps
         suffix = embed(batch["suffix"])
         if mode == "auto" and not self.says_when_done:
             warnings.warn("this checkpoint does not say when it is done (those of train.py --adaptive do): "
@@ -252,6 +253,9 @@ class Plume(nn.Module):
                 self.lm, self.adapter, embed, head, prefix, steps, suffix, batch["gen"], ids["<eot>"], done,
                 end, limit, rule)
             return unit(h), Spent(*spent)
+        elif self.says_when_done and steps == K:
+            warnings.warn("this checkpoint was trained for mode auto (train.py --adaptive): mode latent leaves "
+                          "out what its latent steps do not hold")
         graphs = None if torch.is_grad_enabled() else self.graphs  # they carry no gradients
         r = rollout(self.lm, self.adapter, prefix, steps, suffix, rule, self.checkpointing, graphs)
         return unit(at(r.suffix, batch["gen"])), Spent(none + steps, none)
@@ -302,6 +306,9 @@ class Plume(nn.Module):
         label = progress if isinstance(progress, str) else f"encode ({mode})"
         bar = tqdm(total=length_hint(items), desc=label, unit="item", disable=not progress)
         items, size = told_of_file_names(iterate(items)), 8 * batch_size if sort else batch_size
+        if spent is not None:
+            for name in Spent._fields:
+                spent.setdefault(name, [])
         was_training = self.training
         self.eval()
         try:
@@ -319,7 +326,7 @@ class Plume(nn.Module):
                         self.embed_rows(out, rows, samples, mode, steps, limit, took, done, costs)
                 out = out.cpu().numpy()
                 for name, column in zip(Spent._fields, costs.T.tolist() if spent is not None else ()):
-                    spent.setdefault(name, []).extend(column)
+                    spent[name].extend(column)
                 wrong = [s["where"] for s, row in zip(samples, out) if s and not np.isfinite(row).all()]
                 if wrong:
                     self.not_finite(wrong)

@@ -620,12 +620,14 @@ def readable(cfg, pairs, rows, processor):
 def hit_at_1(model, pairs, rows, autocast):
     """hit@1 of the held-out queries against their targets: latent, or auto if the model says when it is done.
 
-    Turtle world's rationales end at 64 tokens there.  The same number on all ranks: the first one's.
+    Then a row may write as many tokens as the longest rationale and answer there have, and 16 for the tags.
+    The same number on all ranks: the first one's.
     """
     queries, targets = zip(*[pairs[i][:2] for i in rows])
     _, first, gold = np.unique([target.key() for target in targets], return_index=True, return_inverse=True)
     mode = "auto" if model.says_when_done else "latent"
-    limit = 64 if isinstance(pairs, World) else 512
+    texts = [side.rationale + side.answer for side in (*queries, *targets)]
+    limit = 16 + max(map(len, model.processor.tokenizer(texts).input_ids))
     with autocast:
         q = model.encode(list(queries), mode, limit=limit)
         t = model.encode([targets[i] for i in first], mode, limit=limit)

@@ -79,7 +79,7 @@ class World:
         self.programs, self.lengths = np.tile(np.concatenate(programs), count), np.tile(lengths, count)
         self.starts = rng.integers(len(STATES), size=len(self.programs))
         shared = len(MOVES) ** self.lengths < 4 * test
-        # one start of every 8, the first, is kept for the test split: 13 = 8 + 5 becomes 8 there
+        # of every 8 starts one is kept for the test split: of 8 .. 15 it is 9
         block = self.starts[shared] // 8
         shift = rng.integers(1, 8, size=len(block)) if split == "train" else 0
         self.starts[shared] = 8 * block + (block + shift) % 8

@@ -16,20 +16,24 @@ from model import Plume
 from test_plume import (
     GOLDEN, QUICK, assert_close, call, log, make_model, mixed_items, reference_prefill, reference_step,
     rendered, run)
+from tests import test_backbones as backbones
 
 K, LIMIT = 4, 6
 
 
-@pytest.fixture(scope="module")
-def adaptive():
-    return make_model(adaptive=True, latent_steps=K)
+@pytest.fixture(scope="module", params=[
+    {}, dict(shape="tiny3"), dict(latent_positions="cache", adapter=dict(kind="mlp"))],
+    ids=["", "qwen3-vl", "positions of the cache"])
+def adaptive(request):
+    return make_model(adaptive=True, latent_steps=K, **request.param)
 
 
 def by_hand(m, item, done, limit=LIMIT):
     """One item in mode auto, through transformers' modules and cache -> embedding, steps, tokens written."""
-    sample = rendered(m, [item])[0]
-    h, cache = reference_prefill(m, sample)
+    sample, h, cache = backbones.reference_prefill(m, item)
     anchor, z, position = h[sample["disc"]][None], h[-1][None], int(sample["positions"].max()) + 1
+    if m.settings["latent_positions"] == "cache":
+        position = len(sample["ids"])
     eot, end = m.processor.id["<eot>"], m.processor.id["<gen_emb>"]
     for k in range(K + 1):
         if m.backbone.lm_head(z).softmax(-1)[0, eot] > done:
@@ -51,7 +55,8 @@ def by_hand(m, item, done, limit=LIMIT):
 def readings(m, items):
     """(N, K+1): the probability of <eot> that the state behind 0 .. K steps gives."""
     batch = collate(rendered(m, items), m.processor)
-    r = rollout(m.lm, m.adapter, m.prefix(batch), K, m.lm.embed_tokens(batch["suffix"]))
+    suffix, rule = m.lm.embed_tokens(batch["suffix"]), m.settings["latent_positions"]
+    r = rollout(m.lm, m.adapter, m.prefix(batch), K, suffix, rule)
     states = torch.cat([r.start[:, None], r.latents], 1)
     return m.backbone.lm_head(states).softmax(-1)[..., m.processor.id["<eot>"]]
 
@@ -95,6 +100,12 @@ def test_a_row_that_stops_has_the_embedding_of_as_many_steps(adaptive, world):
     none = make_model(adaptive=True, latent_steps=0)
     written = none.encode(items, "auto", limit=LIMIT, done=1.0)
     assert_close(written, none.encode(items, "cot", limit=LIMIT), "cot", 1e-6)
+
+
+def test_what_is_spent_on_nothing_is_told_and_mode_latent_says_that_auto_is_meant(adaptive):
+    assert len(adaptive.encode([], "auto", spent=(spent := {}))) == 0 and spent == dict(steps=[], tokens=[])
+    with pytest.warns(UserWarning, match="was trained for mode auto"):
+        adaptive.encode(["a"])
 
 
 def test_a_checkpoint_that_does_not_say_when_it_is_done_takes_all_steps_and_says_so(model, world):

@@ -50,9 +50,14 @@ ABLATIONS = {
     "tokens in parallel": (dict(thought="parallel"), None),
     "frozen backbone": (dict(freeze_backbone=True), None),
     "frozen, no latent transition": (dict(freeze_backbone=True, adapter="none"), None),
+    "frozen, single MLP": (dict(freeze_backbone=True, adapter="mlp"), None),
+    "frozen, no anchor": (dict(freeze_backbone=True, anchor=False), None),
     "untied embeddings": (dict(tied=False), None),
     "untied, no latent transition": (dict(tied=False, adapter="none"), None),
+    "untied, single MLP": (dict(tied=False, adapter="mlp"), None),
+    "untied, no anchor": (dict(tied=False, anchor=False), None),
 }
+WHOLE = {"frozen": "frozen backbone", "untied": "untied embeddings"}  # before a comma: compared with this
 
 ENOUGH = 3  # seeds of a setting that all stay below --until; it gets no more of them
 NOT_HERE = {  # flags of train.py
@@ -203,13 +208,18 @@ def as_text(outcomes, most):
     return f"{middle} ({low} .. {high})"
 
 
-def verdict(outcomes, full):
-    """Whether a setting shows: all of enough seeds lie apart from all of the full method's."""
-    if min(len(outcomes), len(full)) < ENOUGH:
+def whole_of(setting):
+    """The setting that this one leaves something out of."""
+    return WHOLE.get(setting.partition(", ")[0], "full")
+
+
+def verdict(outcomes, whole):
+    """Whether what a setting leaves out shows: all of enough seeds lie apart from all of the whole's."""
+    if min(len(outcomes), len(whole)) < ENOUGH:
         return ""
-    if outcomes[0] > full[-1]:
+    if outcomes[0] > whole[-1]:
         return "worse"
-    if outcomes[-1] < full[0]:
+    if outcomes[-1] < whole[0]:
         return "better"
     return ""
 
@@ -217,14 +227,14 @@ def verdict(outcomes, full):
 def show(runs, most):
     """The table: steps of every setting in every world, and whether they lie apart from the full method's."""
     print("steps: median (lowest .. highest) of the seeds, > N alone: none of them came so far;\n"
-          "worse, better: all seeds lie apart from all of full's, by steps, and those that did not come so "
-          "far by their last hit@1")
+          "worse, better: all seeds lie apart from all of full's (frozen backbone's, untied embeddings'),\n"
+          "by steps, and those that did not come so far by their last hit@1")
     print(f"{'setting':34}" + "".join(f"{world:>32}" for world in WORLDS) + "   paper, MMEB-V2")
     for name, (_, paper) in ABLATIONS.items():
         line = f"{name:34}"
         for world in WORLDS:
-            mine, full = outcomes_of(runs, name, world), outcomes_of(runs, "full", world)
-            line += f"{as_text(mine, most):>24}{verdict(mine, full):>8}"
+            mine, whole = outcomes_of(runs, name, world), outcomes_of(runs, whole_of(name), world)
+            line += f"{as_text(mine, most):>24}{verdict(mine, whole):>8}"
         print(f"{line}   {paper or ''}")
     hours = sum(r["seconds"] for r in runs) / 3600
     print(f"{len(runs)} runs, {hours:.1f} hours of training steps on one core each")

@@ -3,8 +3,8 @@
     python -m tools.lengths --moves 2-12 --ckpt out/adaptive/checkpoint out/k12/checkpoint --png lengths.png
 
 Of every checkpoint: latent with all its steps, and auto when it says when it is done; of the first also
-single and cot.  Queries of all families together, one length at a time, so that a length's time is its own;
-the fastest of --rounds.
+single and cot.  Queries of all families together, one length at a time, so that a length's time is its own,
+then as many of all lengths mixed; the fastest of --rounds.
 """
 
 import math
@@ -15,12 +15,14 @@ from dataclasses import asdict, dataclass
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
+from tqdm import tqdm
 
 import eval as evaluation
 from data import DataError, command, parse_flags, writing
 from eval import find_tasks, first_rank, load, rank, writable, write_json
 from tasks.turtle import World, lengths_of, moves_lost
 
+MIXED = "mixed"  # in place of a length: queries of all lengths in one batch
 COLOURS = ("#d62728", "#2ca02c", "#1f77b4", "#ff7f0e", "#9467bd", "#8c564b", "#17becf", "#7f7f7f")
 
 
@@ -54,7 +56,7 @@ def ways_of(models):
 
 
 def measure(model, mode, tasks, rows, cfg):
-    """rows: {length: numbers of a task's queries} -> [dict(length, hit, ms, steps, tokens)]"""
+    """rows: {length or MIXED: numbers of a task's queries} -> [dict(length, hit, ms, steps, tokens)]"""
     how = dict(batch_size=cfg.batch_size, limit=cfg.limit, done=cfg.done)
     corpora = [torch.from_numpy(model.encode(task.corpus, mode, **how)) for task in tasks]
     found = []
@@ -76,11 +78,11 @@ def measure(model, mode, tasks, rows, cfg):
 def compare(ways, tasks, rows, cfg):
     """-> {label: rows of `measure`, with the least time of all rounds}"""
     best = {}
-    for _ in range(cfg.rounds):  # in turns: what else the machine does hits all alike
-        for label, model, mode in ways:
-            now = measure(model, mode, tasks, rows, cfg)
-            for old, new in zip(best.setdefault(label, now), now):
-                old["ms"] = min(old["ms"], new["ms"])
+    turns = ways * cfg.rounds  # in turns: what else the machine does hits all alike
+    for label, model, mode in tqdm(turns, desc="lengths", unit="turn"):
+        now = measure(model, mode, tasks, rows, cfg)
+        for old, new in zip(best.setdefault(label, now), now):
+            old["ms"] = min(old["ms"], new["ms"])
     return best
 
 
@@ -91,10 +93,11 @@ def as_text(best, lengths):
     for key, title, form in (
             ("hit", "hit@1", ".1%"), ("ms", "ms per query", ".2f"), ("steps", "latent steps", ".1f"),
             ("tokens", "tokens written", ".1f")):
-        lines.append(f"{title:{wide}}" + "".join(f"{n:>8}" for n in lengths) + f"{'mean':>8}")
+        lines.append(f"{title:{wide}}" + "".join(f"{n:>8}" for n in (*lengths, "mean", MIXED)))
         for label, rows in best.items():
-            values = [row[key] for row in rows]
-            lines.append(f"{label:{wide}}" + "".join(f"{v:8{form}}" for v in (*values, np.mean(values))))
+            *values, mixed = [row[key] for row in rows]
+            values += [np.mean(values), mixed]
+            lines.append(f"{label:{wide}}" + "".join(f"{value:8{form}}" for value in values))
         lines.append("")
     return "\n".join(lines[:-1])
 
@@ -116,7 +119,7 @@ def draw(best, lengths, path):
         for x, n in zip(xs, lengths):
             pen.text((x, bottom + 8), str(n), fill="black", font=small, anchor="mt")
         pen.text((left + width / 2, bottom + 32), "moves", fill="black", font=small, anchor="mt")
-        for n, (colour, rows) in enumerate(zip(COLOURS, best.values())):
+        for n, (colour, (*rows, _)) in enumerate(zip(COLOURS, best.values())):  # without MIXED
             r = 2 + len(best) - n  # equal ones stay visible as rings
             points = [(x, bottom - (bottom - top) * row[key] / most) for x, row in zip(xs, rows)]
             pen.line(points, fill=colour, width=3)
@@ -158,8 +161,10 @@ def main(argv):
     world = World("test", moves=cfg.moves, rules=cfg.rules)
     of_one_task = world.lengths[: len(tasks[0].queries)]
     rows = {n: np.flatnonzero(of_one_task == n).tolist() for n in lengths}
+    each = len(rows[lengths[0]])
+    rows[MIXED] = np.random.default_rng(0).permutation(len(of_one_task))[:each].tolist()
     best = compare(ways, tasks, rows, cfg)
-    count = len(rows[lengths[0]]) * len(tasks)
+    count = each * len(tasks)
     print(f"{count} queries of each length in batches of {cfg.batch_size}, {processor.limits.num_frames} "
           f"frames of a clip, {cfg.rounds} rounds, {time.time() - begun:.0f} s")
     print(as_text(best, lengths))

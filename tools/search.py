@@ -32,7 +32,6 @@ from tqdm import tqdm
 import eval as evaluation
 from data import DataError, closest, command, parse_flags, parse_item, parse_json, quote, reason, writing
 from eval import Embedder, load, writable
-from model import MODES
 from tools.search_files import printable, scan, sides_of
 from tools.search_report import write_gallery
 
@@ -48,7 +47,7 @@ class Config:
     every: float = 0.0  # clips are indexed whole and in windows of so many seconds; 0: whole
     # how
     ckpt: str = "out/checkpoint"  # checkpoint folder or hub name
-    mode: str = "latent"  # latent, or single: one pass
+    mode: str = "latent"  # latent; single: one pass; auto: for a checkpoint of train.py --adaptive
     batch_size: int = 16  # items embedded together; does not change the result
     device: str = ""  # cuda, mps or cpu; default: the best there is
     dtype: str = ""  # float32 or bfloat16; default: bfloat16 where it is fast
@@ -199,8 +198,8 @@ def refuse(cfg, folder, given):
         above, name = os.path.split(os.path.abspath(folder))
         beside = [entry.name for entry in os.scandir(above) if entry.is_dir()] if os.path.isdir(above) else []
         raise DataError(f"{quote(folder)}: no such folder.{closest(name, beside)}")
-    if cfg.mode not in MODES[:2]:
-        raise DataError(f"--mode {cfg.mode!r}: needs latent or single")
+    if cfg.mode not in ("latent", "single", "auto"):
+        raise DataError(f"--mode {cfg.mode!r}: needs latent, single or auto")
     if cfg.count < 1 or cfg.batch_size < 1 or not 0 <= cfg.every < math.inf:
         raise DataError(f"--count {cfg.count} and --batch_size {cfg.batch_size} must be at least 1, --every "
                         f"{cfg.every} at least 0 seconds")

@@ -133,6 +133,13 @@ def test_seeds_that_did_not_come_so_far_are_compared_by_their_last_hit():
     assert [ablations.verdict(mine, full) for mine in (a, b)] == ["worse", ""]
 
 
+def test_a_setting_is_compared_with_the_one_that_it_leaves_something_out_of():
+    wholes = {ablations.whole_of(name) for name in ablations.ABLATIONS}
+    assert wholes == {"full", "frozen backbone", "untied embeddings"} <= ablations.ABLATIONS.keys()
+    for name, (flags, _) in ablations.ABLATIONS.items():
+        assert flags.items() >= ablations.ABLATIONS[ablations.whole_of(name)][0].items(), name
+
+
 @pytest.mark.parametrize("text", [
     "{", "[]", '{"runs": []}', '{"config": {}, "settings": {}, "runs": {}}',
     '{"config": {}, "settings": {}, "runs": [{}]}', '{"config": {}, "settings": {}, "runs": [3]}'])

@@ -211,7 +211,7 @@ def test_what_is_wrong_is_named(small, folder, tmp_path):
             ((folder, "two", "texts"), "needs a folder and perhaps a text in quotes"),
             ((folder, "x", "--cuont", 3), "Did you mean 'count'"),
             ((folder, "x", "--count", 0), "must be at least 1"),
-            ((folder, "x", "--mode", "cot"), "needs latent or single"),
+            ((folder, "x", "--mode", "cot"), "needs latent, single or auto"),
             ((folder, "x", "--every", -1), "at least 0 seconds"),
             ((folder, "--html", "x.html"), "needs a query"),
             ((folder, "--image", "gone.png"), "'gone.png' does not exist"),
