@@ -254,8 +254,8 @@ class Plume(nn.Module):
                 end, limit, rule)
             return unit(h), Spent(*spent)
         elif self.says_when_done and steps == K:
-            warnings.warn("this checkpoint was trained for mode auto (train.py --adaptive): mode latent leaves "
-                          "out what its latent steps do not hold")
+            warnings.warn("this checkpoint was trained for mode auto (train.py --adaptive): mode latent "
+                          "leaves out what its latent steps do not hold")
         graphs = None if torch.is_grad_enabled() else self.graphs  # they carry no gradients
         r = rollout(self.lm, self.adapter, prefix, steps, suffix, rule, self.checkpointing, graphs)
         return unit(at(r.suffix, batch["gen"])), Spent(none + steps, none)
