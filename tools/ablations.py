@@ -121,7 +121,7 @@ class Runs:
     def logged(self, out, done=0):
         """-> rows of a run's log, and the steps after which it had come so far, or None.
 
-        Raises DataError for the log of less than `done` steps, which the run's checkpoint has.
+        Raises DataError for a log that is broken, or has less than the `done` steps of the run's checkpoint.
         """
         path, rows, broken = os.path.join(out, "log.jsonl"), [], ""
         try:
@@ -131,8 +131,8 @@ class Runs:
         except ValueError as e:
             broken = f": {reason(e)}"
         if broken or len(rows) < done:
-            raise DataError(f"{path}: not the whole log of a run of {done} steps{broken}; remove {out}, and "
-                            "the same command runs it anew")
+            raise DataError(f"{path}: not the whole log of this run{broken}; remove {out}, and the same "
+                            "command runs it anew")
         there = [row["step"] + 1 for row in rows if row.get("hit", 0) >= self.base.until]
         return rows, there[0] if there else None
 
@@ -214,7 +214,7 @@ def whole_of(setting):
 
 
 def verdict(outcomes, whole):
-    """Whether what a setting leaves out shows: all of enough seeds lie apart from all of the whole's."""
+    """Whether what a setting leaves out shows: every one of enough seeds is behind each of the whole's."""
     if min(len(outcomes), len(whole)) < ENOUGH:
         return ""
     if outcomes[0] > whole[-1]:
@@ -227,8 +227,8 @@ def verdict(outcomes, whole):
 def show(runs, most):
     """The table: steps of every setting in every world, and whether they lie apart from the full method's."""
     print("steps: median (lowest .. highest) of the seeds, > N alone: none of them came so far;\n"
-          "worse, better: all seeds lie apart from all of full's (frozen backbone's, untied embeddings'),\n"
-          "by steps, and those that did not come so far by their last hit@1")
+          "worse, better: every seed is behind, before each of full's (or frozen backbone's, untied\n"
+          "embeddings'), by steps, and those that did not come so far by their last hit@1")
     print(f"{'setting':34}" + "".join(f"{world:>32}" for world in WORLDS) + "   paper, MMEB-V2")
     for name, (_, paper) in ABLATIONS.items():
         line = f"{name:34}"

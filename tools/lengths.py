@@ -162,7 +162,8 @@ def main(argv):
     of_one_task = world.lengths[: len(tasks[0].queries)]
     rows = {n: np.flatnonzero(of_one_task == n).tolist() for n in lengths}
     each = len(rows[lengths[0]])
-    rows[MIXED] = np.random.default_rng(0).permutation(len(of_one_task))[:each].tolist()
+    some = [i for mine in rows.values() for i in mine[: math.ceil(each / len(rows))]]
+    rows[MIXED] = np.random.default_rng(0).permutation(some).tolist()
     best = compare(ways, tasks, rows, cfg)
     count = each * len(tasks)
     print(f"{count} queries of each length in batches of {cfg.batch_size}, {processor.limits.num_frames} "

@@ -73,7 +73,7 @@ def test_ablations_by_one_command_that_goes_on_where_it_stopped(command, tmp_pat
         ablations.main([*command, "--lr=1e-3", f"--json={tmp_path}/b.json"])
     for text in ("odd\n", ""):
         (folder(known) / "log.jsonl").write_text(text)
-        with pytest.raises(DataError, match="log.jsonl: not the whole log of a run of .* steps.*; remove"):
+        with pytest.raises(DataError, match="log.jsonl: not the whole log of this run.*; remove"):
             ablations.main([*command, f"--json={tmp_path}/b.json"])
 
 
