@@ -7,6 +7,7 @@ single and cot.  Queries of all families together, one length at a time, so that
 then as many of all lengths mixed; the fastest of --rounds.
 """
 
+import itertools
 import math
 import os
 import time
@@ -55,35 +56,35 @@ def ways_of(models):
     return ways
 
 
-def measure(model, mode, tasks, rows, cfg):
-    """rows: {length or MIXED: numbers of a task's queries} -> [dict(length, hit, ms, steps, tokens)]"""
-    how = dict(batch_size=cfg.batch_size, limit=cfg.limit, done=cfg.done)
-    corpora = [torch.from_numpy(model.encode(task.corpus, mode, **how)) for task in tasks]
-    found = []
-    for length, mine in rows.items():
-        queries = [task.queries[i] for task in tasks for i in mine]
-        took, spent = dict(seconds=0.0, tokens=0), {}
-        vectors = torch.from_numpy(model.encode(queries, mode, took=took, spent=spent, **how))
-        hits = []
-        for task, corpus, part in zip(tasks, corpora, vectors.split(len(mine))):
-            relevant = [task.relevant[i] for i in mine]
-            ranks = rank(part, corpus, relevant, [task.candidates[i] for i in mine])
-            hits += [first_rank(of_query) == 1 for of_query in ranks]
-        found.append(dict(
-            length=length, hit=float(np.mean(hits)), ms=1e3 * took["seconds"] / len(queries),
-            steps=float(np.mean(spent["steps"])), tokens=float(np.mean(spent["tokens"]))))
-    return found
+def measure(model, mode, tasks, corpora, mine, how):
+    """mine: numbers of every task's queries; corpora: its candidates' embeddings -> hit, ms, steps, tokens"""
+    queries = [task.queries[i] for task in tasks for i in mine]
+    took, spent, hits = dict(seconds=0.0, tokens=0), {}, []
+    vectors = torch.from_numpy(model.encode(queries, mode, took=took, spent=spent, **how))
+    for task, corpus, part in zip(tasks, corpora, vectors.split(len(mine))):
+        relevant = [task.relevant[i] for i in mine]
+        ranks = rank(part, corpus, relevant, [task.candidates[i] for i in mine])
+        hits += [first_rank(of_query) == 1 for of_query in ranks]
+    return dict(hit=float(np.mean(hits)), ms=1e3 * took["seconds"] / len(queries),
+                steps=float(np.mean(spent["steps"])), tokens=float(np.mean(spent["tokens"])))
 
 
 def compare(ways, tasks, rows, cfg):
-    """-> {label: rows of `measure`, with the least time of all rounds}"""
-    best = {}
-    turns = ways * cfg.rounds  # in turns: what else the machine does hits all alike
-    for label, model, mode in tqdm(turns, desc="lengths", unit="turn"):
-        now = measure(model, mode, tasks, rows, cfg)
-        for old, new in zip(best.setdefault(label, now), now):
-            old["ms"] = min(old["ms"], new["ms"])
-    return best
+    """rows: {length or MIXED: numbers of a task's queries}
+
+    -> {label: [what `measure` gives, with the length, and the least time of all rounds]}
+    """
+    how = dict(batch_size=cfg.batch_size, limit=cfg.limit, done=cfg.done)
+    corpora = {label: [torch.from_numpy(model.encode(task.corpus, mode, **how)) for task in tasks]
+               for label, model, mode in ways}
+    best = {label: {} for label in corpora}
+    # the ways take turns: what else the machine does hits all alike
+    turns = list(itertools.product(range(cfg.rounds), rows, ways))
+    for _, length, (label, model, mode) in tqdm(turns, desc="lengths", unit="turn"):
+        now = measure(model, mode, tasks, corpora[label], rows[length], how)
+        row = best[label].setdefault(length, dict(length=length, **now))
+        row["ms"] = min(row["ms"], now["ms"])
+    return {label: list(of_length.values()) for label, of_length in best.items()}
 
 
 def as_text(best, lengths):
