@@ -4,7 +4,7 @@
 
 Of every checkpoint: latent with all its steps, and auto when it says when it is done; of the first also
 single and cot.  Queries of all families together, one length at a time, so that a length's time is its own,
-then as many of all lengths mixed; the fastest of --rounds.
+then as many of all lengths mixed; the median of --rounds.
 """
 
 import itertools
@@ -37,7 +37,7 @@ class Config:
     done: float = 0.5  # in mode auto a row stops when <eot> has a probability above this
     limit: int = 64  # tokens a rationale may have in modes cot and auto
     batch_size: int = 32  # items encoded together; time depends on it
-    rounds: int = 3  # times that everything is timed
+    rounds: int = 3  # times that everything is timed; the median counts
     device: str = ""  # cuda, mps or cpu; default: the best there is
     dtype: str = ""  # float32 or bfloat16; default: bfloat16 where it is fast
 
@@ -72,19 +72,20 @@ def measure(model, mode, tasks, corpora, mine, how):
 def compare(ways, tasks, rows, cfg):
     """rows: {length or MIXED: numbers of a task's queries}
 
-    -> {label: [what `measure` gives, with the length, and the least time of all rounds]}
+    -> {label: [what `measure` gives, with the length, and the median time of all rounds]}
     """
     how = dict(batch_size=cfg.batch_size, limit=cfg.limit, done=cfg.done)
     corpora = {label: [torch.from_numpy(model.encode(task.corpus, mode, **how)) for task in tasks]
                for label, model, mode in ways}
-    best = {label: {} for label in corpora}
+    found = {label: {n: dict(length=n) for n in rows} for label in corpora}
+    times = {(label, n): [] for label in corpora for n in rows}
     # the ways take turns: what else the machine does hits all alike
     turns = list(itertools.product(range(cfg.rounds), rows, ways))
-    for _, length, (label, model, mode) in tqdm(turns, desc="lengths", unit="turn"):
-        now = measure(model, mode, tasks, corpora[label], rows[length], how)
-        row = best[label].setdefault(length, dict(length=length, **now))
-        row["ms"] = min(row["ms"], now["ms"])
-    return {label: list(of_length.values()) for label, of_length in best.items()}
+    for _, n, (label, model, mode) in tqdm(turns, desc="lengths", unit="turn"):
+        now = measure(model, mode, tasks, corpora[label], rows[n], how)
+        times[label, n].append(now["ms"])
+        found[label][n] |= now | dict(ms=float(np.median(times[label, n])))
+    return {label: list(of_length.values()) for label, of_length in found.items()}
 
 
 def as_text(best, lengths):
