@@ -1,5 +1,6 @@
 """Mode auto, the adaptive curriculum, learnt tokens in parallel, a frozen backbone, untied embeddings."""
 
+import contextlib
 import json
 
 import numpy as np
@@ -131,6 +132,22 @@ def test_an_adaptive_checkpoint_says_so_and_older_ones_are_not(adaptive, tmp_pat
     del config["plume"]["adaptive"]
     (tmp_path / "a" / "config.json").write_text(json.dumps(config))
     assert not Plume.from_pretrained(tmp_path / "a", "cpu").settings["adaptive"]
+
+
+def test_held_out_queries_may_write_what_the_longest_rationale_needs(monkeypatch):
+    m, asked = make_model(adaptive=True, latent_steps=2), []
+    pairs = [(Side([("text", "a?")], " one two three four", "it"), Side([("text", "b")])),
+             (Side([("text", "c?")], " one"), Side([("text", "d")], "", "it"))]
+
+    def encode(items, mode, limit):
+        asked.append((mode, limit))
+        return np.eye(2)
+
+    monkeypatch.setattr(m, "encode", encode)
+    assert train.hit_at_1(m, pairs, [0, 1], contextlib.nullcontext()) == 1
+    whole = [m.processor.render(side, Stage(0, 0, True), Curriculum(2, 1)) for pair in pairs for side in pair]
+    needed = max(len(sample["suffix"]) for sample in whole)
+    assert asked == [asked[0]] * 2 and asked[0][0] == "auto" and needed <= asked[0][1] < needed + 16
 
 
 # ------------------------------------------------------------------------------------------------- curriculum

@@ -88,15 +88,15 @@ def compare(ways, tasks, rows, cfg):
     return {label: list(of_length.values()) for label, of_length in found.items()}
 
 
-def as_text(best, lengths):
+def as_text(found, lengths):
     """The rows as tables, one for each thing that was measured."""
-    wide = max(map(len, best)) + 2
+    wide = max(map(len, found)) + 2
     lines = []
     for key, title, form in (
             ("hit", "hit@1", ".1%"), ("ms", "ms per query", ".2f"), ("steps", "latent steps", ".1f"),
             ("tokens", "tokens written", ".1f")):
         lines.append(f"{title:{wide}}" + "".join(f"{n:>8}" for n in (*lengths, "mean", MIXED)))
-        for label, rows in best.items():
+        for label, rows in found.items():
             *values, mixed = [row[key] for row in rows]
             values += [np.mean(values), mixed]
             lines.append(f"{label:{wide}}" + "".join(f"{value:8{form}}" for value in values))
@@ -104,11 +104,11 @@ def as_text(best, lengths):
     return "\n".join(lines[:-1])
 
 
-def draw(best, lengths, path):
+def draw(found, lengths, path):
     """Two plots side by side over the number of moves: hit@1, and milliseconds a query."""
     image = Image.new("RGB", (1200, 560), "white")
     pen, font, small = ImageDraw.Draw(image), ImageFont.load_default(20), ImageFont.load_default(16)
-    slowest = math.ceil(max(row["ms"] for rows in best.values() for row in rows))
+    slowest = math.ceil(max(row["ms"] for rows in found.values() for row in rows))
     plots = ((70, "hit", "hit@1", 1.0, "{:.0%}"), (670, "ms", "milliseconds per query", slowest, "{:.1f}"))
     top, bottom, width = 60, 400, 480
     for left, key, title, most, form in plots:
@@ -121,13 +121,13 @@ def draw(best, lengths, path):
         for x, n in zip(xs, lengths):
             pen.text((x, bottom + 8), str(n), fill="black", font=small, anchor="mt")
         pen.text((left + width / 2, bottom + 32), "moves", fill="black", font=small, anchor="mt")
-        for n, (colour, (*rows, _)) in enumerate(zip(COLOURS, best.values())):  # without MIXED
-            r = 2 + len(best) - n  # equal ones stay visible as rings
+        for n, (colour, (*rows, _)) in enumerate(zip(COLOURS, found.values())):  # without MIXED
+            r = 2 + len(found) - n  # equal ones stay visible as rings
             points = [(x, bottom - (bottom - top) * row[key] / most) for x, row in zip(xs, rows)]
             pen.line(points, fill=colour, width=3)
             for x, y in points:
                 pen.ellipse((x - r, y - r, x + r, y + r), fill=colour)
-    for n, (colour, label) in enumerate(zip(COLOURS, best)):
+    for n, (colour, label) in enumerate(zip(COLOURS, found)):
         x, y = 70 + n % 4 * 280, 470 + n // 4 * 34
         pen.line((x, y, x + 30, y), fill=colour, width=4)
         pen.text((x + 40, y), label, fill="black", font=small, anchor="lm")
@@ -166,16 +166,16 @@ def main(argv):
     each = len(rows[lengths[0]])
     some = [i for mine in rows.values() for i in mine[: math.ceil(each / len(rows))]]
     rows[MIXED] = np.random.default_rng(0).permutation(some).tolist()
-    best = compare(ways, tasks, rows, cfg)
+    found = compare(ways, tasks, rows, cfg)
     count = each * len(tasks)
-    print(f"{count} queries of each length in batches of {cfg.batch_size}, {processor.limits.num_frames} "
-          f"frames of a clip, {cfg.rounds} rounds, {time.time() - begun:.0f} s")
-    print(as_text(best, lengths))
-    draw(best, lengths, cfg.png)
+    print(f"{count} queries of each length, {len(some) * len(tasks)} mixed, in batches of {cfg.batch_size}, "
+          f"{processor.limits.num_frames} frames of a clip, {cfg.rounds} rounds, {time.time() - begun:.0f} s")
+    print(as_text(found, lengths))
+    draw(found, lengths, cfg.png)
     print(f"accuracy and time by length: {cfg.png}")
     if cfg.json:
         about = {name: value for name, value in asdict(cfg).items() if name not in ("png", "json")}
-        write_json(cfg.json, dict(about, rows=best))
+        write_json(cfg.json, dict(about, rows=found))
 
 
 if __name__ == "__main__":

@@ -159,8 +159,10 @@ def test_other_modes_have_an_index_of_their_own_and_eval_shares_the_embeddings(s
     printed, _ = searched(small, folder, "x")
     assert "6 items encoded" in printed
     assert "0 items encoded" in searched(small, folder, "x", "--mode", "single")[0]
+    latent, auto = (searched(small, folder, "x", "--mode", mode)[1] for mode in ("latent", "auto"))
+    assert latent == auto  # of a checkpoint that does not say when it is done
     embeddings = folder / ".plume" / "embeddings"
-    assert len(list(embeddings.iterdir())) == 2
+    assert len(list(embeddings.iterdir())) == 3
     task = folder / "image_ret" / "own"
     task.mkdir(parents=True)
     items = [dict(_id=name, image=f"deep/{name}.png") for name in ("red", "blue")]
