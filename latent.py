@@ -32,6 +32,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
+from transformers import DynamicCache
 
 from adapter import TransitionAdapter
 
@@ -85,15 +86,20 @@ def rollout(lm, adapter, prefix, steps, suffix, rule="mrope", checkpointing=Fals
     hook: None, or a function of k and the input x (B, D) of step k that gives the input to take instead;
     with it everything runs without graphs.
     """
-    cache = Cache(prefix.lengths, prefix.x.shape[1])
-    h = decoder(lm, prefix.x, prefix.positions, cache, checkpointing, prefix.deepstack)  # (B, P, D)
-    anchor, z = at(h, prefix.disc), at(h, prefix.lengths - 1)  # (B, D) each
-    pos = next_positions(prefix, rule)  # (B,)
+    cache, anchor, z, pos = prefill(lm, prefix, rule, checkpointing)
     if graphs is None or hook is not None:
         behind = steps_and_suffix(lm, adapter, steps, anchor, z, pos, suffix, cache, checkpointing, hook)
     else:
         behind = graphs(lm, adapter, steps, anchor, z, pos, suffix, cache)
     return Rollout(anchor, z, *behind)
+
+
+def prefill(lm, prefix, rule="mrope", checkpointing=False):
+    """-> Cache, anchor h(<disc_emb>) (B, D), z_0 = h(<bot>) (B, D), position behind the prefix (B,)"""
+    cache = Cache(prefix.lengths, prefix.x.shape[1])
+    h = decoder(lm, prefix.x, prefix.positions, cache, checkpointing, prefix.deepstack)  # (B, P, D)
+    anchor, start = select_column(h, prefix.disc), select_column(h, prefix.lengths - 1)  # (B, D) each
+    return cache, anchor, start, next_positions(prefix, rule)
 
 
 def steps_and_suffix(lm, adapter, steps, anchor, z, pos, suffix, cache, checkpointing=False, hook=None):
@@ -121,11 +127,37 @@ def steps_and_suffix(lm, adapter, steps, anchor, z, pos, suffix, cache, checkpoi
     return latents, h[:, L - T :], router
 
 
+def naive_rollout(inner, adapter, inputs, positions, disc, steps, suffix, rule="mrope"):
+    """`rollout` of one item through transformers' own modules and cache: the method to read and compare with.
+
+    inner: transformers' Qwen-VL without its head; inputs: ids and pixels as it takes them (see
+    backbones/reference.py); positions (3, 1, P) M-RoPE; disc: column of <disc_emb>; suffix (1, T, D) input
+    embeddings.
+    """
+    lm = inner.language_model
+    cached = dict(past_key_values=DynamicCache(config=lm.config), use_cache=True)
+    inner.rope_deltas = None  # transformers keeps those of the last call
+
+    def behind(x, start):  # x (1, L, D), its columns at positions start, start + 1, .. -> states (1, L, D)
+        places = torch.arange(start, start + x.shape[1], device=x.device).expand(3, 1, -1)
+        return lm(inputs_embeds=x, position_ids=places, **cached).last_hidden_state
+
+    h = inner(**inputs, position_ids=positions, **cached).last_hidden_state  # (1, P, D)
+    start = int(positions.max()) + 1 if rule == "mrope" else h.shape[1]
+    anchor, z = h[:, disc], h[:, -1]  # (1, D) each
+    states, probs = [z], []
+    for k in range(steps):
+        x, r = adapter(z, k, anchor)
+        z = behind(x[:, None], start + k)[:, 0]
+        states.append(z)
+        probs.append(r)
+    router = torch.stack(probs, 1) if probs else z.new_zeros(1, 0, 0)
+    return Rollout(anchor, states[0], torch.stack(states, 1)[:, 1:], behind(suffix, start + steps), router)
+
+
 def single_pass(lm, prefix):
     """h(<disc_emb>) (B, D) of the prefix alone: the anchor, normalised it is the single-pass embedding."""
-    cache = Cache(prefix.lengths, prefix.x.shape[1])
-    h = decoder(lm, prefix.x, prefix.positions, cache, deepstack=prefix.deepstack)
-    return at(h, prefix.disc)
+    return prefill(lm, prefix)[1]
 
 
 @torch.no_grad()
@@ -135,9 +167,8 @@ def greedy(lm, embed, head, prefix, end, limit, rule="mrope"):
     A row that has not ended by then gets `end` as its last token.  -> h(end) (B, D), tokens (B, n), filled up
     with `end`.  embed, head: token ids -> input embeddings, hidden states -> logits.
     """
-    cache = Cache(prefix.lengths, prefix.x.shape[1])
-    h = decoder(lm, prefix.x, prefix.positions, cache, deepstack=prefix.deepstack)
-    return write(lm, embed, head, at(h, prefix.lengths - 1), next_positions(prefix, rule), cache, end, limit)
+    cache, _, z, pos = prefill(lm, prefix, rule)
+    return write(lm, embed, head, z, pos, cache, end, limit)
 
 
 def write(lm, embed, head, h, pos, cache, end, limit):
@@ -168,9 +199,7 @@ def until_done(lm, adapter, embed, head, prefix, steps, suffix, gen, eot, done, 
     suffix (B, T, D), gen (B,) place of <gen_emb> in it; embed, head, end, limit: see `greedy`.
     -> h(<gen_emb>) (B, D), latent steps (B,), tokens written (B,).
     """
-    cache = Cache(prefix.lengths, prefix.x.shape[1])
-    h = decoder(lm, prefix.x, prefix.positions, cache, deepstack=prefix.deepstack)
-    anchor, z, pos = at(h, prefix.disc), at(h, prefix.lengths - 1), next_positions(prefix, rule)
+    cache, anchor, z, pos = prefill(lm, prefix, rule)
     taken, written = torch.full_like(pos, steps), torch.zeros_like(pos)
     stopped = torch.zeros_like(pos, dtype=torch.bool)
     for k in range(steps + 1):
@@ -187,7 +216,7 @@ def until_done(lm, adapter, embed, head, prefix, steps, suffix, gen, eot, done, 
         seen = cache.of(told)
         seen.taken = taken[told]
         places = pos[told, None] + torch.arange(suffix.shape[1], device=pos.device)
-        out[told] = at(decoder(lm, suffix[told], places, seen), gen[told])
+        out[told] = select_column(decoder(lm, suffix[told], places, seen), gen[told])
     if len(left):
         out[left], tokens = write(lm, embed, head, z[left], pos[left], cache.of(left), end, limit)
         written[left] = length_of(tokens, end)
@@ -212,12 +241,9 @@ def next_positions(prefix, rule):
     raise ValueError(f"latent_positions {rule!r}: needs 'mrope' or 'cache'")
 
 
-def at(h, column):
+def select_column(h, column):
     """h (B, L, D), column (B,) -> (B, D)"""
     return h[torch.arange(len(h), device=h.device), column]
-
-
-# ---------------------------------------------------------------------------------------------------- decoder
 
 
 def decoder(lm, x, positions, cache, checkpointing=False, deepstack=()):
@@ -361,9 +387,6 @@ def for_heads(kv, q):
     return kv.repeat_interleave(q.shape[1] // kv.shape[1], 1)
 
 
-# ------------------------------------------------------------ special cases: the same numbers, only faster
-
-
 def linear(layer, x):
     """layer(x), x (B, L, D).  On a CPU a latent step's few rows are faster as (W x^T)^T, in blocks of 16.
 
@@ -459,3 +482,7 @@ def record(function, device):
 @functools.cache
 def recording_stream(device):
     return torch.cuda.Stream(device)  # one for all graphs: libraries keep a workspace for every stream
+
+
+def unit(x):
+    return F.normalize(at_least_float32(x), dim=-1)

@@ -35,16 +35,22 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer, DynamicCache
 
 import data
-import model as plume_model
 import train
-from adapter import TransitionAdapter, balance_loss, from_released, to_released
-from curriculum import Curriculum, Progress, Stage, segment
-from data import Batches, DataError, Pairs, Processor, Side, collate, normalised, parse_item
+from adapter import balance_loss, TransitionAdapter
+from backbones.vision import normalised
+from curriculum import Curriculum, Progress, segment, Stage
+from data import Batches, collate, Processor
+from files.errors import DataError
+from files.items import parse_item, Side
+from files.records import Pairs
+from hub.layouts import from_released, to_released
+from hub.settings import FORMAT, RELEASED_PROMPT
 from latent import Cache, decoder, greedy, rollout
 from model import Plume
-from tests.processes import Started, call, run, run_ranks, torchrun  # noqa: F401
-from tests.samples import (  # noqa: F401
-    COLOURS, NAMES, SHAPES, edit_json, make_world, picture, record, shard, turns, write_clip)
+from tests.processes import run, run_ranks, torchrun
+from tests.samples import make_world, NAMES, picture
+from backbones import families
+from files import records
 
 HERE = Path(__file__).parent
 SHARED, GOLDEN = HERE.parent / "shared" / "data", HERE.parent / "shared" / "golden"
@@ -637,7 +643,7 @@ def test_prompt_with_the_real_qwen2_vl_tokenizer(world):
     print("using", SHARED / "qwen2vl_tokenizer")
     tokenizer = AutoTokenizer.from_pretrained(SHARED / "qwen2vl_tokenizer")
     tokenizer.add_tokens(list(data.PLUME_TOKENS), special_tokens=True)
-    check_prompt(Processor(tokenizer, plume_model.RELEASED_PROMPT, data.Limits()), world)
+    check_prompt(Processor(tokenizer, RELEASED_PROMPT, families.Limits()), world)
 
 
 def test_special_tokens_in_a_users_text_are_plain_characters(model, world):
@@ -653,11 +659,11 @@ def test_special_tokens_in_a_users_text_are_plain_characters(model, world):
 
 def recorded(text, **media):
     """The side of a record in which a human says this."""
-    return data.parse_side(dict(conversations=[{"from": "human", "value": text}], **media), "", "here")
+    return records.parse_side(dict(conversations=[{"from": "human", "value": text}], **media), "", "here")
 
 
 def test_a_turn_that_holds_disc_emb_is_taken_as_it_stands(model):
-    plain = Processor(model.processor.tokenizer, "My own words.", data.Limits())
+    plain = Processor(model.processor.tokenizer, "My own words.", families.Limits())
     ours = model.processor.render(recorded("what?\n<disc_emb>\nMy own words."))
     assert ours["ids"] == plain.render(parse_item("what?"))["ids"]
     with pytest.raises(DataError, match="more than one <disc_emb>"):
@@ -749,7 +755,7 @@ def test_the_loss_is_the_weighted_sum_of_its_parts(model, world):
     for suffix in batch["suffix"].tolist():
         labels += suffix[: suffix.index(gen) + 1]
     assert batch["labels"].tolist() == labels  # all of the suffix, both sides
-    assert len(out["per_token"]["first"]) == 8
+    assert len(out["per_token"]["gate_loss"]) == 8
 
 
 def test_every_latent_state_reads_the_token_it_replaced(model, world):
@@ -771,11 +777,11 @@ def test_every_latent_state_reads_the_token_it_replaced(model, world):
         first.append(batch["suffix"][b].tolist().index(tokens[3]))
     assert_close(out["per_token"]["read"], torch.stack(by_row), "read", 1e-9)
     assert_close(train.losses(out, batch, train.Config())["read"], torch.stack(by_row).mean(), "mean", 1e-9)
-    columns = batch["label_at"][batch["first"]] % batch["suffix"].shape[1]
+    columns = batch["label_at"][batch["gate_at"]] % batch["suffix"].shape[1]
     assert columns.tolist() == first == [0] * 6  # what is left begins behind the latents
     last = batch_at(FINAL)
     answers = [p.tokenizer.tokenize(side.answer)[0] for side in sides]
-    assert p.tokenizer.convert_ids_to_tokens(last["labels"][last["first"]]) == answers
+    assert p.tokenizer.convert_ids_to_tokens(last["labels"][last["gate_at"]]) == answers
     assert len(model(batch_at(Stage(0, 0, True)), 0)["per_token"]["read"]) == 0
 
 
@@ -815,7 +821,7 @@ def test_a_checkpoint_carries_its_chat_template(world, tmp_path):
     assert np.array_equal(again.encode(mixed_items(world)), m.encode(mixed_items(world)))
     again.save_pretrained(tmp_path / "again")
     block = json.loads((tmp_path / "again" / "config.json").read_text())["plume"]
-    assert block["template"] == template and block["format"] == plume_model.FORMAT == 2
+    assert block["template"] == template and block["format"] == FORMAT == 2
     assert pickle.loads(pickle.dumps(p)).render(parse_item("x"))["ids"] == p.render(parse_item("x"))["ids"]
 
 
@@ -895,6 +901,6 @@ def test_two_ranks_by_torchrun_train_the_weights_of_one(world, tmp_path):
     latest = Progress(Curriculum(1, 4, last_stage=0.05, gate=99), 38).entry[1]
     assert [r["reached"] for r in one].index(1) == 35 < latest
     for rows in zip(one[:6], two[:6], shards[:6]):
-        for name in ("ce", "gen", "disc", "bal", "norm", "first"):
+        for name in ("ce", "gen", "disc", "bal", "norm", "gate_loss"):
             values, step = [r[name] for r in rows], rows[0]["step"]
             assert values == pytest.approx([values[0]] * 3, rel=2e-3, abs=1e-4), (step, name)

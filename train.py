@@ -8,26 +8,13 @@ Writes OUT/checkpoint (for Plume.from_pretrained, eval.py --ckpt and --resume) a
 step.  Ctrl-C finishes the step, writes a checkpoint and stops.
 """
 
-import importlib.util
-import json
 import math
 import os
-import pickle
-import re
-import secrets
 import shlex
-import shutil
-import signal
-import socket
 import sys
 import time
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the data workers are the parallelism
 
@@ -35,24 +22,30 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions, get_model_state_dict, get_optimizer_state_dict, set_optimizer_state_dict)
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import fully_shard, MixedPrecisionPolicy, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_leaves, tree_map
 
-from adapter import MAX_STEPS, TransitionAdapter, balance_loss
-from curriculum import Curriculum, Progress
-from data import (
-    Batches, DataError, Pairs, Schedule, StepSampler, command, nearest, parse_flags, quote, reason,
-    to_device, write_errors, writing)
-from model import (
-    SHAPES, Plume, checkpoint_files, pick_device, pointer, remove_checkpoint, replacing, unit)
-from tasks.turtle import World, moves_lost
-
-# ------------------------------------------------------------------------------------------ config
+from adapter import balance_loss
+from curriculum import Progress
+from data import Batches, Schedule, StepSampler, to_device
+from engine.flags import command, parse_flags, sizes
+from engine.lock import check_room, exclusive_lock
+from engine.log import announce, Log
+from engine.ranks import (
+    all_gather, all_gather_objects, all_reduce_sums, global_mean, pick_device, rank_here, ranks, say)
+from engine.resume import resume, save
+from engine.stop import check_finite, ignore_interrupts, StopOnSignal
+from engine.train_flags import check_flags
+from files.errors import DataError, nearest
+from files.records import Pairs
+from hub.card import about_run
+from hub.folders import checkpoint_in, checkpoints_in
+from latent import unit
+from model import Plume
+from tasks.turtle import moves_lost, World
 
 
 @dataclass
@@ -81,9 +74,9 @@ class Config:
     tied: bool = True  # random weights have one embedding for input and output
     freeze_backbone: bool = False  # behind stage 0, with --init from the first step, only the adapter learns
     freeze_vision: str = "auto"  # true, false, or auto: frozen (but for its merger) when --init is given
-    thought: str = "recurrent"  # K latent steps, or parallel: K learnt tokens in one pass
     # adapter: the paper's ablations; this and latent_positions are those of --init unless given here
-    adapter: str = "moe"  # moe (the paper), mlp (the shared expert alone), none (hidden states as they are)
+    adapter: str = "moe"  # moe (the paper), mlp (the shared expert alone), none (hidden states as they are),
+    #     or parallel: no recurrence, K learnt tokens in one pass
     experts: int = 4  # E, specialised experts
     top_k: int = 2  # experts that count for a row
     shared_expert: bool = True  # an expert that always counts
@@ -95,8 +88,8 @@ class Config:
     rest_of_rationale: str = "inside"  # the text that is left: inside the thought, or after it as released
     last_stage: float = 0.3  # share of the run in the last stage (paper: 0.5);
     #     its second half drops the answer, too
-    gate: float = 0.6  # enter a stage when the mean of `first` is under this, at the latest by the schedule;
-    #     0: by the schedule alone, as the paper
+    gate: float = 0.6  # enter a stage when the mean of `gate_loss` is under this, at the latest by the
+    #     schedule; 0: by the schedule alone, as the paper
     replay: float = 0.15  # share of the steps that go back: half to stage 0, half to a random earlier one
     adaptive: bool = False  # a latent step for each sentence of the rationale, or word of a single one; steps
     #     behind the last read <eot>, a longer one's end stays written: for mode auto, see docs/adaptive.md
@@ -152,29 +145,10 @@ QWEN3 = dict(  # as many visual tokens, of 32 pixels instead of 28
     init="Qwen/Qwen3-VL-2B-Instruct", max_pixels=3009 * 32 * 32, video_max_pixels=32 * 32 * 32)
 PRESETS = {"qwen2vl_2b": PAPER, "qwen3vl_2b": PAPER | QWEN3}
 
-# May differ when a run goes on: they do not change the result, but for rounding
-FREE_ON_RESUME = (
-    "resume", "out", "media", "workers", "save_every", "until", "keep", "log_every", "wandb", "tensorboard",
-    "device", "checkpointing", "micro_batch", "fsdp")
-
-NOT_ON_CARD = ("out", "resume", "wandb", "media", "device")  # of this machine, not of the recipe
-
-MOVED = dict(  # flags of earlier versions, and the command that does it now, with the other flags as here
-    ablations="python -m tools.ablations --json FILE", seeds="python -m tools.ablations --seeds N",
-    dry_run="python -m tools.dry_run")
-
-# Names in --out: checkpoints, and what a run leaves behind that is killed while it writes
-CHECKPOINT = re.compile(r"checkpoint(-\d+(\.[0-9a-f]{8})?|\.[0-9a-f]{8}\.old)?")
-LEFT_OVER = re.compile(r"checkpoint\.[0-9a-f]{8}\.(old|writing)|log\.jsonl\.[0-9a-f]{8}\.writing")
-ROW = re.compile(rb'\{"step": (\d+), "reached": ')  # of log.jsonl
-STATE = {"step", "ranks", "optimizer", "progress", "config", "kept"}  # of train_state.pt
-
-# ----------------------------------------------------------------------------------------- the run
-
 
 def main(argv):
     # config
-    cfg, given = parse_flags(Config, argv, __doc__, MOVED)
+    cfg, given = parse_flags(Config, argv, __doc__)
     cfg = with_preset(cfg, given)
 
     # ranks: torchrun starts a process for each, and tells it which one it is
@@ -185,14 +159,14 @@ def main(argv):
         torch.cuda.set_device(device)
     if world > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-        restarts = of_all_ranks(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)))
+        restarts = all_gather_objects(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)))
         if max(restarts) and checkpoints_in(cfg.out):
             cfg.resume = True  # torchrun --max-restarts has started the ranks again
 
-    curriculum = check(cfg, world)
+    curriculum = check_flags(cfg, world)
     if cfg.resume:
         checkpoint_in(cfg.out)  # raises before --out is made
-    with only_run(cfg) if rank == 0 else nullcontext():
+    with exclusive_lock(cfg) if rank == 0 else nullcontext():
         done, steps = train(cfg, given, curriculum, device, dtype)
 
     # end
@@ -263,7 +237,7 @@ def train(cfg, given, curriculum, device, dtype):
             model.backbone.zero_grad(set_to_none=True)
         norm = torch.nn.utils.clip_grad_norm_(trained, cfg.clip)
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
-        total = over_ranks(dict(parts, norm=norm, stop=stop.asked, **count(batch)), device)
+        total = all_reduce_sums(dict(parts, norm=norm, stop=stop.asked, **count(batch)), device)
         metrics = {name: total[name] / world for name in (*parts, "norm")}
         check_finite(metrics, batch, saved)
         visual = model.backbone.model.visual
@@ -272,8 +246,8 @@ def train(cfg, given, curriculum, device, dtype):
                 module.zero_grad(set_to_none=True)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        if total["firsts"]:
-            progress.observe(step, metrics["first"])
+        if total["gated"]:
+            progress.observe(step, metrics["gate_loss"])
 
         took, clock = time.perf_counter() - clock, time.perf_counter()
         if cfg.eval_every and ((step + 1) % cfg.eval_every == 0 or step + 1 == steps):
@@ -298,39 +272,18 @@ def train(cfg, given, curriculum, device, dtype):
     return saved, steps
 
 
-def ranks():
-    """-> rank of this process, number of ranks, rank on this machine"""
-    return tuple(int(os.environ.get(k, n)) for k, n in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
-
-
-def say(*words):
-    """Prints on rank 0."""
-    if ranks()[0] == 0:
-        print(*words, flush=True)
-
-
-def of_all_ranks(x):
-    """A list of every rank's x."""
-    out = [None] * dist.get_world_size()
-    dist.all_gather_object(out, x)
-    return out
-
-
-# -------------------------------------------------------------------------------------- the losses
-
-
 def losses(out, batch, cfg):
     """The paper's objective -> dict of scalars, each normalised over all ranks.
 
-    The weight of the loss NAME is w_NAME of Config.  `first` is only watched: it opens the curriculum's gate.
+    The weight of the loss NAME is w_NAME of Config.  `gate_loss` is only watched: it opens the gate.
     """
     pairs, tokens = out["per_pair"], out["per_token"]
-    target, valid = gather(batch["target"]), gather(batch["valid"])  # (ranks, B, 1+M)
+    target, valid = all_gather(batch["target"]), all_gather(batch["valid"])  # (ranks, B, 1+M)
     negatives = torch.ones_like(batch["negative_at"], dtype=torch.bool)  # there are none in bad records
     real = torch.cat([batch["valid"][:, 0].repeat(2), negatives])
     router = (pairs["router"] * real[:, None, None]).sum(0)
-    router = gather(router).sum(0)  # (K, E) over the rows of all ranks
-    router = router / gather(real.sum()).sum().clamp(min=1)
+    router = all_gather(router).sum(0)  # (K, E) over the rows of all ranks
+    router = router / all_gather(real.sum()).sum().clamp(min=1)
 
     def contrast(x):
         query, candidates = by_query(x, batch)
@@ -347,7 +300,7 @@ def losses(out, batch, cfg):
         parts["matryoshka"] = sum(cut) / len(cut)
     weight = {name: getattr(cfg, f"w_{name}") for name in parts}
     loss = sum(weight[name] * value for name, value in parts.items())
-    return dict(parts, first=global_mean(tokens["first"].detach()), loss=loss)
+    return dict(parts, gate_loss=global_mean(tokens["gate_loss"].detach()), loss=loss)
 
 
 def backward(model, batch, cfg, autocast):
@@ -397,17 +350,6 @@ def joined(outs, sizes):
     return dict(per_pair=pairs, per_token=tokens)
 
 
-def sizes(text):
-    """--matryoshka: "64,256" -> [64, 256]"""
-    try:
-        found = [int(size) for size in text.split(",")]
-    except ValueError:
-        found = [0]
-    if min(found) < 1:
-        raise DataError(f"--matryoshka {text!r}: needs numbers of components, as 64,256")
-    return found
-
-
 def by_query(x, batch):
     """x (2B + n, D): queries, targets, hard negatives -> queries (B, D), candidates of each (B, 1+M, D)."""
     B, M = len(batch["valid"]), batch["valid"].shape[1] - 1
@@ -439,58 +381,15 @@ def own_candidate(x, candidates, hashes, valid, scale):
     label = (rank * B + row) * C
     hidden = (hashes[rank][:, :1] == hashes.flatten()) | ~valid.flatten()  # (B, ranks * B * C)
     hidden[row, label] = False
-    logits = scale * x @ gather(candidates).flatten(0, 2).T
+    logits = scale * x @ all_gather(candidates).flatten(0, 2).T
     return F.cross_entropy(logits.masked_fill(hidden, float("-inf")), label, reduction="none")
 
 
-def rank_here():
-    return dist.get_rank() if dist.is_initialized() else 0
-
-
-def global_mean(x):
-    """x (n,), another n on every rank -> its part of the mean: the mean of the parts is that of all."""
-    count = gather(torch.tensor(float(len(x)), device=x.device))
-    return x.sum() * len(count) / count.sum().clamp(min=1)
-
-
-def gather(x):
-    """(ranks, *x.shape), differentiable; without a process group there is one rank."""
-    return Gather.apply(x) if dist.is_initialized() else x[None]
-
-
-class Gather(torch.autograd.Function):
-    """x (B, ...) of every rank -> (ranks, B, ...); backward sums what all ranks ask of this rank's x."""
-
-    @staticmethod
-    def forward(ctx, x):
-        out = [torch.empty_like(x) for _ in range(dist.get_world_size())]
-        dist.all_gather(out, x.contiguous())
-        return torch.stack(out)
-
-    @staticmethod
-    def backward(ctx, grad):
-        grad = grad.contiguous()
-        dist.all_reduce(grad)
-        return grad[dist.get_rank()]
-
-
-def over_ranks(scalars, device):
-    """Scalars -> floats summed over ranks: the one place in a step where the host waits for the device."""
-    values = [torch.as_tensor(x, dtype=torch.float32, device=device).detach() for x in scalars.values()]
-    values = torch.stack(values)
-    if dist.is_initialized():
-        dist.all_reduce(values)
-    return dict(zip(scalars, values.tolist()))
-
-
 def count(batch):
-    """On this rank: tokens that `first` counts, micro-batches with media, tokens cut off, bad records."""
-    firsts = sum(len(part["first"]) for part in batch["micro"])
+    """On this rank: tokens that `gate_loss` counts, micro-batches with media, tokens cut off, bad records."""
+    gated = sum(len(part["gate_at"]) for part in batch["micro"])
     media = [part for part in batch["micro"] if part["pixels"] is not None]
-    return dict(firsts=firsts, media=len(media), cut=batch["cut"], bad=len(batch["bad"]))
-
-
-# ----------------------------------------------------------------------- data, model and optimizer
+    return dict(gated=gated, media=len(media), cut=batch["cut"], bad=len(batch["bad"]))
 
 
 def read_pairs(cfg):
@@ -501,7 +400,7 @@ def read_pairs(cfg):
     pairs = Pairs(cfg.data, cfg.media or None, cfg.skip_bad, progress=rank == 0)
     for line in pairs.bad:
         say("left out:", line)
-    seen = of_all_ranks(f"{len(pairs)} pairs, {pairs.digest}") if world > 1 else []
+    seen = all_gather_objects(f"{len(pairs)} pairs, {pairs.digest}") if world > 1 else []
     other = [f"rank {r}: {what}" for r, what in enumerate(seen) if what != seen[0]]
     if other:
         raise DataError(f"--data {cfg.data!r} is not the same file everywhere: rank 0: {seen[0]}; "
@@ -539,10 +438,6 @@ def build_model(cfg, given, pairs, device):
     settings["limits"] = {name: flags[name] for name in limits if flags[name]}
     settings["adapter"] = {name: flags[name] for name in switches if name in given}
     if "adapter" in given:
-        settings["adapter"]["kind"] = cfg.adapter
-    if cfg.thought == "parallel":
-        settings["adapter"]["kind"] = "parallel"
-    elif "thought" in given:
         settings["adapter"]["kind"] = cfg.adapter
     settings["latent_steps"] = cfg.segments * cfg.steps_per_segment
     settings["adaptive"] = cfg.adaptive
@@ -632,245 +527,7 @@ def hit_at_1(model, pairs, rows, autocast):
         q = model.encode(list(queries), mode, limit=limit)
         t = model.encode([targets[i] for i in first], mode, limit=limit)
     hit = float(((q @ t.T).argmax(1) == gold).mean())
-    return of_all_ranks(hit)[0] if dist.is_initialized() else hit
-
-
-# ------------------------------------------------------------------------------------- checkpoints
-
-
-def about_run(cfg, done, steps, scored):
-    """What the model card tells of the run, in Markdown; scored: its last hit@1, or ""."""
-    default, flags = asdict(Config()), []
-    for name, value in asdict(cfg).items():
-        if value != default[name] and name not in NOT_ON_CARD:
-            flags.append(f"--{name} {shlex.quote(str(value))}")
-    data = "pairs of turtle world" if not cfg.data else "the pairs of --data"
-    lines = [f"{done:,} of {steps:,} steps on {data}:", "```", " ".join(["python train.py", *flags]), "```"]
-    if scored:
-        lines.append(f"hit@1 {scored}.")
-    return "\n".join(lines)
-
-
-def save(cfg, model, optimizer, state, saved, kept, card):
-    """Writes OUT/checkpoint on rank 0 -> the names of the earlier ones that --keep has kept.
-
-    saved: the step of the one that stands there now; card: what the model card tells of the run.  Only what
-    this run has kept is ever removed.
-    """
-    whole = StateDictOptions(full_state_dict=True, cpu_offload=True)  # gathers shards: all ranks have to ask
-    weights = get_model_state_dict(model, options=whole)
-    state["optimizer"] = get_optimizer_state_dict(model, optimizer, options=whole)
-    if ranks()[0] > 0:
-        return kept
-    path, keep, gone = os.path.join(cfg.out, "checkpoint"), None, []
-    there = "there is none yet"
-    if os.path.exists(path):
-        there = f"the checkpoint of step {saved} is still there"
-        if cfg.keep:
-            keep = f"{path}-{saved}"
-            if os.path.exists(keep):  # somebody's copy
-                keep += f".{secrets.token_hex(4)}"
-            kept = [*kept, os.path.basename(keep)]
-            kept, gone = kept[-cfg.keep :], kept[: -cfg.keep]
-    try:
-        with replacing(path, keep) as folder:
-            model.write(folder, state=weights)
-            model.write_hub_files(folder, card)
-            file = os.path.join(folder, "train_state.pt")
-            with write_errors(file):
-                torch.save(dict(state, kept=kept), file)
-    except OSError as e:
-        what = f"{path}: the checkpoint of step {state['step']} could not be written, {there}"
-        raise OSError(f"{what}: {e}") from e
-    for name in gone:
-        folder = os.path.join(cfg.out, name)
-        if os.path.isdir(folder):
-            remove_checkpoint(folder, checkpoint_files(folder))
-    return kept
-
-
-def resume(cfg, config, model, optimizer, progress):
-    """The newest checkpoint of --out -> (its step, names of the earlier ones that --keep has kept)."""
-    file, world = os.path.join(checkpoint_in(cfg.out), "train_state.pt"), ranks()[1]
-    state = read_state(file)
-    then = state["config"]
-    for name in sorted(config.keys() - then.keys()):
-        say(f"new since the run began: {name} = {config[name]!r}")
-    if changed := changes(then, config):
-        raise DataError(f"--resume with another configuration: {changed}")
-    if state["ranks"] != world:
-        say(f"the run began on {state['ranks']} ranks and goes on with {world}: the same but for rounding")
-    load_moments(model, optimizer, state["optimizer"])
-    progress.load(state["progress"])
-    return state["step"], state["kept"]
-
-
-def changes(then, now):
-    """What differs between the configurations of a run and of its continuation, and must not."""
-    then = asdict(Config()) | then
-    return "; ".join(f"{name}: {then[name]!r} then, {value!r} now" for name, value in now.items()
-                     if name not in FREE_ON_RESUME and then[name] != value)
-
-
-def read_state(file):
-    """train_state.pt, its tensors mapped from the file."""
-    try:
-        state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-    except (OSError, RuntimeError, ValueError, LookupError, EOFError, pickle.UnpicklingError) as e:
-        raise DataError(f"{file}: not the whole state of a training run: {reason(e)}{pointer(file)}") from e
-    lacking = STATE - state.keys() if isinstance(state, dict) else STATE
-    if lacking:
-        raise DataError(f"{file}: not the state of a training run: it has no {', '.join(sorted(lacking))}")
-    if any(isinstance(name, int) for name in state["optimizer"]["state"]):
-        raise DataError(f"{file}: an earlier version wrote it, which numbered the parameters: finish the run "
-                        "with that one, or start another from its weights with --init")
-    return state
-
-
-def load_moments(model, optimizer, state):
-    """AdamW's state by the names of parameters, in whole tensors; a rank keeps its shards of them."""
-    trained = {name for name, p in model.named_parameters() if p.requires_grad}
-    assert trained == set().union(*[group["params"] for group in state["param_groups"]]), "other parameters"
-    whole = StateDictOptions(full_state_dict=True, strict=False)
-    set_optimizer_state_dict(model, optimizer, state, options=whole)
-    for name in trained - state["state"].keys():
-        # never had a gradient: torch makes moments for it, and counts a step that was none
-        optimizer.state.pop(model.get_parameter(name), None)
-    for moments in optimizer.state.values():
-        for key, x in moments.items():
-            moments[key] = x.clone()  # no longer the mapped file's memory
-
-
-def checkpoints_in(out):
-    """The run's checkpoints, the newest first: `checkpoint`, or if the run died between two renames the one
-    that stood there before, under the name it had just got."""
-    if not os.path.isdir(out):
-        return []
-    age = {}  # the last one written is the youngest, and `checkpoint` goes before all others
-    for name in os.listdir(out):
-        state = os.path.join(out, name, "train_state.pt")
-        if CHECKPOINT.fullmatch(name) and os.path.exists(state):
-            age[os.path.join(out, name)] = (name != "checkpoint", -os.stat(state).st_mtime)
-    return sorted(age, key=age.get)
-
-
-def checkpoint_in(out):
-    found = checkpoints_in(out)
-    if not found:
-        raise DataError(f"--resume: no checkpoint of a run in {out!r}")
-    return found[0]
-
-
-# ------------------------------------------------------------------------- what is said and logged
-
-
-def announce(cfg, pairs, schedule, model, curriculum):
-    """What is about to happen."""
-    for name, value in asdict(cfg).items():
-        say(f"  {name} = {value!r}")
-    sets = list(zip(pairs.names, schedule.rows, schedule.counts))
-    told = ", ".join(f"{name} {len(rows)} ({count} steps)" for name, rows, count in sets)
-    say(f"{len(pairs)} pairs in {len(sets)} data sets: {told}")
-    if pairs.negatives:
-        say(f"hard negatives: up to {pairs.negatives} a pair")
-    idle = [name for name, _, count in sets if count == 0]
-    if idle:
-        say(f"warning: with {schedule.steps} steps these get none: {', '.join(idle)}; raise --steps")
-    every, adapter = list(model.parameters()), list(model.adapter.parameters())
-    trained = [p for p in every if p.requires_grad]
-    say(f"{size(every):,} parameters, {size(trained):,} trained, {size(adapter):,} in the adapter")
-    batch, world = cfg.global_batch, ranks()[1]
-    say(f"{schedule.steps} steps; global contrastive batch {batch} = {world} ranks x {batch // world}; "
-        f"InfoNCE at chance {math.log(batch):.2f}")
-    say(curriculum.table(schedule.steps))
-
-
-def size(parameters):
-    return sum(p.numel() for p in parameters)
-
-
-class Log:
-    """What rank 0 writes of a step: a row of OUT/log.jsonl (and elsewhere, when asked), sometimes a line."""
-
-    def __init__(self, cfg, config, start, steps):
-        self.cfg, self.steps, self.pace, self.cut, self.bad = cfg, steps, None, 0, 0
-        self.file = open_log(cfg, start) if ranks()[0] == 0 else None
-        self.wandb = self.events = None
-        if self.file and cfg.wandb:
-            wandb = importlib.import_module("wandb")
-            self.wandb = wandb.init(project=cfg.wandb, group=cfg.out, config=config, id=wandb_id(cfg),
-                                    resume="allow")
-        if self.file and cfg.tensorboard:
-            tensorboard = importlib.import_module("torch.utils.tensorboard")
-            self.events = tensorboard.SummaryWriter(cfg.out, purge_step=start)
-
-    def write(self, row, bad, parts, shown):
-        """bad: records that this rank left out; parts: the losses of a line; shown: whether there is one."""
-        for line in bad:
-            print("left out:", line, flush=True)
-        if not self.file:
-            return
-        step, ms = row["step"], row["ms"]
-        self.cut, self.bad = self.cut + int(row["cut"]), self.bad + int(row["bad"])
-        self.pace = ms if self.pace is None else 0.95 * self.pace + 0.05 * ms
-        with write_errors(self.file.name):
-            self.file.write(json.dumps(row) + "\n")
-            self.file.flush()
-        if self.wandb:
-            self.wandb.log(row, step=step)
-        if self.events:
-            for name, value in row.items():
-                if not isinstance(value, str):
-                    self.events.add_scalar(name, value, step)
-        if "hit" in row:
-            say(f"after step {step}: hit@1 {row['hit']:.1%} on held-out pairs")
-        if shown:
-            minutes, seconds = divmod(int(self.pace * (self.steps - step - 1) / 1e3), 60)
-            cells = [f"step {step}/{self.steps}", f"stage {row['stage']}", f"K {row['K']}"]
-            cells += [f"{name} {row[name]:.3g}" for name in parts if name != "loss"]
-            cells += [f"lr {row['lr']:.1e}", f"{ms:.0f} ms", f"{row['pairs_per_s']:.0f} pairs/s"]
-            cells += [f"wait {row['wait']:.0%}", f"ETA {minutes}:{seconds:02d}", row["dataset"]]
-            say(" | ".join(cells))
-
-    def close(self, pairs, processor):
-        if self.wandb:
-            self.wandb.finish()
-        if self.events:
-            self.events.close()
-        if self.cut:
-            say(f"{self.cut} rationale tokens were cut off by max_len {processor.limits.max_len}")
-        if self.cfg.skip_bad:
-            say(f"{len(pairs.bad)} records left out at the start, {self.bad} while training (named above)")
-
-
-def wandb_id(cfg):
-    """The name of this run at Weights & Biases, under which --resume goes on there."""
-    path = os.path.join(cfg.out, "wandb_id")
-    if cfg.resume and os.path.exists(path):
-        with open(path) as f:
-            return f.read()
-    name = secrets.token_hex(4)
-    with writing(path) as f:
-        f.write(name)
-    return name
-
-
-def open_log(cfg, start):
-    """log.jsonl, without rows of steps that a resumed run does again."""
-    path, rows = os.path.join(cfg.out, "log.jsonl"), []
-    if cfg.resume and os.path.exists(path):
-        with open(path, "rb") as f:
-            for line in f:
-                row = ROW.match(line)
-                again = row is not None and int(row[1]) >= start
-                if line.endswith(b"\n") and not again:
-                    rows.append(line)
-    with writing(path, "wb") as f:
-        f.writelines(rows)
-    return open(path, "a")
-
-
-# ------------------------------------------------------------------ what can go wrong, and signals
+    return all_gather_objects(hit)[0] if dist.is_initialized() else hit
 
 
 def with_preset(cfg, given):
@@ -880,162 +537,6 @@ def with_preset(cfg, given):
     if cfg.preset not in PRESETS:
         raise DataError(f"--preset {cfg.preset!r} is not known.{nearest(cfg.preset, PRESETS)}")
     return replace(cfg, **{name: value for name, value in PRESETS[cfg.preset].items() if name not in given})
-
-
-def check(cfg, world):
-    """What can be known to be wrong before anything is loaded -> the curriculum."""
-    at_least = dict(seed=0, global_batch=2, micro_batch=0, steps=0, save_every=1, log_every=1, eval_every=0,
-                    keep=0, workers=0, until=0, warmup=0, decay=0, vision_lr=0, weight_decay=0, frame_rate=0)
-    for name, least in at_least.items():
-        if not getattr(cfg, name) >= least:  # nan is not, either
-            raise DataError(f"--{name} {getattr(cfg, name)}: needs at least {least}")
-    if cfg.matryoshka:
-        sizes(cfg.matryoshka)
-    wandb = importlib.util.find_spec("wandb") if cfg.wandb else None
-    latent_steps, most_workers = cfg.segments * cfg.steps_per_segment, Progress.DELAY - 1
-    needs = (  # a flag, whether its value is fine, what it needs
-        ("epochs", cfg.steps or 0 < cfg.epochs < math.inf, "a number above 0 and finite, or --steps"),
-        ("lr", cfg.lr > 0, "a number above 0"),
-        ("scale", cfg.scale > 0, "a number above 0"),
-        ("clip", cfg.clip > 0, "a number above 0; inf: no clipping"),
-        ("warmup", cfg.warmup < 1, "a share of the run"),
-        ("decay", cfg.decay <= 1, "a share of the run"),
-        ("global_batch", cfg.global_batch % world == 0, f"a multiple of the {world} ranks"),
-        ("fsdp", world > 1 or not cfg.fsdp, "ranks: torchrun --nproc_per_node=N train.py, or leave it out"),
-        ("device", cfg.device != "meta", "numbers; with shapes alone runs python -m tools.dry_run"),
-        ("freeze_vision", cfg.freeze_vision in ("auto", "true", "false"), "auto, true or false"),
-        ("latent_positions", cfg.latent_positions in ("mrope", "cache"), "mrope or cache"),
-        ("adaptive", not cfg.adaptive or cfg.replay > 0,
-         "--replay above 0: else no vector behind fewer than all steps is trained at the end"),
-        ("w_read", not cfg.adaptive or cfg.w_read > 0, "a number above 0: --adaptive learns <eot> by it"),
-        ("thought", not (cfg.adaptive and cfg.thought == "parallel"),
-         "--adaptive left out: learnt tokens in one pass do not stop earlier"),
-        ("last_stage", cfg.last_stage < 1 or cfg.init or not cfg.freeze_backbone,
-         "less than 1, or --init: --freeze_backbone would keep random weights"),
-        ("tied", cfg.tied or not cfg.init, "random weights: leave out --init, whose weights say it"),
-        ("until", not cfg.until or cfg.eval_every and 0 < cfg.until <= 1, "a share, and --eval_every"),
-        ("segments", latent_steps <= MAX_STEPS, f"with --steps_per_segment at most {MAX_STEPS} latent steps"),
-        ("workers", not cfg.gate or cfg.workers <= most_workers,
-         f"at most {most_workers} with --gate: more would read for steps whose stage is not known yet"),
-        ("families", not (cfg.data and cfg.families), "turtle world: leave it out, or --data"),
-        ("moves", not cfg.data or cfg.moves == "8", "turtle world: leave it out, or --data"),
-        ("rules", not (cfg.data and cfg.rules), "turtle world: leave it out, or --data"),
-        ("codes", not (cfg.data and cfg.codes), "turtle world: leave it out, or --data"),
-        ("thought", cfg.thought in ("recurrent", "parallel"), "recurrent or parallel"),
-        ("adapter", cfg.adapter != "parallel", "moe, mlp or none; learnt tokens are --thought parallel"),
-        ("thought", cfg.thought == "recurrent" or cfg.adapter == "moe", "no --adapter beside it"),
-        ("wandb", not cfg.wandb or (wandb and wandb.origin),  # a folder wandb/ is found, too: without origin
-         "its package: pip install wandb, or leave it out: log.jsonl has the same rows"),
-        ("tensorboard", not cfg.tensorboard or importlib.util.find_spec("tensorboard"),
-         "its package: pip install tensorboard, or leave it out: log.jsonl has the same rows"))
-    for flag, fine, need in needs:
-        if not fine:
-            raise DataError(f"--{flag} {getattr(cfg, flag)}: needs {need}")
-    if cfg.shape not in SHAPES:
-        raise DataError(f"--shape {cfg.shape!r} is not known.{nearest(cfg.shape, SHAPES)}")
-    try:
-        TransitionAdapter(2, cfg.adapter, cfg.experts, cfg.top_k)
-        return Curriculum(
-            cfg.segments, cfg.steps_per_segment, cfg.rest_of_rationale, cfg.last_stage, cfg.gate, cfg.replay,
-            cfg.adaptive)
-    except ValueError as e:
-        raise DataError(str(e)) from e
-
-
-def check_room(cfg, model):
-    """Raises DataError when a checkpoint would not fit on the disk of --out."""
-    trained = [p for p in model.parameters() if p.requires_grad]
-    needed = (4 * size(model.parameters()) + 8 * size(trained)) / 1e9
-    free = shutil.disk_usage(cfg.out).free / 1e9
-    if needed > free:
-        raise DataError(f"--out {quote(cfg.out)}: a checkpoint takes {needed:.2f} GB, and {free:.2f} GB are "
-                        "free; a new one is whole before the old goes.  Make room, or choose another --out")
-
-
-def check_finite(metrics, batch, saved):
-    """Raises DataError, on all ranks alike, when a loss or gradient is not a number."""
-    if not math.isfinite(metrics["loss"] + metrics["norm"]):
-        raise DataError(f"step {batch['step']}, data set {quote(batch['dataset'])}: loss {metrics['loss']}, "
-                        f"gradient norm {metrics['norm']}.  Nothing was written since step {saved}; lower "
-                        "--lr, or look at this data set's records")
-
-
-@contextmanager
-def only_run(cfg):
-    """Makes --out and takes it for this run alone.  The lock goes with the process, however that ends."""
-    out, path = f"--out {quote(cfg.out)}", os.path.join(cfg.out, ".plume.lock")
-    made = not os.path.isdir(cfg.out)
-    try:
-        os.makedirs(cfg.out, exist_ok=True)
-        file = open(path, "a+")
-    except OSError as e:
-        raise DataError(f"{out}: nothing can be written there: {reason(e)}; choose another folder") from e
-    with file:
-        try:
-            if fcntl:
-                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError) as e:
-            file.seek(0)
-            who = file.read().strip()[:200]
-            raise DataError(f"{out}: another run is at work there ({who}); wait, or choose another") from e
-        except OSError as e:
-            say(f"warning: {out} cannot be locked ({reason(e)}); see to it that no other run writes there")
-        with write_errors(path):
-            file.truncate(0)
-            file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-            file.flush()
-        try:
-            untouched(cfg)
-            yield
-        finally:
-            if made and os.listdir(cfg.out) == [".plume.lock"]:  # nothing was written
-                with suppress(OSError):
-                    os.remove(path)
-                    os.rmdir(cfg.out)
-
-
-def untouched(cfg):
-    """Raises DataError for an --out that this run would write over; names what a killed run left there."""
-    names = sorted(os.listdir(cfg.out))
-    left = [name for name in names if LEFT_OVER.fullmatch(name)]
-    if left:
-        say(f"{cfg.out} holds what a killed run left behind; you may delete it when nobody needs it:", *left)
-    if cfg.resume:
-        return
-    there = [name for name in names if CHECKPOINT.fullmatch(name)]
-    if there:
-        raise DataError(f"{cfg.out} holds {', '.join(there)}: continue with --resume, delete it, or choose "
-                        "another --out")
-    if "log.jsonl" in names:
-        with open(os.path.join(cfg.out, "log.jsonl"), "rb") as f:
-            line = f.readline()
-        if line and not ROW.match(line):
-            raise DataError(f"{cfg.out}/log.jsonl: not the log of a training run, which would write over it; "
-                            "choose another --out")
-
-
-class StopOnSignal:
-    """Ctrl-C (or SIGTERM) asks for a stop after the running step; another, 3 seconds later, stops at once.
-
-    torchrun passes on what the terminal has already sent to everybody: two signals, one wish.
-    """
-
-    def __init__(self):
-        self.asked = 0.0
-        signal.signal(signal.SIGINT, self.ask)
-        signal.signal(signal.SIGTERM, self.ask)
-
-    def ask(self, number, frame):
-        if self.asked and time.monotonic() > self.asked + 3:
-            raise KeyboardInterrupt
-        self.asked = self.asked or time.monotonic()
-        os.write(2, b"stopping after this step; once more to stop at once\n")
-
-
-def ignore_interrupts(worker):
-    """Data workers leave with their parent, not before it has written its checkpoint."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,9 @@ import os
 import re
 from dataclasses import dataclass, field
 
-from data import DataError, parse_item, parse_json, quote, spans_of
+from files.errors import DataError, quote
+from files.items import parse_item
+from files.records import parse_json, spans_of
 
 
 @dataclass

@@ -1,1 +1,1 @@
-from test_plume import model, small, trained, world  # fixtures
+from test_plume import model, small, trained, world

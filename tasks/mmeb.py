@@ -21,7 +21,11 @@ import yaml
 from huggingface_hub import metadata_load
 from tqdm import tqdm
 
-from data import DataError, Side, closest, frame_files, parse_json, printable, quote, spans_of, writing
+from files.errors import closest, DataError, quote
+from files.items import printable, Side
+from files.pictures import frame_files
+from files.records import parse_json, spans_of
+from files.writing import writing
 from tasks.beir import Task
 
 META = {  # meta-task -> its column in the paper's table

@@ -7,8 +7,9 @@ import time
 import numpy as np
 from tqdm import tqdm
 
-from data import DataError
-from tasks.mmeb import META, MMEB, copies, download, modality, read_published, video_classes
+from files.errors import DataError
+from files.writing import write_json, write_text
+from tasks.mmeb import copies, download, META, MMEB, modality, read_published, video_classes
 
 # Means over image, video and document tasks and all 78, as the PLUME paper (arXiv 2604.02073) prints them.
 PAPER = {
@@ -180,3 +181,50 @@ def differences(paths):
         if only:
             lines.append(f"only in {name} ({path}): {', '.join(sorted(only))}")
     return "\n".join(lines)
+
+
+def keep_score(path, result, old):
+    """Writes a score file.  When all was known, the times are those of the run that encoded it: of `old`."""
+    if old and not result["items_encoded"]:
+        for name in ("seconds", "items_encoded", "queries_per_s"):
+            result[name] = old[name]
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    write_json(path, result)
+
+
+def read_score(path):
+    """A score file of an earlier run; {} when there is none, or not a whole one."""
+    try:
+        with open(path) as f:
+            value = json.load(f)
+    except (OSError, ValueError):
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def require_tasks(root, names, released=False, skip_bad=False):
+    """Raises DataError for tasks of the benchmark that are not all there, before anything is encoded."""
+    lines, wrong = check(root, names, released)
+    if wrong and not skip_bad:
+        problems = "\n".join(line for line in lines.splitlines() if ", the first: " in line)
+        raise DataError(f"{wrong} of {len(names)} tasks have problems; mend them, choose others with --task, "
+                        f"or leave out what is bad with --skip_bad\n{problems}")
+
+
+def report_published(root, names, results, folder, ours, embedder):
+    """The paper's table, of this run's tasks and of those on which the checkpoint was scored before."""
+    everything, earlier = {}, 0
+    for task in MMEB.values():
+        name = task.full_name
+        if name in names:
+            continue
+        old = read_score(os.path.join(folder, f"{name}_score.json"))
+        if old.get("run_hash") == embedder.run_hash and old.get("data") == os.path.realpath(root):
+            everything[name], earlier = old, earlier + 1
+    everything |= results
+    also = f" and {earlier} that were scored before with the same checkpoint and settings" if earlier else ""
+    print(f"\n{len(results)} tasks of this command{also}")
+    print(paper_table(everything, ours))
+    write_json(os.path.join(folder, "leaderboard.json"), leaderboard(everything, ours, embedder.model))
+    write_text(os.path.join(folder, "table.md"), paper_table(everything, ours, markdown=True) + "\n")
+    print(f"scores: {folder}/<meta-task>/<data set>_score.json, {folder}/leaderboard.json, {folder}/table.md")

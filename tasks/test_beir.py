@@ -7,10 +7,14 @@ import numpy as np
 import pytest
 
 import eval as evaluation
-from data import DataError, load_frames
+from engine import kept
+from files.clips import load_frames
+from files.errors import DataError
 from model import Plume
 from tasks.beir import list_tasks, read_task
-from test_plume import assert_close, call, picture, write_clip
+from test_plume import assert_close
+from tests.processes import call
+from tests.samples import picture, write_clip
 
 HEADER = "query-id\tcorpus-id\tscore"
 
@@ -100,7 +104,7 @@ def test_parts_of_a_clip_are_documents_of_their_own(small, tmp_path):
     (folder / "qrels.tsv").write_text(f"{HEADER}\nq\tblue\t1\n")
     task = read_task(str(tmp_path), "video_mret/parts")
     model = Plume.from_pretrained(small)
-    embedder = evaluation.Embedder(model, evaluation.Config(), "latent", 8)
+    embedder = kept.Embedder(model, "latent", 8)
     vectors, _ = embedder(task.queries + task.corpus, "parts")
     frames = load_frames(str(clip), 16)
     by_hand = model.encode([dict(video=part) for part in (frames[8:], frames[:8], frames[8:], str(clip))])

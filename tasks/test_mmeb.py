@@ -14,14 +14,18 @@ import pytest
 import torch
 
 import eval as evaluation
-import model as plume_model
-from data import DataError, parse_item
+from files.errors import DataError
+from files.items import parse_item
+from hub.settings import RELEASED_PROMPT
 from model import Plume
 from tasks.beir import Task
-from tasks.miniature import CHOOSE, CLIP_QUERIES, INST, PAGE_TARGET, Miniature
+from tasks.miniature import CHOOSE, CLIP_QUERIES, INST, Miniature, PAGE_TARGET
 from tasks.mmeb import META, MMEB, modality, read_published, row_files, rows_of
 from tasks.mmeb_report import paper_rows
-from test_plume import HERE, NAMES, call, make_model, mixed_items, picture, run, run_ranks
+from test_plume import HERE, make_model, mixed_items
+from tests.processes import call, run, run_ranks
+from tests.samples import NAMES, picture
+from engine import kept
 
 IMAGE_ROWS = "ziyjiang/MMEB_Test_Instruct"
 DOCVQA = "vidore/docvqa_test_subsampled_beir"
@@ -303,16 +307,16 @@ def timeless(path):
 
 def interrupt(patch, after):
     """Plume.encoding is as if Ctrl-C were pressed behind so many windows."""
-    encoding, windows = Plume.encoding, []
+    encoding, windows = kept.encoding, []
 
-    def stopping(self, *args, **kw):
-        for window in encoding(self, *args, **kw):
+    def stopping(model, *args, **kw):
+        for window in encoding(model, *args, **kw):
             windows.append(window)
             yield window
             if len(windows) == after:
                 raise KeyboardInterrupt
 
-    patch.setattr(Plume, "encoding", stopping)
+    patch.setattr(kept, "encoding", stopping)
 
 
 def test_a_stopped_run_goes_on_and_two_ranks_equal_one_bit_for_bit(mmeb, small, tmp_path, monkeypatch):
@@ -352,7 +356,7 @@ def test_a_stopped_run_goes_on_and_two_ranks_equal_one_bit_for_bit(mmeb, small, 
 
 
 def run_hash(model, mode="latent", steps=8, **flags):
-    return evaluation.Embedder(model, evaluation.Config(**flags), mode, steps).run_hash
+    return kept.Embedder(model, mode, steps, **flags).run_hash
 
 
 def with_text_config(small, folder, change):
@@ -388,13 +392,13 @@ def test_embeddings_of_another_checkpoint_mode_or_setting_are_never_used(small, 
     runs.append(run_hash(with_text_config(small, tmp_path / "theta", other_theta)))
     runs.append(run_hash(with_text_config(small, tmp_path / "eps", other_eps)))
     source = tmp_path / "source"
-    for changed in evaluation.SOURCES:  # one line more in any file on which an embedding can depend
+    for changed in kept.code_files():  # one line more in any file on which an embedding can depend
         left = shutil.ignore_patterns(".*", "out", "assets")
         shutil.copytree(HERE, source, dirs_exist_ok=True, ignore=left)
-        with open(source / changed, "a") as f:
+        with open(source / changed.relative_to(HERE), "a") as f:
             f.write("\n")
         with monkeypatch.context() as patch:
-            patch.setattr(evaluation, "HERE", str(source))
+            patch.setattr(kept, "ROOT", source)
             runs.append(run_hash(Plume.from_pretrained(small)))
     assert len(set(runs)) == len(runs)
     assert run_hash(Plume.from_pretrained(small)) == runs[0]
@@ -402,7 +406,7 @@ def test_embeddings_of_another_checkpoint_mode_or_setting_are_never_used(small, 
 
 def test_items_are_known_by_their_content_and_weighed_by_their_tokens(small, world):
     model = Plume.from_pretrained(small)
-    embedder = evaluation.Embedder(model, evaluation.Config(), "latent", 8)
+    embedder = kept.Embedder(model, "latent", 8)
 
     def weigh(item):
         return embedder.weigh(parse_item(item))
@@ -421,14 +425,10 @@ def test_items_are_known_by_their_content_and_weighed_by_their_tokens(small, wor
 
 
 def test_kept_embeddings_depend_on_every_file_that_can_change_one():
-    """Everything of ours that eval.py reads a task or computes an embedding with, directly or not."""
-    found, names = set(), ["model", "tasks.turtle", "tasks.beir", "tasks.mmeb"]
-    while names:
-        path = f"{names.pop().replace('.', '/')}.py"
-        if (HERE / path).exists() and path not in found:
-            found.add(path)
-            names += re.findall(r"^(?:from|import) ([\w.]+)", (HERE / path).read_text(), re.M)
-    assert found == set(evaluation.SOURCES)
+    found = {str(path.relative_to(HERE)) for path in kept.code_files()}
+    computing = {"model.py", "latent.py", "adapter.py", "data.py", "backbones/vision.py", "files/clips.py"}
+    assert computing | {"hub/weights.py", "engine/stream.py", "tasks/turtle.py", "tasks/beir.py"} <= found
+    assert not found & {"train.py", "eval.py", "engine/lock.py", "tools/search.py"}
 
 
 @pytest.mark.parametrize("mask, file, folder", [
@@ -472,7 +472,7 @@ def size_of(module):
 
 
 def test_ranks_get_equal_cost_and_batches_do_not_depend_on_them(small, world):
-    embedder = evaluation.Embedder(Plume.from_pretrained(small), evaluation.Config(batch_size=2), "latent", 8)
+    embedder = kept.Embedder(Plume.from_pretrained(small), "latent", 8, batch_size=2)
     red = str(world / "red bar.png")
     sides = [parse_item("red " * n) for n in range(1, 40)]
     sides += [parse_item(dict(image=red, text=str(n))) for n in range(10)]
@@ -1029,7 +1029,7 @@ def test_the_released_protocol_is_the_released_evaluation_s_input(mmeb, counts, 
     assert r["protocol"] == "released"
     assert len(list(tmp_path.glob("*-latent8-released-*/video_ret/MSVD_score.json"))) == 1
     model = Plume.from_pretrained(
-        small, latent_positions="cache", white_image=True, prompt=plume_model.RELEASED_PROMPT,
+        small, latent_positions="cache", white_image=True, prompt=RELEASED_PROMPT,
         limits=dict(min_pixels=784, max_pixels=2359296, max_len=11288, num_frames=64))
     assert abs(r["hit@1"] - score_by_hand(model, *mmeb.expected["MSVD"], "hit@1")) < 1e-9
 

@@ -9,12 +9,14 @@ import torch
 import data
 import train
 from curriculum import Curriculum, Progress
-from data import Batches, DataError, Schedule, StepSampler
+from data import Batches, Schedule, StepSampler
+from files.errors import DataError
 from model import Plume
 from tasks.turtle import (
-    FAMILIES, MOVES, RULES, STATES, World, draw_board, draw_line, draw_rule, draw_tile, moves, state_word,
-    walk, world_tasks, written)
-from test_plume import call, run, whole
+    draw_board, draw_line, draw_rule, draw_tile, FAMILIES, MOVES, moves, RULES, state_word, STATES, walk,
+    World, world_tasks, written)
+from test_plume import whole
+from tests.processes import call, run
 
 
 def test_turtle_world_is_learnt_step_by_step(tmp_path):

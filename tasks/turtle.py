@@ -13,7 +13,9 @@ from dataclasses import replace
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from data import QWEN2_VL, DataError, Side, nearest, quote
+from backbones.families import QWEN2_VL
+from files.errors import DataError, nearest, quote
+from files.items import Side
 from tasks.beir import Task
 
 MOVES = ("forward", "left", "right")

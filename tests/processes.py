@@ -25,7 +25,7 @@ import warnings
 from pathlib import Path
 from unittest import mock
 
-from data import DataError
+from files.errors import DataError
 
 ROOT = Path(__file__).parent.parent
 

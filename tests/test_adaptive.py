@@ -11,12 +11,15 @@ from safetensors.torch import load_file
 
 import train
 from curriculum import Curriculum, Progress, Stage
-from data import DataError, Side, collate
+from data import collate
+from files.errors import DataError
+from files.items import Side
 from latent import rollout
 from model import Plume
 from test_plume import (
-    GOLDEN, QUICK, assert_close, call, log, make_model, mixed_items, reference_prefill, reference_step,
-    rendered, run)
+    assert_close, GOLDEN, log, make_model, mixed_items, QUICK, reference_prefill, reference_step, rendered)
+from tests.processes import call, run
+from engine import train_flags
 from tests import test_backbones as backbones
 
 K, LIMIT = 4, 6
@@ -309,4 +312,4 @@ def test_untied_embeddings_are_two(tmp_path):
 def test_flags_that_make_no_sense_are_refused(flags, why):
     cfg, _ = train.parse_flags(train.Config, flags, "")
     with pytest.raises(DataError, match=why):
-        train.check(cfg, 1)
+        train_flags.check_flags(cfg, 1)

@@ -17,15 +17,22 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 
 import data
 import latent
-import model as plume_model
 import train
-from data import BACKBONES, DataError, Part, Processor, collate, load_clip, normalised, parse_item, patchify
+from backbones import families
+from backbones.families import BACKBONES
+from backbones.shapes import SHAPES
+from backbones.vision import normalised
+from data import collate, patchify, Processor
+from files.clips import load_clip, Part
+from files.errors import DataError
+from files.items import parse_item
 from latent import Cache, decoder
-from model import SHAPES, Plume
+from model import Plume
 from tasks.turtle import World, world_tasks
 from test_plume import (
-    COLOURS, SHARED, assert_close, call, edit_json, gradients, log, mixed_items, our_rollout, picture,
-    reference_step, rendered, run, run_ranks, write_clip)
+    assert_close, gradients, log, mixed_items, our_rollout, reference_step, rendered, SHARED)
+from tests.processes import call, run, run_ranks
+from tests.samples import COLOURS, edit_json, picture, write_clip
 
 # A Qwen2.5-VL of the tiny preset's size, with windows of 2 x 2 tokens in the first of its two layers
 SHAPE_2_5 = SHAPES["tiny"] | dict(
@@ -265,7 +272,7 @@ def test_the_prompt_of_qwen3_with_a_real_tokenizer():
     tokenizer = transformers.AutoTokenizer.from_pretrained(SHARED / "qwen2vl_tokenizer")
     tokenizer.add_tokens(list(data.PLUME_TOKENS), special_tokens=True)
     facts, template = BACKBONES["qwen3_vl"], data.TEMPLATES["qwen3_vl"]
-    limits = data.Limits(video_min_pixels=32 * 32, video_max_pixels=32 * 32)
+    limits = families.Limits(video_min_pixels=32 * 32, video_max_pixels=32 * 32)
     p = Processor(tokenizer, "Think.", limits, template=template, backbone=facts)
     clip = [Image.new("RGB", (32, 32))] * 8
     ids = p.render(parse_item({"text": "look: <video> what?", "video": clip}))["ids"]
@@ -320,7 +327,7 @@ def test_pixels_equal_the_family_s_own_processor():
         theirs = Qwen2VLImageProcessorPil(
             min_pixels=low, max_pixels=high, patch_size=facts.patch, image_mean=facts.mean,
             image_std=facts.std)(image, return_tensors="pt")
-        ours, grid = patchify([image], data.target_size(*image.size, low, high, facts), facts.patch)
+        ours, grid = patchify([image], data.target_size(*image.size, low, high, facts), facts)
         assert grid == tuple(theirs["image_grid_thw"][0].tolist())
         assert_close(normalised(torch.from_numpy(ours), facts), theirs["pixel_values"], name, 1e-6)
 
@@ -381,7 +388,7 @@ def test_turtle_world_is_drawn_for_the_backbone():
                 image = value if kind == "image" else value[0]
                 assert image.width % 32 == image.height % 32 == 0
     board = world_tasks(facts)["image_ret/turtle"].corpus[5].parts[0][1]
-    patches, _ = patchify([board], board.size, 16)
+    patches, _ = patchify([board], board.size, families.BACKBONES["qwen3_vl"])
     assert normalised(torch.from_numpy(patches), facts).abs().median() < 0.01  # the ground is 0
     assert World().backbone.side == 28
 

@@ -8,8 +8,11 @@ import torch
 
 import train
 from curriculum import Curriculum, Progress
-from data import Batches, DataError, Pairs, Schedule, StepSampler
-from test_plume import FINAL, assert_close, make_model, record, turns, whole
+from data import Batches, Schedule, StepSampler
+from files.errors import DataError
+from files.records import Pairs
+from test_plume import assert_close, FINAL, make_model, whole
+from tests.samples import record, turns
 
 
 def test_schedule_gives_every_data_set_its_share_all_over_the_run():

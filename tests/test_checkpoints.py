@@ -10,11 +10,15 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-import model as plume_model
 import train
-from data import DataError
+from engine import ranks
+from hub import folders
+from hub import settings
+from files.errors import DataError
 from model import Plume
-from test_plume import call, edit_json, make_model, rendered, shard
+from test_plume import make_model, rendered
+from tests.processes import call
+from tests.samples import edit_json, shard
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -100,7 +104,7 @@ def test_loading_says_what_is_wrong(tmp_path):
     with pytest.raises(FileNotFoundError, match="no such checkpoint folder"):
         Plume.from_pretrained(tmp_path / "nothing")
     with pytest.raises(DataError, match="float32"):
-        plume_model.pick_device("cpu", "float23")
+        ranks.pick_device("cpu", "float23")
     with pytest.raises(DataError, match="latent_steps 33"):
         make_model(latent_steps=33)
     with pytest.raises(DataError, match="Did you mean 'max_pixels'"):
@@ -144,7 +148,7 @@ def edit(folder, name, changes):
 
 
 def edit_adapter(folder, changes):
-    edit_inside(folder, "plume", dict(adapter=plume_model.ADAPTER | changes))
+    edit_inside(folder, "plume", dict(adapter=settings.ADAPTER | changes))
 
 
 def sharded(folder, do, *arguments):
@@ -263,7 +267,7 @@ def test_an_interrupted_write_keeps_the_old_checkpoint_and_a_foreign_folder_is_n
     m = make_model().float()
     m.save_pretrained(tmp_path / "ck")
     before = (tmp_path / "ck" / WEIGHTS).read_bytes()
-    with pytest.raises(RuntimeError), plume_model.replacing(tmp_path / "ck") as folder:
+    with pytest.raises(RuntimeError), folders.replacing(tmp_path / "ck") as folder:
         (Path(folder) / "config.json").write_text("{")
         raise RuntimeError("killed")
     assert (tmp_path / "ck" / WEIGHTS).read_bytes() == before

@@ -12,10 +12,13 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from data import DataError, collate
+from data import collate
+from engine.stream import media_bytes
+from files.errors import DataError
 from latent import Graphs
-from model import media_bytes
-from test_plume import HERE, assert_close, gradients, make_model, mixed_items, picture, rendered
+from test_plume import assert_close, gradients, HERE, make_model, mixed_items, rendered
+from tests.samples import picture
+from engine import stream
 
 
 def test_windows_of_encode_keep_the_order_and_the_name_of_a_bad_item(model, world):
@@ -37,29 +40,29 @@ def test_media_in_memory_are_bounded_in_bytes_whatever_the_batch(workers, model,
     items = [{"image": picture("red", "bar", (168, 168)), "text": "word " * (i % 5)} for i in range(40)]
     items[7:7] = ["text alone"] * 9 + [{"image": picture("blue", "bar", (28, 28))}]
     plain = model.encode(items)
-    read, embed_rows = model.read, model.embed_rows
-    each = media_bytes(read(0, items[0], None))
+    read, embed_rows = stream.read_item, stream.embed_rows
+    each = media_bytes(read(model, 0, items[0], None))
     counts = dict(read=0, embedded=0, most=0)
 
-    def counted_read(i, *rest):
-        sample = read(i, *rest)
+    def counted_read(m, i, *rest):
+        sample = read(m, i, *rest)
         counts["read"] += media_bytes(sample)
         counts["most"] = max(counts["most"], counts["read"] - counts["embedded"])
         return sample
 
-    def counted_rows(out, rows, samples, *rest):
-        embed_rows(out, rows, samples, *rest)
+    def counted_rows(m, out, rows, samples, *rest):
+        embed_rows(m, out, rows, samples, *rest)
         counts["embedded"] += sum(media_bytes(samples[i]) for i in rows)
 
-    monkeypatch.setattr(model, "read", counted_read)
-    monkeypatch.setattr(model, "embed_rows", counted_rows)
-    monkeypatch.setattr("model.AHEAD", 3 * each)
+    monkeypatch.setattr(stream, "read_item", counted_read)
+    monkeypatch.setattr(stream, "embed_rows", counted_rows)
+    monkeypatch.setattr("engine.stream.AHEAD", 3 * each)
     assert_close(model.encode(items, batch_size=16, workers=workers), plain, "many small windows", 1e-6)
     assert counts["read"] == counts["embedded"] > 40 * each
     # two windows of at most 3, each with the one that fills it, and one in every thread
     assert counts["most"] <= (6 + 2 + workers) * each
 
-    windows = model.encoding(iter(items), batch_size=2, workers=workers)  # closed early: nobody waits on
+    windows = stream.encoding(model, iter(items), batch_size=2, workers=workers)
     next(windows)
     windows.close()
     deadline = time.monotonic() + 10
@@ -298,6 +301,6 @@ def test_encode_keeps_no_graph_and_leaves_the_callers_gradients_on(model, monkey
         return vectors, tokens
 
     monkeypatch.setattr(model, "embed", watched)
-    for _ in model.encoding(["red", "blue", "green"], batch_size=1, sort=False):
+    for _ in stream.encoding(model, ["red", "blue", "green"], batch_size=1, sort=False):
         assert torch.is_grad_enabled()  # between two windows
     assert graphs == [False] * 3

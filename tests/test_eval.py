@@ -10,10 +10,13 @@ import torch
 import torch.nn.functional as F
 
 import eval as evaluation
-from data import DataError, Pairs, parse_item
+from files.errors import DataError
+from files.items import parse_item
+from files.records import Pairs
 from model import Plume
-from tasks.beir import Task, list_tasks, read_task
-from test_plume import SHARED, call, make_model, run
+from tasks.beir import list_tasks, read_task, Task
+from test_plume import make_model, SHARED
+from tests.processes import call, run
 
 
 def unit_rows(numbers):
@@ -45,7 +48,7 @@ def test_ranks_equal_brute_force_with_ties_candidates_and_grades(elements):
         relevant.append({int(j): int(rng.integers(1, 4)) for j in chosen})
         some = list(dict.fromkeys([*relevant[i], *range(0, 40, 3)]))
         candidates.append(None if i % 3 else some)
-    ranks = evaluation.rank(queries, corpus, relevant, candidates, elements)
+    ranks = evaluation.rank_relevant(queries, corpus, relevant, candidates, elements)
     for i, gains in enumerate(relevant):
         rows = candidates[i] or list(range(40))
         scores = [queries[i] @ corpus[j] for j in rows]
@@ -71,7 +74,7 @@ def test_a_tie_between_relevant_documents_puts_the_lesser_first():
     query, same = torch.tensor([[1.0, 0.0]]), torch.tensor([[0.6, 0.8]]).repeat(3, 1)
     same[1] += 1e-8  # rounding is no difference
     for candidates in (None, [0, 1, 2]):
-        ranks = evaluation.rank(query, same, [{0: 1, 1: 3}], [candidates])
+        ranks = evaluation.rank_relevant(query, same, [{0: 1, 1: 3}], [candidates])
         assert sorted(ranks[0]) == [(1, 2), (3, 3)]
 
 

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import pytest
 
-from data import parse_flags
+from engine.flags import parse_flags
 
 
 @dataclass
@@ -51,11 +51,10 @@ def test_values_are_read_in_every_spelling():
     (["--lr"], "--lr needs a value of type float"),
     (["--lr", "--seed", "1"], "--lr needs a value of type float"),
     (["--compare"], "--compare needs a value"),
-    (["--ablations", "x"], "--ablations is a command of its own now: python -m tools.ablations"),
 ])
 def test_what_is_no_flag_or_no_value_ends_the_program_with_one_line(argv, why):
     with pytest.raises(SystemExit) as ended:
-        parse_flags(Config, argv, "about", moved={"ablations": "python -m tools.ablations"})
+        parse_flags(Config, argv, "about")
     assert str(ended.value).startswith("error: ") and why in str(ended.value)
 
 

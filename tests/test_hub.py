@@ -8,9 +8,14 @@ import jinja2
 import pytest
 
 import data
-from data import DataError, parse_item
-from model import HUB_FILES, Plume
-from test_plume import QUICK, call, make_model, picture
+from files.errors import DataError
+from files.items import parse_item
+from hub.card import chat_template
+from hub.folders import HUB_FILES
+from model import Plume
+from test_plume import make_model, QUICK
+from tests.processes import call
+from tests.samples import picture
 
 OWN = dict(system='You "embed" {x} \N{GRINNING FACE}.', anchor=" -> <disc_emb> : {prompt}")
 
@@ -50,7 +55,8 @@ def test_the_chat_template_of_the_tokenizer_gives_the_prefix_of_encode(settings,
 ])
 def test_the_chat_template_refuses_what_plume_does_not_embed(model, messages, why):
     with pytest.raises(jinja2.TemplateError, match=why):
-        model.processor.tokenizer.apply_chat_template(messages, tokenize=False)
+        template = chat_template(model.processor)
+        model.processor.tokenizer.apply_chat_template(messages, chat_template=template, tokenize=False)
 
 
 def test_a_revision_and_a_token_reach_the_hub(small, monkeypatch):

@@ -16,12 +16,15 @@ from torch.utils._pytree import tree_map_only
 
 import latent
 import train
+from backbones.vision import frames_by_size, qwen2_features
 from curriculum import Curriculum
-from data import Batches, Pairs, collate, parse_item, to_device
+from data import Batches, collate, to_device
+from files.items import parse_item
+from files.records import Pairs
 from latent import Cache, decoder, rollout
-from model import Plume, frames_by_size, see_as_qwen2
+from model import Plume
 from test_plume import (
-    FINAL, assert_close, batch_of_eight, gradients, make_model, mixed_items, our_rollout, rendered, whole)
+    assert_close, batch_of_eight, FINAL, gradients, make_model, mixed_items, our_rollout, rendered, whole)
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 
@@ -39,7 +42,7 @@ def test_the_vision_tower_equals_transformers_in_values_and_gradients(grid):
     visual = m.backbone.model.visual
     pixels = torch.randn(grid.prod(1).sum(), 1176, dtype=torch.double, requires_grad=True)
     found = []
-    for features in (see_as_qwen2(visual, pixels, grid), visual(pixels, grid_thw=grid).pooler_output):
+    for features in (qwen2_features(visual, pixels, grid), visual(pixels, grid_thw=grid).pooler_output):
         pixels.grad = None
         visual.zero_grad()
         features.sin().sum().backward()
@@ -265,11 +268,11 @@ def test_the_hot_path_under_autocast_never_asks_the_device_a_question(hot_path, 
             return {name: part if name == "grid" else faked(part) for name, part in tree.items()}
         return tree_map_only(torch.Tensor, fake.from_tensor, tree)
 
-    def of_real_sizes(grid):
+    def of_real_sizes(grid, merge):
         with _disable_current_modes():
-            return faked(frames_by_size(grid))
+            return faked(frames_by_size(grid, merge))
 
-    monkeypatch.setattr("model.frames_by_size", of_real_sizes)
+    monkeypatch.setattr("backbones.vision.frames_by_size", of_real_sizes)
     m = make_model().float()._apply(fake.from_tensor)
     batch, pairs = hot_path
     with fake:

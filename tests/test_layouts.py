@@ -8,9 +8,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import data
-import model as plume_model
-from data import DataError
+from data import PLUME_TOKENS
+from files.errors import DataError
+from hub.settings import FORMAT, RELEASED_PROMPT
 from model import Plume
 from test_plume import assert_close, make_model, mixed_items, rendered
 from tests.samples import edit_json, shard
@@ -75,7 +75,7 @@ def test_released_layout_round_trip(world, tmp_path):
 
     settings = Plume.from_pretrained(tmp_path / "ck", "cpu").settings  # recognised by its weights
     assert settings["latent_positions"] == "cache" and settings["white_image"]
-    assert settings["latent_steps"] == 8 and settings["prompt"] == plume_model.RELEASED_PROMPT
+    assert settings["latent_steps"] == 8 and settings["prompt"] == RELEASED_PROMPT
     # from preprocessor_config.json
     assert settings["limits"]["max_pixels"] == m.settings["limits"]["max_pixels"]
     own = dict(prompt=m.settings["prompt"], limits=m.settings["limits"])
@@ -106,9 +106,9 @@ def as_from_the_hub(folder):
 
     tokenizer = json.loads((folder / "tokenizer.json").read_text())
     vocabulary = tokenizer["model"]["vocab"]
-    added = [t for t in tokenizer["added_tokens"] if t["content"] not in data.PLUME_TOKENS]
+    added = [t for t in tokenizer["added_tokens"] if t["content"] not in PLUME_TOKENS]
     tokenizer["added_tokens"] = added
-    for token in data.PLUME_TOKENS:
+    for token in PLUME_TOKENS:
         vocabulary[f"unused{token}"] = vocabulary.pop(token)
     (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
     return tensors, len({*vocabulary, *(t["content"] for t in added)})
@@ -119,7 +119,7 @@ def test_a_plain_qwen2_vl_gets_the_tokens_at_the_mean_and_a_near_identity_adapte
     make_model().float().save_pretrained(folder)
     tensors, size = as_from_the_hub(folder)
     plain = Plume.from_pretrained(folder, "cpu")
-    ids = [plain.processor.id[t] for t in data.PLUME_TOKENS]
+    ids = [plain.processor.id[t] for t in PLUME_TOKENS]
     assert ids == list(range(size, size + 5))
     assert plain.settings["latent_positions"] == "mrope" and not plain.settings["white_image"]
     mean = tensors["model.embed_tokens.weight"][:size].mean(0)
@@ -141,7 +141,7 @@ def test_another_format_of_a_checkpoint_is_refused(small, tmp_path):
     block = json.loads((folder / "config.json").read_text())["plume"]
     template, no_frames = block["template"], block["limits"] | dict(num_frames=0)
     nowhere, twice = "no place for it <bot>", "{item}{item}<bot>"
-    assert block["format"] == plume_model.FORMAT == 2
+    assert block["format"] == FORMAT == 2
     for wrong, why in (
         (without(block, "format", "template"), "format 1, this version reads format 2.*train it again"),
         (block | dict(format=3), "format 3, .*use the version of PLUME that wrote it"),

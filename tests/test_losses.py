@@ -11,8 +11,11 @@ import model as plume_model
 import train
 from adapter import balance_loss
 from curriculum import Curriculum
-from data import Batches, DataError, Pairs
-from test_plume import FINAL, GATED, assert_close, gradients, log, make_model, run_ranks, weights, whole
+from data import Batches
+from files.errors import DataError
+from files.records import Pairs
+from test_plume import assert_close, FINAL, GATED, gradients, log, make_model, weights, whole
+from tests.processes import run_ranks
 
 
 def test_chunked_cross_entropy_equals_the_plain_one():
@@ -138,7 +141,7 @@ def test_shards_in_bfloat16_equal_one_process_but_for_rounding(world, tmp_path, 
     flags = ["--data", world / "train.jsonl", "--steps", 2, "--global_batch", 4, "--workers", 0, "--lr=1e-3",
              "--checkpointing", *GATED, "--last_stage=1", "--dtype=bfloat16", "--out"]
     run_ranks(2, "train.py", "--fsdp", *flags, tmp_path / "half shards")
-    monkeypatch.setattr(train.signal, "signal", lambda *a: None)
+    monkeypatch.setattr("signal.signal", lambda *a: None)
     train.main([*map(str, flags), str(tmp_path / "half")])
     mine, theirs = log(tmp_path / "half"), log(tmp_path / "half shards")
     for name in ("ce", "gen", "disc", "read"):

@@ -18,8 +18,16 @@ from PIL import Image
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 import data
-from data import DataError, Part, load_frames, load_image, normalised, patchify
-from test_plume import COLOURS, HERE, SHAPES, SHARED, assert_close, make_model, picture, write_clip
+from backbones import families
+from files import clips
+from files import pictures
+from backbones.vision import normalised
+from data import patchify
+from files.clips import load_frames, Part
+from files.errors import DataError
+from files.pictures import load_image
+from test_plume import assert_close, HERE, make_model, SHARED
+from tests.samples import COLOURS, picture, SHAPES, write_clip
 
 
 def pixels_of(image):
@@ -268,7 +276,7 @@ def test_the_one_transparent_colour_of_a_png_is_white(name, tmp_path):
 ])
 def test_limits_that_make_no_sense_are_refused(limits, why):
     with pytest.raises(DataError, match=why):
-        data.Limits(**limits)
+        families.Limits(**limits)
     if all(type(value) is int for value in limits.values()):
         with pytest.raises(DataError, match=why):
             make_model(limits=limits)
@@ -332,11 +340,11 @@ def test_frames_have_the_shape_in_which_a_player_shows_them(tmp_path, suffix, as
 
 
 def test_the_shape_of_television_and_of_nothing():
-    assert data.display_size(720, 576, Fraction(16, 15)) == (768, 576)
-    assert data.display_size(720, 480, Fraction(8, 9)) == (720, 540)
+    assert clips.display_size(720, 576, Fraction(16, 15)) == (768, 576)
+    assert clips.display_size(720, 480, Fraction(8, 9)) == (720, 540)
     for aspect in (Fraction(1, 100_000), Fraction(100_000)):
         with pytest.raises(DataError, match="too large when shown"):
-            data.display_size(64, 48, aspect)
+            clips.display_size(64, 48, aspect)
 
 
 @pytest.mark.parametrize("codec, options, suffix", [
@@ -367,22 +375,22 @@ def test_frames_in_front_of_the_first_key_frame_do_not_count(tmp_path, codec, op
 @pytest.fixture
 def decoded(monkeypatch):
     """(key, time) of every frame that is decoded; key: time of the key frame that was jumped to, or None."""
-    frames, timed_frames = [], data.timed_frames
+    frames, timed_frames = [], clips.timed_frames
 
     def watched(container, track, key=None):
         for time, frame in timed_frames(container, track, key):
             frames.append((key, time))
             yield time, frame
 
-    monkeypatch.setattr(data, "timed_frames", watched)
+    monkeypatch.setattr(clips, "timed_frames", watched)
     return frames
 
 
 def decoded_through(path, count, monkeypatch):
     """The frames as they come without a jump."""
-    read_headers = data.read_headers
+    read_headers = clips.read_headers
     with monkeypatch.context() as m:
-        m.setattr(data, "read_headers", lambda *args: replace(read_headers(*args), keys=[]))
+        m.setattr(clips, "read_headers", lambda *args: replace(read_headers(*args), keys=[]))
         return load_frames(path, count)
 
 
@@ -419,7 +427,7 @@ def test_jumping_to_key_frames_gives_the_frames_of_decoding_through(
 
 
 def test_where_a_jump_lands_wrong_all_frames_are_decoded(tmp_path, decoded, monkeypatch):
-    path, timed_frames = str(tmp_path / "clip.mp4"), data.timed_frames
+    path, timed_frames = str(tmp_path / "clip.mp4"), clips.timed_frames
     encode_clip(path, range(20, 220))
     right = load_frames(path, 5)
     assert any(key is not None for key, _ in decoded)
@@ -428,7 +436,7 @@ def test_where_a_jump_lands_wrong_all_frames_are_decoded(tmp_path, decoded, monk
         for time, frame in timed_frames(container, track, key):
             yield time + (key is not None), frame
 
-    monkeypatch.setattr(data, "timed_frames", one_late)
+    monkeypatch.setattr(clips, "timed_frames", one_late)
     decoded.clear()
     assert equal(load_frames(path, 5), right)
     assert decoded[-1][0] is None and len(decoded) > 200
@@ -489,7 +497,7 @@ def test_jumping_changes_no_frame_of_real_clips(folder, decoded, monkeypatch):
     if not SHARED.exists():
         pytest.skip("no ../shared/data")
     print("using", SHARED / folder)
-    clips = [str(p) for p in sorted((SHARED / folder).iterdir()) if p.suffix in data.VIDEO_SUFFIXES]
+    clips = [str(p) for p in sorted((SHARED / folder).iterdir()) if p.suffix in clips.VIDEO_SUFFIXES]
     jumped = 0
     for path in clips:
         try:
@@ -508,7 +516,7 @@ def test_jumping_changes_no_frame_of_real_clips(folder, decoded, monkeypatch):
 def test_a_folder_of_frames_takes_every_suffix_that_a_picture_may_have(tmp_path):
     formats = {"a.jpeg": "JPEG", "b.JFIF": "JPEG", "c.jpe": "JPEG", "d.avif": "AVIF", "e.ppm": "PPM",
                "f.pgm": "PPM", "g.PNG": "PNG", "h.tif": "TIFF", "i.webp": "WEBP"}
-    formats = {name: kind for name, kind in formats.items() if kind in data.IMAGE_FORMATS}
+    formats = {name: kind for name, kind in formats.items() if kind in pictures.IMAGE_FORMATS}
     for i, (name, kind) in enumerate(formats.items()):
         frame = grey(20 * i, (32, 32))
         if name == "f.pgm":

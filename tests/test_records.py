@@ -7,9 +7,13 @@ import re
 import numpy as np
 import pytest
 
-import data
-from data import DataError, Pairs, parse_item
-from test_plume import HERE, picture, record, turns
+from files import errors
+from files import records
+from files.errors import DataError
+from files.items import parse_item
+from files.records import Pairs
+from test_plume import HERE
+from tests.samples import picture, record, turns
 
 
 def side(text, reply=None, **media):
@@ -56,7 +60,7 @@ def test_all_spellings_of_a_record_mean_the_same(world, tmp_path):
 
 def test_a_video_is_a_file_or_a_list_of_frames(world):
     def video(**media):
-        return data.parse_side(side("<video>\nwhat?", **media), str(world), "here").parts[0]
+        return records.parse_side(side("<video>\nwhat?", **media), str(world), "here").parts[0]
 
     clip = ("video", str(world / "red bar.mp4"))
     assert video(video="red bar.mp4") == video(videos=["red bar.mp4"]) == clip
@@ -66,8 +70,8 @@ def test_a_video_is_a_file_or_a_list_of_frames(world):
 
 
 def test_a_target_without_tags_is_the_answer():
-    assert data.parse_target("just text", "here") == ("", "just text")
-    assert data.parse_target("", "here") == ("", "")
+    assert records.parse_target("just text", "here") == ("", "just text")
+    assert records.parse_target("", "here") == ("", "")
 
 
 def test_byte_order_mark_line_ends_and_equal_targets(world, tmp_path):
@@ -175,8 +179,8 @@ def test_a_bad_record_is_an_error_with_file_number_and_reason_or_counted(world, 
 def test_what_users_give_is_quoted_with_200_characters_at_most(model, tmp_path):
     long = "x" * 100_000
     many = {f"key {i}": i for i in range(10_000)}
-    assert data.quote("a\n") == "'a\\n'"
-    assert all(len(data.quote(value)) <= 200 for value in (long, many, b"y" * 100_000))
+    assert errors.quote("a\n") == "'a\\n'"
+    assert all(len(errors.quote(value)) <= 200 for value in (long, many, b"y" * 100_000))
     items = ({long: 1}, [long], many, {"text": 3, long: 1}, {"image": long}, {"video": [long]}, 10**300,
              {"image": {long}})
     for item in items:

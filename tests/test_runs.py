@@ -15,15 +15,18 @@ import pytest
 import torch
 
 import latent
-import model as plume_model
 import train
 from curriculum import Curriculum, Progress
-from data import DataError, Pairs, Schedule
+from data import Schedule
+from files.errors import DataError
+from files.records import Pairs
 from model import Plume
-from tests.test_checkpoints import LFS, cut
-from test_plume import (
-    GATED, HERE, PAPER, QUICK, Started, assert_close, call, log, make_model, record, run, run_ranks, turns,
-    weights)
+from test_plume import assert_close, GATED, HERE, log, make_model, PAPER, QUICK, weights
+from tests.processes import call, run, run_ranks, Started
+from tests.samples import record, turns
+from tests.test_checkpoints import cut, LFS
+from engine import log as run_log
+from hub import folders
 
 
 def state_of(checkpoint):
@@ -71,7 +74,7 @@ def test_training_goes_through_all_stages_and_the_loss_falls(trained):
         assert text in printed, text
     line = printed[printed.index("step 39/40") :].splitlines()[0]
     names = [cell.split()[0] for cell in line.split(" | ")[:-6]]
-    assert names == ["step", "stage", "K", "ce", "gen", "disc", "read", "bal", "first"]
+    assert names == ["step", "stage", "K", "ce", "gen", "disc", "read", "bal", "gate_loss"]
 
 
 def test_interrupted_and_resumed_equals_uninterrupted_bit_for_bit(world, tmp_path):
@@ -168,9 +171,9 @@ def test_killed_while_a_checkpoint_is_written_costs_the_steps_since_the_last_one
     assert_equal_weights(trained[0], out)
     assert [r["step"] for r in log(out)] == list(range(40))
     assert state_of(out / "checkpoint-30")["step"] == 30
-    with plume_model.replacing(out / "checkpoint", keep=str(out / "checkpoint-40")) as folder:
+    with folders.replacing(out / "checkpoint", keep=str(out / "checkpoint-40")) as folder:
         shutil.copytree(out / "checkpoint-30", folder, dirs_exist_ok=True)
-    newest = [os.path.basename(path) for path in train.checkpoints_in(out)]
+    newest = [os.path.basename(path) for path in folders.checkpoints_in(out)]
     assert newest[:3] == ["checkpoint", "checkpoint-40", "checkpoint-30"]
     (out / "checkpoint").rename(tmp_path / "elsewhere")
     refused(run("train.py", *flags, check=False), "holds checkpoint-")  # what is kept is not written over
@@ -274,7 +277,8 @@ import resource, sys
 sys.path.insert(0, {here!r})
 import train
 size, at = int(sys.argv.pop(1)), int(sys.argv.pop(1))
-save, write = train.save, train.Plume.write
+import engine.resume
+save, write = train.save, engine.resume.write_checkpoint
 
 def limited(*a, **k):
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))  # no file may be longer: what a full disk does
@@ -282,7 +286,7 @@ def limited(*a, **k):
 
 def late(cfg, model, optimizer, state, *rest):
     if state["step"] == at:
-        train.Plume.write = limited
+        engine.resume.write_checkpoint = limited
     return save(cfg, model, optimizer, state, *rest)
 
 train.save = late
@@ -303,7 +307,7 @@ def test_a_full_disk_is_one_line_and_the_last_good_checkpoint_stays(world, tmp_p
         Plume.from_pretrained(out / "checkpoint", "cpu")
     run("train.py", *flags, "--out", out, "--resume")
     usage = shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(train.shutil, "disk_usage", lambda path: usage._replace(free=10_000_000))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=10_000_000))
     with pytest.raises(DataError, match=r"a checkpoint takes 0.0\d GB, and 0.01 GB are free"):
         train.main([*map(str, flags), "--out", str(tmp_path / "little"), "--device=cpu"])
 
@@ -524,7 +528,7 @@ def test_checkpoints_come_at_stage_ends_every_save_every_and_at_the_end(world, t
         recomputed.append(1)
         return recompute(*args, **keywords)
 
-    monkeypatch.setattr(train.signal, "signal", lambda *a: None)  # leave this process's own alone
+    monkeypatch.setattr(signal, "signal", lambda *a: None)  # leave this process's own alone
     monkeypatch.setattr(train.torch, "save", save)
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", clip_grad_norm_)
     monkeypatch.setattr(latent, "checkpoint", checkpoint)
@@ -553,20 +557,20 @@ def init(**given):
 def test_wandb_gets_the_rows_of_the_log(world, tmp_path, monkeypatch):
     (tmp_path / "wandb.py").write_text(WANDB)
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr(train.signal, "signal", lambda *a: None)
+    monkeypatch.setattr(signal, "signal", lambda *a: None)
     train.main(["--data", str(world / "train.jsonl"), "--steps=2", "--workers=0", "--global_batch=4",
                 "--device=cpu", "--wandb=mine", "--out", str(tmp_path / "out")])
     first, *rows, end = sys.modules.pop("wandb").rows
     assert first["project"] == "mine" and first["config"]["steps"] == 2 and end == "end"
     assert rows == [(row, row["step"]) for row in log(tmp_path / "out")]
     out = str(tmp_path / "out")
-    assert train.wandb_id(train.Config(out=out, resume=True)) == first["id"]  # goes on there
-    assert train.wandb_id(train.Config(out=out)) != first["id"]  # another run
+    assert run_log.wandb_id(train.Config(out=out, resume=True)) == first["id"]  # goes on there
+    assert run_log.wandb_id(train.Config(out=out)) != first["id"]  # another run
 
 
 def test_tensorboard_gets_the_numbers_of_the_log(world, tmp_path, monkeypatch):
     events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    monkeypatch.setattr(train.signal, "signal", lambda *a: None)
+    monkeypatch.setattr(signal, "signal", lambda *a: None)
     train.main(["--data", str(world / "train.jsonl"), "--steps=3", "--workers=0", "--global_batch=4",
                 "--device=cpu", "--tensorboard", "--out", str(tmp_path)])
     found = events.EventAccumulator(str(tmp_path)).Reload()
@@ -580,7 +584,7 @@ def test_too_little_memory_is_an_error_that_says_what_helps(world, tmp_path, mon
     def too_much(*a):
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
-    monkeypatch.setattr(train.signal, "signal", lambda *a: None)
+    monkeypatch.setattr(signal, "signal", lambda *a: None)
     monkeypatch.setattr(torch.optim.AdamW, "step", too_much)
     flags = ["--steps=2", "--workers=0", "--global_batch=4", "--device=cpu", "--out", str(tmp_path / "none")]
     monkeypatch.setattr(sys, "argv", ["train.py", "--data", str(world / "train.jsonl"), *flags])

@@ -9,9 +9,12 @@ import numpy as np
 import pytest
 import torch
 
-from data import DataError, Side, collate
+from data import collate
+from files.errors import DataError
+from files.items import Side
 from model import Plume
-from test_plume import HERE, NAMES, assert_close, gradients, mixed_items, rendered
+from test_plume import assert_close, gradients, HERE, mixed_items, rendered
+from tests.samples import NAMES
 
 needs = "needs sentence-transformers: pip install sentence-transformers"
 st = pytest.importorskip("sentence_transformers", minversion="6.2", reason=needs)

@@ -24,8 +24,13 @@ import torch
 from tqdm import tqdm
 
 import train
-from data import DataError, command, parse_flags, reason, writing
-from eval import writable
+from engine import train_flags
+from engine import lock
+from engine import resume
+from hub import folders
+from engine.flags import command, parse_flags
+from files.errors import DataError, reason
+from files.writing import writable, writing
 from tasks.turtle import World
 
 WORLDS = {"plain": False, "rule books": True}  # --rules
@@ -47,7 +52,7 @@ ABLATIONS = {
     "no gate": (dict(gate=0.0), None),
     "paper's schedule": (dict(gate=0.0, replay=0.0, last_stage=0.5), None),
     "no curriculum, but read-out loss": (dict(last_stage=1.0, replay=0.0), None),
-    "tokens in parallel": (dict(thought="parallel"), None),
+    "tokens in parallel": (dict(adapter="parallel"), None),
     "frozen backbone": (dict(freeze_backbone=True), None),
     "frozen, no latent transition": (dict(freeze_backbone=True, adapter="none"), None),
     "frozen, single MLP": (dict(freeze_backbone=True, adapter="mlp"), None),
@@ -61,7 +66,7 @@ WHOLE = {"frozen": "frozen backbone", "untied": "untied embeddings"}  # before a
 
 ENOUGH = 3  # seeds of a setting that all stay below --until; it gets no more of them
 NOT_HERE = {  # flags of train.py
-    "data", "init", "seed", "resume", "workers", "preset", "rules", "codes", "adaptive", "adapter", "thought",
+    "data", "init", "seed", "resume", "workers", "preset", "rules", "codes", "adaptive", "adapter",
     "freeze_backbone"}
 ROW = {"setting", "world", "seed", "steps", "hit", "seconds"}  # of the results
 
@@ -102,10 +107,10 @@ class Runs:
         cfg = asdict(self.config(setting, world, seed))
         flags = [f"--{name}={value}" for name, value in cfg.items() if value != usual[name]]
         rows, steps = [], None
-        if train.checkpoints_in(out):
+        if folders.checkpoints_in(out):
             flags.append("--resume")
-            state = train.read_state(os.path.join(train.checkpoint_in(out), "train_state.pt"))
-            if changed := train.changes(state["config"], cfg):
+            state = resume.read_state(os.path.join(folders.checkpoint_in(out), "train_state.pt"))
+            if changed := resume.changes(state["config"], cfg, usual):
                 raise DataError(f"{out} holds a run of other flags ({changed}): choose another --out")
             rows, steps = self.logged(out, state["step"])
         if steps is None and len(rows) < self.base.steps:
@@ -161,7 +166,7 @@ class Runs:
 def results_so_far(path, base):
     """The results of the JSON, or new ones; raises DataError for those of another command."""
     config, usual = asdict(base), asdict(train.Config())
-    for name in {*train.FREE_ON_RESUME, "seed"} - {"until"}:
+    for name in {*resume.FREE_ON_RESUME, "seed"} - {"until"}:
         del config[name]
     settings = {name: flags for name, (flags, _) in ABLATIONS.items()}
     new = dict(config=config, settings=settings, cores=os.cpu_count(), torch=torch.__version__, runs=[])
@@ -240,7 +245,7 @@ def show(runs, most):
     print(f"{len(runs)} runs, {hours:.1f} hours of training steps on one core each")
 
 
-def refuse(cfg, given):
+def check_flags(cfg, given):
     """Raises DataError for flags that make no sense."""
     wrong = sorted(given & NOT_HERE)
     if wrong:
@@ -256,20 +261,20 @@ def refuse(cfg, given):
 
 def main(argv):
     cfg, given = parse_flags(Config, argv, __doc__)
-    refuse(cfg, given)
+    check_flags(cfg, given)
     base = train.Config(**{field.name: getattr(cfg, field.name) for field in fields(train.Config)})
     World("test", cfg.families, moves=cfg.moves)
     results = results_so_far(cfg.json, base)
     runs = Runs(base, results["runs"])
     for name in ABLATIONS:
-        train.check(runs.config(name, "plain", 0), 1)
+        train_flags.check_flags(runs.config(name, "plain", 0), 1)
     done = {(r["setting"], r["world"], r["seed"]) for r in results["runs"]}
     jobs = itertools.product(range(cfg.seeds), WORLDS, ABLATIONS)  # a seed is whole before the next begins
     todo = [(name, world, seed) for seed, world, name in jobs if (name, world, seed) not in done]
 
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
     bar = tqdm(total=len(todo), desc="ablations", unit="run")
-    alone = train.only_run(replace(base, out=os.path.join(base.out, "ablations"), resume=True))
+    alone = lock.exclusive_lock(replace(base, out=os.path.join(base.out, "ablations"), resume=True))
     with alone, ThreadPoolExecutor(os.cpu_count()) as pool, bar:
         try:
             jobs = [pool.submit(runs.run, *job) for job in todo]

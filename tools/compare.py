@@ -12,9 +12,12 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-import eval as evaluation
-from data import DataError, command, parse_flags, writing
-from eval import Embedder, find_tasks, fingerprint, load, score, select, writable, write_json
+from engine.flags import command, parse_flags
+from engine.kept import Embedder, fingerprint
+from eval import score
+from files.errors import DataError
+from files.writing import writable, write_json, writing
+from tasks.find import find_tasks, load_model, select
 
 COLOURS = {"single": "#d62728", "latent": "#1f77b4", "cot": "#2ca02c", "auto": "#ff7f0e"}  # of a mode
 
@@ -35,10 +38,9 @@ class Config:
     dtype: str = ""  # float32 or bfloat16; default: bfloat16 where it is fast
 
 
-def compare(model, tasks, cfg):
+def compare(model, tasks, batch_size, limit):
     """One row for each mode, and for each number of latent steps up to the checkpoint's K.
 
-    cfg: eval.py's Config.
     -> [dict: mode, steps (None but in mode latent), mean and hits {task: hit@1}, tokens and ms per query]
     """
     ways = [("single", None)]
@@ -48,13 +50,13 @@ def compare(model, tasks, cfg):
         ways.append(("auto", None))
     by_name = {task.name: task for task in tasks}
     makers = [(name, functools.partial(by_name.get, name)) for name in by_name]
-    first_batch = tasks[0].queries[: cfg.batch_size]
+    first_batch = tasks[0].queries[:batch_size]
     checkpoint_hash = fingerprint(model)
     rows = []
     for mode, steps in ways:
-        model.encode(first_batch, mode, steps, cfg.batch_size, limit=cfg.limit)  # the first call is slower
+        model.encode(first_batch, mode, steps, batch_size, limit=limit)  # the first call is slower
         took = {"queries": 0, "seconds": 0.0, "tokens": 0}
-        embedder = Embedder(model, cfg, mode, steps, "", checkpoint_hash)
+        embedder = Embedder(model, mode, steps, batch_size, limit, checkpoint_hash=checkpoint_hash)
         hits = {name: result["hit@1"] for name, result in score(embedder, makers, took=took)}
         tokens = took["tokens"] / took["queries"]
         ms = 1e3 * took["seconds"] / took["queries"]
@@ -159,12 +161,12 @@ def main(argv):
                         "that exist")
     if cfg.batch_size < 1 or cfg.limit < 1:
         raise DataError(f"--batch_size {cfg.batch_size} and --limit {cfg.limit} must be at least 1")
-    model = load(cfg)
-    what = evaluation.Config(data=cfg.data, moves=cfg.moves, rules=cfg.rules, codes=cfg.codes)
-    names, make = find_tasks(what, False, model.processor)
+    model = load_model(cfg.ckpt, cfg.device, cfg.dtype)
+    names, make = find_tasks(
+        cfg.data, model.processor, moves=cfg.moves, rules=cfg.rules, codes=cfg.codes)
     tasks = [make(name) for name in select(names, cfg.task, cfg.data or "turtle world")]
     begun = time.time()
-    rows = compare(model, tasks, evaluation.Config(batch_size=cfg.batch_size, limit=cfg.limit))
+    rows = compare(model, tasks, cfg.batch_size, cfg.limit)
     seconds = time.time() - begun
     print(f"{cfg.ckpt}: every mode, {model.device}, batches of {cfg.batch_size}, {seconds:.0f} s; tokens: "
           "decoded per query; ms/query: the model alone")

@@ -25,9 +25,10 @@ from dataclasses import dataclass
 from PIL import Image
 from tqdm import tqdm
 
-from data import (
-    DataError, command, nearest, parse_flags, parse_json, parse_side, quote, reason, spans_of, writing)
-from eval import writable
+from engine.flags import command, parse_flags
+from files.errors import DataError, nearest, quote, reason
+from files.records import parse_json, parse_side, spans_of
+from files.writing import writable, writing
 
 
 @dataclass

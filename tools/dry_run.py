@@ -19,8 +19,13 @@ from torch.utils._pytree import tree_leaves
 from tqdm import tqdm
 
 import train
-from data import Batches, DataError, command, parse_flags, to_device
-from model import pick_device
+from engine import train_flags
+from engine import log
+from engine import ranks
+from data import Batches, to_device
+from engine.flags import command, parse_flags
+from engine.ranks import pick_device
+from files.errors import DataError
 
 GIB = 2**30
 
@@ -108,8 +113,8 @@ def dry_run(cfg, model, pairs, curriculum, autocast, dtype):
     """What a rank needs: bytes of weights, gradients, moments, and what a micro-batch adds in every stage."""
     meta, cuda = model.device.type == "meta", model.device.type == "cuda"
     batches = Batches(pairs, model.processor, curriculum, cfg.skip_bad)
-    every = train.size(model.parameters())
-    trained = train.size([p for p in model.parameters() if p.requires_grad])
+    every = ranks.size(model.parameters())
+    trained = ranks.size([p for p in model.parameters() if p.requires_grad])
     print(f"weights {4 * every / GIB:,.3f} GiB, gradients {4 * trained / GIB:,.3f} GiB, AdamW's moments "
           f"{8 * trained / GIB:,.3f} GiB, all float32")
     heavy = heaviest(cfg, pairs, batches, curriculum.stages[0])
@@ -157,13 +162,13 @@ def main(argv):
         raise DataError("a dry run needs no torchrun: it runs one rank's micro-batch, of --micro_batch pairs")
     if cfg.resume:
         raise DataError("--resume: a dry run starts nothing; give the run's other flags")
-    curriculum = train.check(replace(cfg, device="", fsdp=False), 1)
+    curriculum = train_flags.check_flags(replace(cfg, device="", fsdp=False), 1)
     torch.manual_seed(cfg.seed)
     device, dtype = pick_device(cfg.device or None, cfg.dtype or None)
     pairs = train.read_pairs(cfg)
     schedule, _ = train.plan(cfg, pairs)
     model = train.build_model(cfg, given, pairs, device)
-    train.announce(cfg, pairs, schedule, model, curriculum)
+    log.announce(cfg, pairs, schedule, model, curriculum)
     mixed = dtype != torch.float32 and not cfg.fsdp and device.type != "meta"
     autocast = torch.autocast(device.type, dtype) if mixed else nullcontext()
     return dry_run(cfg, model, pairs, curriculum, autocast, dtype)

@@ -18,10 +18,12 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
-import eval as evaluation
-from data import DataError, command, parse_flags, writing
-from eval import find_tasks, first_rank, load, rank, writable, write_json
-from tasks.turtle import World, lengths_of, moves_lost
+from engine.flags import command, parse_flags
+from eval import first_rank, rank_relevant
+from files.errors import DataError
+from files.writing import writable, write_json, writing
+from tasks.find import find_tasks, load_model
+from tasks.turtle import lengths_of, moves_lost, World
 
 MIXED = "mixed"  # in place of a length: queries of all lengths in one batch
 COLOURS = ("#d62728", "#2ca02c", "#1f77b4", "#ff7f0e", "#9467bd", "#8c564b", "#17becf", "#7f7f7f")
@@ -63,7 +65,7 @@ def measure(model, mode, tasks, corpora, mine, how):
     vectors = torch.from_numpy(model.encode(queries, mode, took=took, spent=spent, **how))
     for task, corpus, part in zip(tasks, corpora, vectors.split(len(mine))):
         relevant = [task.relevant[i] for i in mine]
-        ranks = rank(part, corpus, relevant, [task.candidates[i] for i in mine])
+        ranks = rank_relevant(part, corpus, relevant, [task.candidates[i] for i in mine])
         hits += [first_rank(of_query) == 1 for of_query in ranks]
     return dict(hit=float(np.mean(hits)), ms=1e3 * took["seconds"] / len(queries),
                 steps=float(np.mean(spent["steps"])), tokens=float(np.mean(spent["tokens"])))
@@ -153,12 +155,12 @@ def main(argv):
         name = os.path.normpath(path).removesuffix("/checkpoint").split("/")[-1]
         if name in models:
             raise DataError(f"--ckpt: two of them are called {name!r}; their folders need other names")
-        models[name] = load(evaluation.Config(ckpt=path, device=cfg.device, dtype=cfg.dtype))
+        models[name] = load_model(path, cfg.device, cfg.dtype)
         if lost := moves_lost(models[name].processor, cfg.moves):
             raise DataError(f"{path}: {lost}")
     begun, ways = time.time(), ways_of(models)
     processor = ways[0][1].processor
-    names, make = find_tasks(evaluation.Config(moves=cfg.moves, rules=cfg.rules), False, processor)
+    names, make = find_tasks("", processor, moves=cfg.moves, rules=cfg.rules)
     tasks = [make(name) for name in names if not name.endswith("_hard")]
     world = World("test", moves=cfg.moves, rules=cfg.rules)
     of_one_task = world.lengths[: len(tasks[0].queries)]

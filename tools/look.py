@@ -14,10 +14,15 @@ from PIL import Image, ImageDraw, ImageFont
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from backbones.families import Limits
 from curriculum import Curriculum
-from data import (
-    Batches, DataError, Limits, Pairs, Processor, command, load_frames, load_image, parse_flags,
-    train_tokenizer, writing)
+from data import Batches, Processor, train_tokenizer
+from engine.flags import command, parse_flags
+from files.clips import load_frames
+from files.errors import DataError
+from files.pictures import load_image
+from files.records import Pairs
+from files.writing import writing
 from tasks.turtle import World
 
 TEXT_WIDTH = 700  # pixels of the sheet for texts; the pictures stand to the right of them

@@ -14,7 +14,7 @@ from mteb.models import ModelMeta
 from mteb.models.abs_encoder import AbsEncoder
 from mteb.models.model_meta import ScoringFunction
 
-from eval import fingerprint
+from engine.kept import fingerprint
 from model import Plume
 
 KINDS = ("text", "image", "video")

@@ -18,16 +18,17 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-import eval as evaluation
 from curriculum import Curriculum
-from data import DataError, closest, command, parse_flags
-from eval import (
-    Embedder, find_tasks, fingerprint, interval, is_published, load, only, per_query_scores, select, spread,
-    writable, write_json)
-from model import MODES
+from engine.flags import command, parse_flags
+from engine.kept import Embedder, fingerprint
+from engine.stream import MODES
+from eval import interval, only, per_query_scores, spread
+from files.errors import closest, DataError
+from files.writing import writable, write_json
+from tasks.find import find_tasks, load_model, select
 from tools.probe_report import write_report
-from tools.probe_thoughts import Thoughts, as_text, chosen, trajectory
-from tools.probe_ways import NEEDS_OTHERS, TRAINED, Queries, ways_of
+from tools.probe_thoughts import as_text, chosen, Thoughts, trajectory
+from tools.probe_ways import NEEDS_OTHERS, Queries, TRAINED, ways_of
 
 AGREEMENT = "agreement"  # name of a row
 
@@ -148,7 +149,7 @@ def text_table(result):
 # ------------------------------------------------------------------------------------------------- command
 
 
-def refuse(cfg):
+def check_flags(cfg):
     """Raises DataError for flags that make no sense."""
     if cfg.queries < 1 or cfg.batch_size < 2 or min(cfg.segments, cfg.limit, cfg.show) < 0:
         raise DataError(f"--queries {cfg.queries} must be at least 1, --batch_size {cfg.batch_size} at least "
@@ -174,8 +175,7 @@ def curriculum_of(cfg, model):
 
 def tasks_of(cfg, processor):
     """-> the Tasks with the queries that are looked at, how many there are in all, the ids of --ids."""
-    what = evaluation.Config(data=cfg.data, moves=cfg.moves, rules=cfg.rules)
-    names, make = find_tasks(what, is_published(cfg.data), processor)
+    names, make = find_tasks(cfg.data, processor, moves=cfg.moves, rules=cfg.rules)
     ids, tasks, known, total = set(filter(None, cfg.ids.split(","))), [], {}, 0
     for task_name in select(names, cfg.task, cfg.data or "turtle world"):
         task = make(task_name)
@@ -212,12 +212,12 @@ def what_is_left_out(model, cfg, tasks, total, agreement):
 
 def embedders_of(model, cfg):
     """{TRAINED, single and cot: what embeds the candidates, and for a mode the queries}"""
-    how = evaluation.Config(batch_size=cfg.batch_size, limit=max(cfg.limit, 1))
     modes = {TRAINED: ("latent", model.settings["latent_steps"]), "single": ("single", None)}
     if cfg.limit:
         modes["cot"] = ("cot", None)
     weights = fingerprint(model)
-    return {name: Embedder(model, how, *mode, "", weights) for name, mode in modes.items()}
+    return {name: Embedder(model, *mode, cfg.batch_size, max(cfg.limit, 1), checkpoint_hash=weights)
+            for name, mode in modes.items()}
 
 
 def probe(model, tasks, total, ids, cfg):
@@ -253,8 +253,8 @@ def probe(model, tasks, total, ids, cfg):
 
 def main(argv):
     cfg, _ = parse_flags(Config, argv, __doc__)
-    refuse(cfg)
-    model = load(cfg)
+    check_flags(cfg)
+    model = load_model(cfg.ckpt, cfg.device, cfg.dtype)
     tasks, total, ids = tasks_of(cfg, model.processor)
     result, shown = probe(model, tasks, total, ids, cfg)
     K, device, seconds = result["steps"], result["device"], result["seconds"]

@@ -13,8 +13,10 @@ from html import escape
 from PIL import Image
 from tqdm import tqdm
 
-from data import load_frames, load_image, writing
-from tasks.turtle import STATES, draw_board, state_word
+from files.clips import load_frames
+from files.pictures import load_image
+from files.writing import writing
+from tasks.turtle import draw_board, state_word, STATES
 
 LARGEST = 8 << 20  # bytes of cards; with the tables the file stays under 10 MB
 LISTS = {  # what the lists of queries are -> heading, what to see there

@@ -10,9 +10,9 @@ import numpy as np
 import torch
 
 from curriculum import Stage
-from data import Part
 from eval import first_found, first_rank
-from model import unit
+from files.clips import Part
+from latent import unit
 from tools.probe_ways import TRAINED
 
 TOKENS = 3  # most likely ones that are kept of each state

@@ -7,8 +7,7 @@ from typing import Callable, NamedTuple
 import torch
 
 from data import collate, to_device
-from latent import Cache, at, decoder, next_positions, steps_and_suffix
-from model import unit
+from latent import prefill, select_column, steps_and_suffix, unit
 
 TRAINED = "as trained"  # name of the row that all others are compared with
 
@@ -22,10 +21,8 @@ class Queries:
         samples = [model.processor.render(side) for side in sides]
         batch = to_device(collate(samples, model.processor), model.device)
         prefix = model.prefix(batch)
-        self.cache = Cache(prefix.lengths, prefix.x.shape[1])
-        h = decoder(model.lm, prefix.x, prefix.positions, self.cache)
-        self.anchor, self.start = at(h, prefix.disc), at(h, prefix.lengths - 1)  # (B, D) each
-        self.pos, self.gen = next_positions(prefix, rule), batch["gen"]
+        self.cache, self.anchor, self.start, self.pos = prefill(model.lm, prefix, rule)
+        self.gen = batch["gen"]
         self.suffix = model.lm.embed_tokens(batch["suffix"])  # (B, T, D)
         self.inputs = []  # K inputs (B, D) of the latent steps, as trained
         self.trained, self.latents, self.router = self.roll(self.steps, hook=self.record)
@@ -44,7 +41,7 @@ class Queries:
         latents, suffix, router = steps_and_suffix(
             self.model.lm, adapter or self.model.adapter, steps, self.anchor, self.start, self.pos + shift,
             self.suffix, cache, hook=hook)
-        return unit(at(suffix, self.gen)).cpu(), latents, router
+        return unit(select_column(suffix, self.gen)).cpu(), latents, router
 
 
 class Way(NamedTuple):

@@ -29,9 +29,13 @@ from dataclasses import dataclass
 import numpy as np
 from tqdm import tqdm
 
-import eval as evaluation
-from data import DataError, closest, command, parse_flags, parse_item, parse_json, quote, reason, writing
-from eval import Embedder, load, writable
+from engine.flags import command, parse_flags
+from engine.kept import Embedder
+from files.errors import closest, DataError, quote, reason
+from files.items import parse_item
+from files.records import parse_json
+from files.writing import writable, writing
+from tasks.find import load_model
 from tools.search_files import printable, scan, sides_of
 from tools.search_report import write_gallery
 
@@ -141,7 +145,7 @@ class Index:
 
         whole: how many items and bad ones each file has, as soon as it is known.
         """
-        chunk, size = [], 4 * self.embedder.cfg.batch_size
+        chunk, size = [], 4 * self.embedder.batch_size
         for path, about in tqdm(files.items(), "index", unit="file", disable=not files):
             about = dict(zip(("kind", "size", "time"), about))
             item, count = dict(path=path, **about, every=0), 0
@@ -192,7 +196,7 @@ def name_of(item):
     return printable(item["path"])
 
 
-def refuse(cfg, folder, given):
+def check_flags(cfg, folder, given):
     """Raises DataError for what makes no sense."""
     if not os.path.isdir(folder):
         above, name = os.path.split(os.path.abspath(folder))
@@ -231,16 +235,16 @@ def main(argv):
     query = None
     if text is not None or cfg.image:
         query = parse_item({"text": text, "image": cfg.image or None}, where="the query")
-    refuse(cfg, folder, query)
-    model = load(cfg)
+    check_flags(cfg, folder, query)
+    model = load_model(cfg.ckpt, cfg.device, cfg.dtype)
     steps = model.settings["latent_steps"] if cfg.mode == "latent" else None
-    how = evaluation.Config(batch_size=cfg.batch_size, skip_bad=True)
     place = cfg.index or os.path.join(folder, ".plume")
     try:
         os.makedirs(place, exist_ok=True)
     except OSError as e:
         raise DataError(f"{place}: the index cannot be there: {reason(e)}; name a folder with --index") from e
-    embedder = Embedder(model, how, cfg.mode, steps, os.path.join(place, "embeddings"))
+    embedder = Embedder(
+        model, cfg.mode, steps, cfg.batch_size, skip_bad=True, folder=os.path.join(place, "embeddings"))
     index = Index(place, embedder, cfg.every)
     files, others = scan(folder, place)
     left_out = 0

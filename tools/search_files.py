@@ -9,9 +9,10 @@ from collections import Counter
 import av
 import numpy as np
 
-from data import (
-    DECODER_ERRORS, IMAGE_SUFFIXES, VIDEO_OPTIONS, VIDEO_SUFFIXES, DataError, parse_item, read_headers,
-    reason)
+from files.clips import read_headers, VIDEO_OPTIONS, VIDEO_SUFFIXES
+from files.errors import DataError, reason
+from files.items import parse_item
+from files.pictures import DECODER_ERRORS, IMAGE_SUFFIXES
 
 KINDS = dict.fromkeys(VIDEO_SUFFIXES, "video") | dict.fromkeys(IMAGE_SUFFIXES, "image") | {".pdf": "pdf"}
 PAGE = 2_000_000  # pixels of a page in the gallery

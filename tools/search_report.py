@@ -5,8 +5,10 @@ from html import escape
 
 from tqdm import tqdm
 
-from data import DataError, parse_item, writing
-from tools.probe_report import LARGEST, STYLE, media_of
+from files.errors import DataError
+from files.items import parse_item
+from files.writing import writing
+from tools.probe_report import LARGEST, media_of, STYLE
 from tools.search_files import media_of_item
 
 PAGE = """<!doctype html><html lang="en"><head><meta charset="utf-8">

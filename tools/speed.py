@@ -28,7 +28,6 @@ has to start, whatever the batch.
 
 import functools
 import math
-import re
 import time
 from dataclasses import dataclass
 from typing import Callable, NamedTuple
@@ -36,16 +35,20 @@ from typing import Callable, NamedTuple
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
-from torch.nn.functional import normalize
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
-from transformers import DynamicCache
 
-from data import DataError, Side, collate, command, normalised, parse_flags, to_device, writing
-from eval import writable, write_json
-from latent import Graphs, at, greedy
-from model import SHAPES, Plume, pick_device
+from backbones.reference import transformers_inputs
+from backbones.shapes import SHAPES
+from data import collate, to_device
+from engine.flags import command, parse_flags
+from engine.ranks import pick_device
+from files.errors import DataError
+from files.items import Side
+from files.writing import writable, write_json, writing
+from latent import Graphs, greedy, naive_rollout, select_column, unit
+from model import Plume
 from tasks.turtle import World
 from tools.dry_run import LiveBytes
 
@@ -167,7 +170,7 @@ def speed_methods(model, batch, cfg):
     methods["one by one, K = 8"] = Method(alone, passes=9, steps=8, alone=True)
     write = functools.partial(write_rationale, model, batch, cfg.tokens)
     methods[f"cot, {cfg.tokens} tokens"] = Method(write, passes=cfg.tokens, writes=True)
-    inputs = as_transformers(model, batch, padded_left=True)
+    inputs = padded_left(batch, model.processor)
     generate = functools.partial(model.backbone.generate, **inputs, do_sample=False,
                                  min_new_tokens=cfg.tokens, max_new_tokens=cfg.tokens)
     methods[GENERATED] = Method(generate, passes=cfg.tokens - 1, writes=True)
@@ -194,21 +197,12 @@ def write_rationale(model, batch, tokens):
     return greedy(model.lm, model.lm.embed_tokens, logits, model.prefix(batch), gen, tokens)
 
 
-def as_transformers(model, batch, padded_left=False):
-    """A batch of queries, of text, with pictures or with clips, as inputs of transformers' own model."""
-    ids, token = batch["ids"], model.processor.id  # (B, P)
-    real = torch.arange(ids.shape[1], device=ids.device) < batch["lengths"][:, None]
-    if padded_left:  # as `generate` wants them
-        ids = torch.stack([row.roll(len(row) - n) for row, n in zip(ids, batch["lengths"].tolist())])
-        real = real.flip(1)
-    images, videos = ids == token["<|image_pad|>"], ids == token["<|video_pad|>"]
-    inputs = dict(input_ids=ids, attention_mask=real.long())
-    if batch["pixels"] is None:
-        return inputs
-    inputs["mm_token_type_ids"] = images.int() + 2 * videos.int()
-    kind = "_videos" if videos.any() else ""
-    inputs[f"pixel_values{kind}"] = normalised(batch["pixels"], model.processor.backbone)
-    inputs["video_grid_thw" if kind else "image_grid_thw"] = batch["grid"].to(model.device)
+def padded_left(batch, processor):
+    """A batch as inputs of transformers' own model, as its `generate` wants them."""
+    inputs = transformers_inputs(batch, processor)
+    rows = zip(batch["ids"], batch["lengths"].tolist())
+    inputs["input_ids"] = torch.stack([row.roll(len(row) - n) for row, n in rows])
+    inputs["attention_mask"] = inputs["attention_mask"].flip(1)
     return inputs
 
 
@@ -216,35 +210,18 @@ def as_transformers(model, batch, padded_left=False):
 def transformers_forward(model, batch):
     """One pass through transformers' own model -> (B, D) unit, as `Plume.embed` in mode single."""
     model.backbone.model.rope_deltas = None  # transformers keeps those of the last call
-    inputs = dict(as_transformers(model, batch), position_ids=batch["positions"])
+    inputs = dict(transformers_inputs(batch, model.processor), position_ids=batch["positions"])
     h = model.backbone.model(**inputs, use_cache=False).last_hidden_state  # (B, P, D)
-    return normalize(at(h, batch["disc"]).float(), dim=-1)
+    return unit(select_column(h, batch["disc"]))
 
 
 def one_by_one(model, batch, steps):
-    """The latent embedding of a batch of one query through transformers' modules and cache -> (1, D).
-
-    This is how it can be done without latent.py.
-    """
-    inner, lm = model.backbone.model, model.lm
-    mrope = model.settings["latent_positions"] == "mrope"
-    pos = int(batch["positions"].max()) + 1 if mrope else batch["ids"].shape[1]
-    cache = DynamicCache(config=lm.config)
-
-    def behind(x, start):  # (1, L, D) -> (L, D)
-        positions = torch.arange(start, start + x.shape[1], device=x.device).expand(3, 1, -1)
-        out = lm(inputs_embeds=x, position_ids=positions, past_key_values=cache, use_cache=True)
-        return out.last_hidden_state[0]
-
-    inner.rope_deltas = None  # transformers keeps those of the last call
-    inputs = dict(as_transformers(model, batch), position_ids=batch["positions"])
-    h = inner(**inputs, past_key_values=cache, use_cache=True).last_hidden_state[0]  # (P, D)
-    anchor, z = h[batch["disc"]], h[-1:]  # (1, D)
-    for k in range(steps):
-        x, _ = model.adapter(z, k, anchor)
-        z = behind(x[:, None], pos + k)
-    suffix = behind(model.lm.embed_tokens(batch["suffix"]), pos + steps)  # (T, D)
-    return normalize(suffix[batch["gen"]].float(), dim=-1)
+    """The latent embedding of a batch of one query without latent.py's decoder -> (1, D)."""
+    r = naive_rollout(
+        model.backbone.model, model.adapter, transformers_inputs(batch, model.processor), batch["positions"],
+        batch["disc"].item(), steps, model.lm.embed_tokens(batch["suffix"]),
+        model.settings["latent_positions"])
+    return unit(select_column(r.suffix, batch["gen"]))
 
 
 def all_one_by_one(model, rows, steps):
@@ -544,7 +521,7 @@ def draw_growth(rows, path):
 # ------------------------------------------------------------------------------------------ command
 
 
-def check(cfg, given):
+def check_flags(cfg, given):
     """Raises DataError for flags that cannot be right, before anything is loaded."""
     if not writable(cfg.json) or not writable(cfg.growth):
         raise DataError(f"--json {cfg.json!r} and --growth {cfg.growth!r}: name files in folders that exist")
@@ -582,7 +559,7 @@ def load_model(cfg):
 
 def main(argv):
     cfg, given = parse_flags(Config, argv, __doc__)
-    check(cfg, given)
+    check_flags(cfg, given)
     model = load_model(cfg)
     result = dict(
         date=time.strftime("%Y-%m-%d"),

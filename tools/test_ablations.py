@@ -9,9 +9,9 @@ import pytest
 
 import train
 from tools import ablations
-from data import DataError
-from test_plume import Started
-from tests.processes import server
+from engine import lock
+from files.errors import DataError
+from tests.processes import server, Started
 
 TWO = {"full": ({}, 61.6), "K = 1, single MLP": (dict(segments=1, adapter="mlp"), 59.2)}
 FOLDER = {"full": "full", "K = 1, single MLP": "K_1_single_MLP"}
@@ -87,7 +87,7 @@ def test_after_a_run_that_does_not_end_well_no_other_begins(command, tmp_path, m
 
 
 def test_one_command_at_a_time(command, tmp_path):
-    with train.only_run(train.Config(out=str(tmp_path / "ablations"), resume=True)):
+    with lock.exclusive_lock(train.Config(out=str(tmp_path / "ablations"), resume=True)):
         second = Started("tools.ablations", *command)
         assert second.returncode and "another run is at work there" in second.stdout + second.stderr
     assert not (tmp_path / "a.json").exists()
@@ -152,7 +152,7 @@ def test_a_file_of_somebody_else_is_refused(command, tmp_path, text):
 @pytest.mark.parametrize("flag, why", [
     ("--data=x.jsonl", "leave out --data"),
     ("--rules", "leave out --rules"),
-    ("--thought=parallel", "leave out --thought"),
+    ("--adapter=parallel", "leave out --adapter"),
     ("--json=", "needs 1 or more, a file"),
     ("--seeds=0", "--seeds 0"),
     ("--until=0", "needs the hit@1 at which a run ends"),

@@ -5,7 +5,8 @@ import re
 
 from PIL import Image
 
-from test_plume import QUICK, call, run
+from test_plume import QUICK
+from tests.processes import call, run
 
 
 def test_turtle_world_trains_evaluates_and_compares_without_any_data(tmp_path):

@@ -5,8 +5,9 @@ import json
 import pytest
 from PIL import Image
 
-from data import Pairs
-from test_plume import call, picture
+from files.records import Pairs
+from tests.processes import call
+from tests.samples import picture
 
 
 def lines(path, rows):

@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data import DataError
+from files.errors import DataError
 from tasks.turtle import World
-from test_plume import QUICK, call, run
+from test_plume import QUICK
+from tests.processes import call, run
 from tools import lengths
 
 
@@ -17,7 +18,7 @@ def test_lengths_are_told_apart_and_every_way_is_measured(tmp_path, monkeypatch)
     monkeypatch.setattr(World.__init__, "__defaults__", tuple(few))  # queries of a family
     world = ["--families=image_ret", "--moves=2-4", "--segments=3", "--steps=4", *QUICK]
     run("train.py", "--out", tmp_path / "a", *world, "--adaptive")
-    run("train.py", "--out", tmp_path / "p", *world, "--thought=parallel")
+    run("train.py", "--out", tmp_path / "p", *world, "--adapter=parallel")
     files = ["--png", tmp_path / "l.png", "--json", tmp_path / "l.json"]
     ckpt = ["--ckpt", tmp_path / "a" / "checkpoint", tmp_path / "p" / "checkpoint"]
     printed = call("tools.lengths", *ckpt, "--moves=2-4", "--rounds=1", "--limit=5", *files).stdout

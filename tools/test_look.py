@@ -4,7 +4,8 @@ import json
 
 from PIL import Image
 
-from test_plume import call, record, run, turns
+from tests.processes import call, run
+from tests.samples import record, turns
 
 
 def test_contact_sheet_by_command_line(world, tmp_path):

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from model import Plume
-from test_plume import NAMES
+from tests.samples import NAMES
+from tools.mteb_model import PlumeEncoder
 
 mteb = pytest.importorskip("mteb", reason="needs mteb: pip install mteb")
 datasets = pytest.importorskip("datasets", reason="needs datasets: pip install datasets")
@@ -12,7 +13,6 @@ datasets = pytest.importorskip("datasets", reason="needs datasets: pip install d
 from mteb.abstasks.retrieval import AbsTaskRetrieval
 from mteb.abstasks.task_metadata import TaskMetadata
 
-from tools.mteb_model import PlumeEncoder
 
 NO_DATA_SET = dict(path="nobody/nothing", revision="1")
 

@@ -14,16 +14,18 @@ import torch.nn.functional as F
 
 import latent
 from curriculum import Curriculum
-from data import DataError, collate, parse_item
+from data import collate
+from files.errors import DataError
+from files.items import parse_item
 from latent import rollout
 from model import Plume
 from tasks.beir import Task
-from tasks.turtle import World, state_word, walk
-from test_plume import (
-    assert_close, call, make_model, mixed_items, reference_prefill, reference_step, rendered)
-from tools import probe
+from tasks.turtle import state_word, walk, World
+from test_plume import assert_close, make_model, mixed_items, reference_prefill, reference_step, rendered
+from tests.processes import call
 from tools.probe_thoughts import Thoughts
-from tools.probe_ways import INPUTS, TRAINED, Queries, ways_of
+from tools.probe_ways import INPUTS, Queries, TRAINED, ways_of
+from tools import probe
 
 K = 3
 

@@ -13,10 +13,13 @@ import numpy as np
 import pytest
 
 import eval as evaluation
+from engine import kept, stream
 from model import Plume
-from test_plume import assert_close, call, picture, write_clip
-from tools import search
+from test_plume import assert_close
+from tests.processes import call
+from tests.samples import picture, write_clip
 from tools.search_files import scan
+from tools import search
 
 LINE = re.compile(r" *\d+ +(-?\d\.\d{3})  (.*)")
 
@@ -68,19 +71,19 @@ def test_results_equal_encode_by_hand(small, folder):
 
 def test_only_what_is_new_is_embedded_and_only_what_changed_is_read(small, folder, monkeypatch):
     model, counts = Plume.from_pretrained(small, "cpu"), {}
-    decode = Plume.read
+    decode = stream.read_item
 
-    def counted(self, i, item, bad):
+    def counted(model, i, item, bad):
         counts["read"] = counts.get("read", 0) + 1
-        return decode(self, i, item, bad)
+        return decode(model, i, item, bad)
 
-    monkeypatch.setattr(Plume, "read", counted)
+    monkeypatch.setattr(stream, "read_item", counted)
 
     def updated(every=0.0):
         """-> what was done, how many items were decoded, names of the index"""
         counts.clear()
         cfg = evaluation.Config(batch_size=2, skip_bad=True)
-        embedder = evaluation.Embedder(model, cfg, "single", None, str(folder / ".plume" / "embeddings"))
+        embedder = kept.Embedder(model, cfg, "single", None, str(folder / ".plume" / "embeddings"))
         index = search.Index(str(folder / ".plume"), embedder, every)
         files, _ = scan(folder, folder / ".plume")
         done = index.update(str(folder), files, 10**6).split("; ")[0]
@@ -125,11 +128,11 @@ def test_a_run_that_is_stopped_goes_on(small, folder, monkeypatch, after):
     cfg = evaluation.Config(batch_size=1, skip_bad=True)
 
     def opened():
-        embedder = evaluation.Embedder(model, cfg, "single", None, str(folder / ".plume" / "embeddings"))
+        embedder = kept.Embedder(model, cfg, "single", None, str(folder / ".plume" / "embeddings"))
         return search.Index(str(folder / ".plume"), embedder, 0.3)
 
     files, _ = scan(folder, folder / ".plume")
-    index, embed, calls = opened(), evaluation.Embedder.__call__, []
+    index, embed, calls = opened(), kept.Embedder.__call__, []
 
     def stopped(self, *args):
         if len(calls) == after:
@@ -138,7 +141,7 @@ def test_a_run_that_is_stopped_goes_on(small, folder, monkeypatch, after):
         return embed(self, *args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(evaluation.Embedder, "__call__", stopped)
+        patch.setattr(kept.Embedder, "__call__", stopped)
         with pytest.raises(KeyboardInterrupt):
             index.update(str(folder), files, 10**6)
     there = len(opened().items)

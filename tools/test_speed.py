@@ -8,7 +8,8 @@ import torch
 from PIL import Image
 
 from data import collate, to_device
-from test_plume import assert_close, call, mixed_items, rendered
+from test_plume import assert_close, mixed_items, rendered
+from tests.processes import call
 from tools import speed
 
 METHODS = {

@@ -79,7 +79,7 @@ class PlumeEmbedder(InputModule):
 
     def preprocess(self, inputs, prompt=None, **unused):
         """Items -> their rendered samples.  `rows` says which: GradCache cuts tensors along the batch."""
-        items = list(plume().told_of_file_names(inputs))
+        items = list(plume().warn_of_file_names(inputs))
         with ThreadPoolExecutor(4) as pool:
             samples = list(pool.map(self.read, items, [prompt] * len(items)))
         ids = pad_sequence([torch.tensor(sample["ids"]) for sample in samples], batch_first=True)

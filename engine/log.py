@@ -1,0 +1,117 @@
+"""What a training run says: its plan, log.jsonl, a line now and then."""
+
+import importlib.util
+import json
+import math
+import os
+import re
+import secrets
+from dataclasses import asdict
+
+from engine.ranks import ranks, say, size
+from files.writing import write_errors, writing
+from hub.folders import LOG
+
+ROW = re.compile(rb'\{"step": (\d+), "reached": ')  # of log.jsonl
+
+
+def announce(cfg, pairs, schedule, model, curriculum):
+    """What is about to happen."""
+    for name, value in asdict(cfg).items():
+        say(f"  {name} = {value!r}")
+    sets = list(zip(pairs.names, schedule.rows, schedule.counts))
+    told = ", ".join(f"{name} {len(rows)} ({count} steps)" for name, rows, count in sets)
+    say(f"{len(pairs)} pairs in {len(sets)} data sets: {told}")
+    if pairs.negatives:
+        say(f"hard negatives: up to {pairs.negatives} a pair")
+    idle = [name for name, _, count in sets if count == 0]
+    if idle:
+        say(f"warning: with {schedule.steps} steps these get none: {', '.join(idle)}; raise --steps")
+    every, adapter = list(model.parameters()), list(model.adapter.parameters())
+    trained = [p for p in every if p.requires_grad]
+    say(f"{size(every):,} parameters, {size(trained):,} trained, {size(adapter):,} in the adapter")
+    batch, world = cfg.global_batch, ranks()[1]
+    say(f"{schedule.steps} steps; global contrastive batch {batch} = {world} ranks x {batch // world}; "
+        f"InfoNCE at chance {math.log(batch):.2f}")
+    say(curriculum.table(schedule.steps))
+
+
+class Log:
+    """What rank 0 writes of a step: a row of OUT/log.jsonl (and elsewhere, when asked), sometimes a line."""
+
+    def __init__(self, cfg, config, start, steps):
+        self.cfg, self.steps, self.pace, self.cut, self.bad = cfg, steps, None, 0, 0
+        self.file = open_log(cfg, start) if ranks()[0] == 0 else None
+        self.wandb = self.events = None
+        if self.file and cfg.wandb:
+            wandb = importlib.import_module("wandb")
+            self.wandb = wandb.init(project=cfg.wandb, group=cfg.out, config=config, id=wandb_id(cfg),
+                                    resume="allow")
+        if self.file and cfg.tensorboard:
+            tensorboard = importlib.import_module("torch.utils.tensorboard")
+            self.events = tensorboard.SummaryWriter(cfg.out, purge_step=start)
+
+    def write(self, row, bad, parts, shown):
+        """bad: records that this rank left out; parts: the losses of a line; shown: whether there is one."""
+        for line in bad:
+            print("left out:", line, flush=True)
+        if not self.file:
+            return
+        step, ms = row["step"], row["ms"]
+        self.cut, self.bad = self.cut + int(row["cut"]), self.bad + int(row["bad"])
+        self.pace = ms if self.pace is None else 0.95 * self.pace + 0.05 * ms
+        with write_errors(self.file.name):
+            self.file.write(json.dumps(row) + "\n")
+            self.file.flush()
+        if self.wandb:
+            self.wandb.log(row, step=step)
+        if self.events:
+            for name, value in row.items():
+                if not isinstance(value, str):
+                    self.events.add_scalar(name, value, step)
+        if "hit" in row:
+            say(f"after step {step}: hit@1 {row['hit']:.1%} on held-out pairs")
+        if shown:
+            minutes, seconds = divmod(int(self.pace * (self.steps - step - 1) / 1e3), 60)
+            cells = [f"step {step}/{self.steps}", f"stage {row['stage']}", f"K {row['K']}"]
+            cells += [f"{name} {row[name]:.3g}" for name in parts if name != "loss"]
+            cells += [f"lr {row['lr']:.1e}", f"{ms:.0f} ms", f"{row['pairs_per_s']:.0f} pairs/s"]
+            cells += [f"wait {row['wait']:.0%}", f"ETA {minutes}:{seconds:02d}", row["dataset"]]
+            say(" | ".join(cells))
+
+    def close(self, pairs, processor):
+        if self.wandb:
+            self.wandb.finish()
+        if self.events:
+            self.events.close()
+        if self.cut:
+            say(f"{self.cut} rationale tokens were cut off by max_len {processor.limits.max_len}")
+        if self.cfg.skip_bad:
+            say(f"{len(pairs.bad)} records left out at the start, {self.bad} while training (named above)")
+
+
+def wandb_id(cfg):
+    """The name of this run at Weights & Biases, under which --resume goes on there."""
+    path = os.path.join(cfg.out, "wandb_id")
+    if cfg.resume and os.path.exists(path):
+        with open(path) as f:
+            return f.read()
+    name = secrets.token_hex(4)
+    with writing(path) as f:
+        f.write(name)
+    return name
+
+
+def open_log(cfg, start):
+    """log.jsonl, without rows of steps that a resumed run does again."""
+    path, rows = os.path.join(cfg.out, LOG), []
+    if cfg.resume and os.path.exists(path):
+        with open(path, "rb") as f:
+            for line in f:
+                row = ROW.match(line)
+                again = row is not None and int(row[1]) >= start
+                if line.endswith(b"\n") and not again:
+                    rows.append(line)
+    with writing(path, "wb") as f:
+        f.writelines(rows)
+    return open(path, "a")

@@ -1,0 +1,102 @@
+"""Device, dtype and ranks: where it runs, and what goes between processes."""
+
+import os
+
+import torch
+import torch.distributed as dist
+
+from files.errors import DataError, quote
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def pick_device(device=None, dtype=None, say=print):
+    """The best device there is (cuda > mps > cpu), bfloat16 where it is fast.
+
+    Said with the reason, unless both are given.
+    """
+    given, dtype = (device is not None, dtype is not None), DTYPES.get(dtype, dtype)
+    if dtype not in (None, *DTYPES.values()):
+        raise DataError(f"dtype {quote(dtype)}: needs 'float32' or 'bfloat16'")
+    why_device, why_dtype = "as asked", "as asked"
+    if device is None:
+        device, why_device = "cpu", "the best available"
+        if torch.backends.mps.is_available():
+            device = "mps"
+        if torch.cuda.is_available():
+            device = "cuda"
+    try:
+        device = torch.device(device)
+    except RuntimeError as e:
+        raise DataError(f"device {device!r}: needs cuda, mps or cpu") from e
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise DataError(f"device {str(device)!r}: torch finds no CUDA device here; leave it out, or take cpu")
+    if dtype is None:
+        dtype, why_dtype = torch.float32, "bfloat16 is not known to be fast there"
+        if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
+            dtype, why_dtype = torch.bfloat16, "supported there"
+    if not all(given):
+        say(f"device {device} ({why_device}), {str(dtype).removeprefix('torch.')} ({why_dtype})")
+    return device, dtype
+
+
+def ranks():
+    """-> rank of this process, number of ranks, rank on this machine"""
+    return tuple(int(os.environ.get(k, n)) for k, n in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+
+
+def say(*words):
+    """Prints on rank 0."""
+    if ranks()[0] == 0:
+        print(*words, flush=True)
+
+
+def all_gather_objects(x):
+    """A list of every rank's x."""
+    out = [None] * dist.get_world_size()
+    dist.all_gather_object(out, x)
+    return out
+
+
+def rank_here():
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def global_mean(x):
+    """x (n,), another n on every rank -> its part of the mean: the mean of the parts is that of all."""
+    count = all_gather(torch.tensor(float(len(x)), device=x.device))
+    return x.sum() * len(count) / count.sum().clamp(min=1)
+
+
+def all_gather(x):
+    """(ranks, *x.shape), differentiable; without a process group there is one rank."""
+    return Gather.apply(x) if dist.is_initialized() else x[None]
+
+
+class Gather(torch.autograd.Function):
+    """x (B, ...) of every rank -> (ranks, B, ...); backward sums what all ranks ask of this rank's x."""
+
+    @staticmethod
+    def forward(ctx, x):
+        out = [torch.empty_like(x) for _ in range(dist.get_world_size())]
+        dist.all_gather(out, x.contiguous())
+        return torch.stack(out)
+
+    @staticmethod
+    def backward(ctx, grad):
+        grad = grad.contiguous()
+        dist.all_reduce(grad)
+        return grad[dist.get_rank()]
+
+
+def all_reduce_sums(scalars, device):
+    """Scalars -> floats summed over ranks: the one place in a step where the host waits for the device."""
+    values = [torch.as_tensor(x, dtype=torch.float32, device=device).detach() for x in scalars.values()]
+    values = torch.stack(values)
+    if dist.is_initialized():
+        dist.all_reduce(values)
+    return dict(zip(scalars, values.tolist()))
+
+
+def size(parameters):
+    return sum(p.numel() for p in parameters)

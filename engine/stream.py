@@ -1,0 +1,233 @@
+"""Embeds any number of items in windows, read ahead by threads, bounded in bytes."""
+
+import itertools
+import math
+import operator
+import os
+import threading
+import time
+import warnings
+from collections import deque
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor, wait
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from adapter import MAX_STEPS
+from data import collate, to_device
+from files.clips import VIDEO_SUFFIXES
+from files.errors import DataError, nearest, quote
+from files.items import parse_item, Side
+from files.pictures import IMAGE_SUFFIXES
+from latent import unit
+
+MODES = ("latent", "single", "cot", "auto")
+AHEAD = 1 << 27  # bytes of media that `encode` holds for a window, and about as many are read ahead
+
+
+class Spent(NamedTuple):
+    """What the items of a batch took."""
+
+    steps: torch.Tensor  # (B,) latent steps
+    tokens: torch.Tensor  # (B,) tokens written
+
+
+def check_mode(mode, steps):
+    """Raises ValueError for what `embed` does not know."""
+    if mode not in MODES:
+        raise ValueError(f"mode {quote(mode)}.{nearest(mode, MODES)}")
+    if steps is not None and (mode != "latent" or not 0 <= steps <= MAX_STEPS):
+        raise ValueError(f"steps {steps} in mode {mode!r}: steps are 0..{MAX_STEPS} and belong to mode "
+                         "'latent'")
+
+
+def iterate(items):
+    """An iterator over the items of any container, in its own order; a single item is a TypeError."""
+    try:
+        if isinstance(items, (str, bytes, Mapping)) or isinstance(items, np.ndarray) and items.ndim == 3:
+            raise TypeError
+        iterator = iter(items)
+    except TypeError:
+        raise TypeError("items must be a list or another iterable of items, got "
+                        f"{type(items).__name__}; put a single item into [ ]") from None
+    if isinstance(items, Iterable):
+        return iterator
+    return itertools.islice(iterator, length_hint(items))  # of the older kind: [0], [1], ... as it says
+
+
+class BoundedBuffer:
+    """Bytes of media in memory: readers wait while there are `most`, but for the item that is needed next."""
+
+    def __init__(self, most):
+        self.most, self.taken, self.needed, self.changed = most, 0, 0, threading.Condition()
+
+    def wait(self, i):
+        with self.changed:
+            self.changed.wait_for(lambda: self.taken < self.most or i <= self.needed)
+
+    def take(self, n):
+        with self.changed:
+            self.taken += n
+            self.changed.notify_all()
+
+    def need(self, i):
+        with self.changed:
+            self.needed = i
+            self.changed.notify_all()
+
+
+def media_bytes(sample):
+    return sum(patches.nbytes for patches in sample["pixels"]) if sample else 0
+
+
+def length_hint(items):
+    """How many items there are, or None when nobody knows."""
+    try:
+        hint = operator.length_hint(items, -1)
+    except NotImplementedError:
+        return None
+    return hint if hint >= 0 else None
+
+
+def warn_of_file_names(items):
+    """The items as they come; the first string that is the name of a picture or clip gives a warning."""
+    told, suffixes = False, IMAGE_SUFFIXES + VIDEO_SUFFIXES
+    for item in items:
+        if not told and isinstance(item, str) and item.lower().endswith(suffixes) and os.path.isfile(item):
+            told = True
+            warnings.warn("a string that is the name of a file is embedded as text; for the picture or clip "
+                          f"itself give {{'image': ...}} or {{'video': ...}}.  The first is {quote(item)}")
+        yield item
+
+
+def encoding(model, items, mode="latent", steps=None, batch_size=16, progress=False, limit=512, took=None,
+             workers=4, sort=True, bad=None, dim=None, done=0.5, spent=None):
+    """`encode` in windows: yields the embeddings of the next items as an array.
+
+    A window is 8 batches, or less when their media take AHEAD bytes; about as much is read ahead.
+    sort: the rows of a window are batched by length; False: batches are neighbours as given.
+    """
+    check_mode(mode, steps)
+    if not 0 <= done <= 1:
+        raise ValueError(f"done {done}: needs a probability, 0 .. 1")
+    width = model.lm.config.hidden_size
+    if dim is not None and not 1 <= dim <= width:
+        raise ValueError(f"dim {dim}: this model has 1 to {width} components")
+    if min(batch_size, limit, workers) < 1:
+        raise ValueError(f"batch_size {batch_size}, limit {limit}, workers {workers}: need at least 1")
+    label = progress if isinstance(progress, str) else f"encode ({mode})"
+    bar = tqdm(total=length_hint(items), desc=label, unit="item", disable=not progress)
+    items, size = warn_of_file_names(iterate(items)), 8 * batch_size if sort else batch_size
+    if spent is not None:
+        for name in Spent._fields:
+            spent.setdefault(name, [])
+    was_training = model.training
+    model.eval()
+    try:
+        for samples in windows(model, items, size, workers, bad, alone=took is not None):
+            order = list(range(len(samples)))
+            if sort:  # a batch of about equal lengths has little padding
+                order.sort(key=lambda i: len(samples[i]["ids"]) if samples[i] else 0)
+            out = torch.full((len(samples), dim or width), torch.nan, device=model.device)
+            costs = torch.zeros(len(samples), 2, dtype=torch.long, device=model.device)
+            for begin in range(0, len(order), batch_size):
+                batch = order[begin : begin + batch_size]
+                bar.update(len(batch))
+                rows = [i for i in batch if samples[i]]
+                if rows:
+                    embed_rows(model, out, rows, samples, mode, steps, limit, took, done, costs)
+            out = out.cpu().numpy()
+            for name, column in zip(Spent._fields, costs.T.tolist() if spent is not None else ()):
+                spent[name].extend(column)
+            wrong = [s["where"] for s, row in zip(samples, out) if s and not np.isfinite(row).all()]
+            if wrong:
+                not_finite(model, wrong)
+            yield out
+    finally:
+        model.train(was_training)
+        bar.close()
+
+
+def windows(model, items, size, workers, bad, alone):
+    """Lists of at most `size` samples, of less when their media take AHEAD bytes; threads read ahead.
+
+    alone: nothing is read while the caller is at work, so that its time can be taken.
+    A window ends every `size` items, too: what is in a batch depends on nothing that came long before.
+    """
+    numbered, pending, left, number = enumerate(items), deque(), size, 0
+    most = math.inf if alone else AHEAD
+    room, pool = BoundedBuffer(2 * most), ThreadPoolExecutor(workers)
+
+    def read(i, item):
+        room.wait(i)
+        sample = read_item(model, i, item, bad)
+        room.take(media_bytes(sample))
+        return sample
+
+    try:
+        while True:
+            for i, item in itertools.islice(numbered, 2 * size - len(pending)):
+                pending.append(pool.submit(read, i, item))
+            if not pending:
+                return
+            samples, held = [], 0
+            while pending and len(samples) < left and held < most:
+                room.need(number)
+                samples.append(pending.popleft().result())
+                held += media_bytes(samples[-1])
+                number += 1
+            left = left - len(samples) or size
+            if alone:
+                wait(pending)
+            yield samples
+            samples.clear()
+            room.take(-held)
+    finally:
+        room.need(math.inf)  # nobody waits any more
+        pool.shutdown(wait=False, cancel_futures=True)
+
+
+def read_item(model, i, item, bad):
+    """Item i -> a sample for `collate`; or None, and the reason in the dict `bad`, if it is given."""
+    try:
+        side = item if isinstance(item, Side) else parse_item(item, where=f"item {i}")
+        return dict(model.processor.render(side), where=side.where)
+    except DataError as e:
+        if bad is None:
+            raise
+        bad[i] = str(e)
+
+
+@torch.no_grad()
+def embed_rows(model, out, rows, samples, mode, steps, limit, took, done, costs):
+    """One batch: out[rows] = embeddings of these samples, costs[rows] = their steps and tokens."""
+    batch = to_device(collate([samples[i] for i in rows], model.processor), model.device)
+    begun = time.perf_counter()
+    vectors, spent = model.embed(batch, mode, steps, limit, done)
+    if took is not None:
+        took["tokens"] += int(spent.tokens.sum())  # waits for the device
+        took["seconds"] += time.perf_counter() - begun
+    if out.shape[1] < vectors.shape[1]:
+        vectors = unit(vectors[:, : out.shape[1]])
+    places = torch.tensor(rows, device=out.device)
+    out[places], costs[places] = vectors.to(out.dtype), torch.stack(spent, 1)
+
+
+def not_finite(model, wrong):
+    """Raises the error for items whose embeddings are not finite."""
+    names = ", ".join(wrong[:10])
+    if len(wrong) > 10:
+        names += f" and {len(wrong) - 10} more"
+    dtype = model.lm.norm.weight.dtype
+    broken = [name for name, p in model.named_parameters() if not p.isfinite().all()]
+    if broken:
+        why = (f"the weights are not finite either ({len(broken)} tensors, the first {broken[0]}): the "
+               "checkpoint is broken")
+    elif dtype == torch.float32:
+        why = "the weights are finite, so it is something in these items"
+    else:
+        why = f"the weights are finite; it was computed in {dtype}, try float32"
+    raise DataError(f"{names}: the embedding is not finite; {why}")

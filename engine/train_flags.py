@@ -1,0 +1,67 @@
+"""Flags of train.py that cannot work, found before anything is loaded."""
+
+import importlib.util
+import math
+
+from adapter import MAX_STEPS, TransitionAdapter
+from backbones.shapes import SHAPES
+from curriculum import Curriculum, Progress
+from engine.flags import sizes
+from files.errors import DataError, nearest
+
+
+def check_flags(cfg, world):
+    """What can be known to be wrong before anything is loaded -> the curriculum."""
+    at_least = dict(seed=0, global_batch=2, micro_batch=0, steps=0, save_every=1, log_every=1, eval_every=0,
+                    keep=0, workers=0, until=0, warmup=0, decay=0, vision_lr=0, weight_decay=0, frame_rate=0)
+    for name, least in at_least.items():
+        if not getattr(cfg, name) >= least:  # nan is not, either
+            raise DataError(f"--{name} {getattr(cfg, name)}: needs at least {least}")
+    if cfg.matryoshka:
+        sizes(cfg.matryoshka)
+    wandb = importlib.util.find_spec("wandb") if cfg.wandb else None
+    latent_steps, most_workers = cfg.segments * cfg.steps_per_segment, Progress.DELAY - 1
+    needs = (  # a flag, whether its value is fine, what it needs
+        ("epochs", cfg.steps or 0 < cfg.epochs < math.inf, "a number above 0 and finite, or --steps"),
+        ("lr", cfg.lr > 0, "a number above 0"),
+        ("scale", cfg.scale > 0, "a number above 0"),
+        ("clip", cfg.clip > 0, "a number above 0; inf: no clipping"),
+        ("warmup", cfg.warmup < 1, "a share of the run"),
+        ("decay", cfg.decay <= 1, "a share of the run"),
+        ("global_batch", cfg.global_batch % world == 0, f"a multiple of the {world} ranks"),
+        ("fsdp", world > 1 or not cfg.fsdp, "ranks: torchrun --nproc_per_node=N train.py, or leave it out"),
+        ("device", cfg.device != "meta", "numbers; with shapes alone runs python -m tools.dry_run"),
+        ("freeze_vision", cfg.freeze_vision in ("auto", "true", "false"), "auto, true or false"),
+        ("latent_positions", cfg.latent_positions in ("mrope", "cache"), "mrope or cache"),
+        ("adaptive", not cfg.adaptive or cfg.replay > 0,
+         "--replay above 0: else no vector behind fewer than all steps is trained at the end"),
+        ("w_read", not cfg.adaptive or cfg.w_read > 0, "a number above 0: --adaptive learns <eot> by it"),
+        ("adapter", not (cfg.adaptive and cfg.adapter == "parallel"),
+         "--adaptive left out: learnt tokens in one pass do not stop earlier"),
+        ("last_stage", cfg.last_stage < 1 or cfg.init or not cfg.freeze_backbone,
+         "less than 1, or --init: --freeze_backbone would keep random weights"),
+        ("tied", cfg.tied or not cfg.init, "random weights: leave out --init, whose weights say it"),
+        ("until", not cfg.until or cfg.eval_every and 0 < cfg.until <= 1, "a share, and --eval_every"),
+        ("segments", latent_steps <= MAX_STEPS, f"with --steps_per_segment at most {MAX_STEPS} latent steps"),
+        ("workers", not cfg.gate or cfg.workers <= most_workers,
+         f"at most {most_workers} with --gate: more would read for steps whose stage is not known yet"),
+        ("families", not (cfg.data and cfg.families), "turtle world: leave it out, or --data"),
+        ("moves", not cfg.data or cfg.moves == "8", "turtle world: leave it out, or --data"),
+        ("rules", not (cfg.data and cfg.rules), "turtle world: leave it out, or --data"),
+        ("codes", not (cfg.data and cfg.codes), "turtle world: leave it out, or --data"),
+        ("wandb", not cfg.wandb or (wandb and wandb.origin),  # a folder wandb/ is found, too: without origin
+         "its package: pip install wandb, or leave it out: log.jsonl has the same rows"),
+        ("tensorboard", not cfg.tensorboard or importlib.util.find_spec("tensorboard"),
+         "its package: pip install tensorboard, or leave it out: log.jsonl has the same rows"))
+    for flag, fine, need in needs:
+        if not fine:
+            raise DataError(f"--{flag} {getattr(cfg, flag)}: needs {need}")
+    if cfg.shape not in SHAPES:
+        raise DataError(f"--shape {cfg.shape!r} is not known.{nearest(cfg.shape, SHAPES)}")
+    try:
+        TransitionAdapter(2, cfg.adapter, cfg.experts, cfg.top_k)
+        return Curriculum(
+            cfg.segments, cfg.steps_per_segment, cfg.rest_of_rationale, cfg.last_stage, cfg.gate, cfg.replay,
+            cfg.adaptive)
+    except ValueError as e:
+        raise DataError(str(e)) from e

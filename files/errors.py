@@ -1,0 +1,36 @@
+"""What is said when something given cannot be used."""
+
+import difflib
+
+
+class DataError(ValueError):
+    """Bad input: the message says what was given, where, and what is needed."""
+
+
+def last_line(error):
+    """The message of an error; of one that a data worker raised, the last line of its traceback."""
+    text = str(error)
+    if "Original Traceback" in text:
+        text = text.strip().splitlines()[-1].removeprefix("files.errors.DataError: ")
+    return text
+
+
+def quote(value):
+    """Somebody's data in a message: its repr, at most 200 characters of it."""
+    text = repr(value[:200] if isinstance(value, (str, bytes)) else value)
+    return text if len(text) <= 200 else text[:197] + "..."
+
+
+def nearest(name, known):
+    """A hint for an unknown name: ' Did you mean ...?' and the known ones."""
+    return f"{closest(name, known)} Known: {', '.join(map(str, known))}."
+
+
+def closest(name, known):
+    found = difflib.get_close_matches(str(name)[:200], [str(k)[:200] for k in known], 1)
+    return f" Did you mean {found[0]!r}?" if found else ""
+
+
+def reason(error):
+    """The first line of somebody else's error, at most 200 characters of it."""
+    return f"{type(error).__name__}: {error}".splitlines()[0][:200]

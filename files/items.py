@@ -1,0 +1,162 @@
+"""An item to embed, in any spelling -> Side: its texts and media in order, each checked."""
+
+import hashlib
+import math
+import os
+import re
+from dataclasses import dataclass, replace
+
+import numpy as np
+from PIL import Image
+
+from files.clips import Part
+from files.errors import DataError, nearest, quote
+from files.pictures import as_image, DECODER_ERRORS, PICTURE
+
+
+@dataclass
+class Side:
+    """One side of a pair, or one item to embed, and the target of its training."""
+
+    parts: list  # of ("text" | "image" | "video" | "disc", value)
+    rationale: str = ""
+    answer: str = ""
+    where: str = "item"  # file and record, for errors
+
+    def key(self):
+        """Equal for sides with the same text and media: what makes two targets the same target."""
+        return repr([(kind, v if isinstance(v, (str, list, Part)) else id(v)) for kind, v in self.parts])
+
+    def hash(self):
+        """`key` as a signed number of 64 bits."""
+        digest = hashlib.blake2b(self.key().encode(), digest_size=8).digest()
+        return int.from_bytes(digest, "little", signed=True)
+
+
+ITEM_KEYS = ("text", "image", "video", "start", "end")
+
+
+def only_keys(raw, known, where):
+    """raw must be an object with no key that is not known."""
+    if not isinstance(raw, dict):
+        raise DataError(f"{where}: needs an object with {next(iter(known))!r}, got {type(raw).__name__}")
+    for key in raw:
+        if key not in known:
+            raise DataError(f"{where}: unknown key {quote(key)}.{nearest(key, known)}")
+
+
+def printable(text, where):
+    try:
+        text.encode()
+    except UnicodeEncodeError as e:
+        raise DataError(f"{where}: the text is not valid Unicode: {e}") from e
+    return text
+
+
+def listed(value):
+    """None, one or several -> a list."""
+    if value is None:
+        return []
+    return list(value) if isinstance(value, (list, tuple)) else [value]
+
+
+def parse_item(item, root="", where="item"):
+    """An item to embed -> Side.  item: a string, a picture, or {"text"?, "image"?, "video"?}.
+
+    image: what `as_image` takes, or a list of these; video: a path, a folder of frames, or a list of frames.
+    Beside the path of a video file "start" and "end" may say in seconds which part of it is meant.
+    A bare Pillow image, Path or array is a picture.  Media stand in front of the text, unless it has one
+    <image> (<video>) for each.
+    """
+    if isinstance(item, (Image.Image, np.ndarray, os.PathLike)):
+        item = {"image": item}
+    if isinstance(item, str):
+        item = {"text": item}
+    if not isinstance(item, dict) or all(value is None for value in item.values()):
+        needs = f"a string, a picture or an object with some of {ITEM_KEYS[:3]}"
+        raise DataError(f"{where}: needs {needs}, got {quote(item)}")
+    only_keys(item, ITEM_KEYS, where)
+    text, image, video, start, end = (item.get(key) for key in ITEM_KEYS)
+    if start is not None or end is not None:
+        video = part_of(video, start, end, where)
+    if not isinstance(text, (str, type(None))):
+        raise DataError(f"{where}: 'text' must be a string, got {type(text).__name__}")
+    if isinstance(image, (list, tuple)) and not image:
+        raise DataError(f"{where}: 'image' is an empty list")
+    text = printable(text or "", where)
+    front, marked = [], {}
+    for kind, given in (("image", listed(image)), ("video", [] if video is None else [video])):
+        if given and f"<{kind}>" in text:
+            marked[kind] = given
+        else:
+            front += [(kind, resolve(source, kind, root, where)) for source in given]
+    return Side(front + expand_markers(text, marked, root, where), where=where)
+
+
+def part_of(video, start, end, where):
+    """The item's values of these keys -> Part."""
+    if not isinstance(video, (str, os.PathLike)):
+        raise DataError(f"{where}: 'start' and 'end' belong to a 'video' that is a file, not {quote(video)}")
+    start, end = 0 if start is None else start, math.inf if end is None else end
+    for seconds in (start, end):
+        if isinstance(seconds, bool) or not isinstance(seconds, (int, float)):
+            raise DataError(f"{where}: 'start' and 'end' are seconds, got {quote(seconds)}")
+    if not 0 <= start < end or start == math.inf:
+        raise DataError(f"{where}: 'start' {start}, 'end' {end}: need 0 <= start < end, in seconds")
+    return Part(os.fsdecode(video), float(start), float(end))
+
+
+def expand_markers(text, media, root, where, disc=False):
+    """Text with markers -> parts: each <image>, <video> takes the next of its kind in media, a dict of lists.
+
+    disc: <disc_emb> is a marker, too.  A line break directly behind a medium's marker belongs to the marker:
+    published records have one there, an item of "image" and "text" has none, and both give the same parts.
+    In front of <disc_emb> it is the prompt's.
+    """
+    for kind, given in media.items():
+        n = text.count(f"<{kind}>")
+        if n != len(given):
+            raise DataError(f"{where}: {n} <{kind}> in the text, {len(given)} {kind} given")
+    if not media:
+        return [("text", text)]
+    queues = {f"<{kind}>": iter(given) for kind, given in media.items()}
+    markers = "|".join(queues)
+    text = re.sub(rf"({markers})\r?\n(?!<disc_emb>)", r"\1", text)
+    if disc:
+        markers += "|<disc_emb>"
+    parts = []
+    for piece in re.split(f"({markers})", text):
+        if piece in queues:
+            kind = piece[1:-1]
+            parts.append((kind, resolve(next(queues[piece]), kind, root, where)))
+        elif disc and piece == "<disc_emb>":
+            parts.append(("disc", None))
+        elif piece:
+            parts.append(("text", piece))
+    return parts
+
+
+def resolve(source, kind, root, where):
+    """A medium (kind: image, video or frame) -> a path under the root, a Pillow image, or a list of these."""
+    if isinstance(source, Part):
+        file = resolve(source.video, kind, root, where)
+        if os.path.isdir(file):
+            raise DataError(f"{where}: 'start' and 'end' belong to a video file, {file} is a folder")
+        return replace(source, video=file)
+    if isinstance(source, PICTURE) and kind != "video":
+        try:
+            return as_image(source)
+        except DECODER_ERRORS as e:
+            raise DataError(f"{where}: {kind}: {e}") from e
+    if isinstance(source, (list, tuple)) and kind == "video" and source:
+        return [resolve(frame, "frame", root, where) for frame in source]
+    if not isinstance(source, (str, os.PathLike)):
+        or_else = "or a list of frames" if kind == "video" else "(or a Pillow image, array, bytes or file)"
+        raise DataError(f"{where}: {kind} needs a path {or_else}, got {type(source).__name__}")
+    name = os.fsdecode(source)
+    if not name:
+        raise DataError(f"{where}: {kind} is an empty path")
+    path = os.path.join(root, name)
+    if not os.path.isfile(path) and not (kind == "video" and os.path.isdir(path)):
+        raise DataError(f"{where}: {kind} {quote(name)} does not exist under {os.fspath(root) or '.'!r}")
+    return path

@@ -1,0 +1,123 @@
+"""Any picture -> an upright RGB Pillow image on white; limits are checked before anything is decoded."""
+
+import io
+import os
+import re
+import struct
+import threading
+import warnings
+
+import numpy as np
+from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
+
+from files.errors import DataError, quote
+
+MAX_PIXELS = 89_478_485  # of a stored picture or frame; Pillow only warns there, here it is an error
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+LOADING = threading.Lock()  # Pillow reads a picture's file late; two threads may be given the same picture
+# What Pillow's and FFmpeg's readers raise on broken files, other than their own errors
+DECODER_ERRORS = (OSError, SyntaxError, ValueError, TypeError, RuntimeError, LookupError, ArithmeticError,
+                  EOFError, struct.error, Image.DecompressionBombError, Image.DecompressionBombWarning)
+Image.init()
+# Others can start programs (EPS)
+IMAGE_FORMATS = [f for f in ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF") if f in Image.OPEN]
+IMAGE_SUFFIXES = tuple(end for end, name in Image.registered_extensions().items() if name in IMAGE_FORMATS)
+PICTURE = (Image.Image, np.ndarray, bytes, bytearray, memoryview, io.IOBase)  # besides a path
+
+
+def load_image(source):
+    """A path, Pillow image, array, bytes or open file -> RGB Pillow image, upright, on white.
+
+    Animations give their first frame.
+    Raises DataError for anything unreadable, truncated, too large or not 8/16-bit.
+    """
+    try:
+        source = as_image(source)
+        if isinstance(source, Image.Image):
+            with LOADING:
+                return to_rgb(source)
+        with Image.open(source, formats=IMAGE_FORMATS) as image:
+            return to_rgb(image)
+    except DECODER_ERRORS as e:
+        name = source if isinstance(source, (str, os.PathLike)) else quote(source)
+        raise DataError(f"{name}: cannot be used as a picture: {e}") from e
+
+
+def as_image(source):
+    """An array, the bytes of a file, or an open file -> Pillow image; anything else stays as it is.
+
+    An array is (height, width, 3 or 4) of uint8.  Raises DataError, or one of DECODER_ERRORS.
+    """
+    if not isinstance(source, (str, os.PathLike, *PICTURE)):
+        raise DataError(f"needs a path, Pillow image, array, bytes or file, got {type(source).__name__}")
+    if isinstance(source, np.ndarray):
+        colours = source.shape[2] if source.ndim == 3 else 0
+        if source.dtype != np.uint8 or colours not in (3, 4) or not source.size:
+            raise DataError(f"an array of {source.dtype} with the shape {source.shape}; "
+                            "a picture is uint8, (height, width, 3 or 4)")
+        return Image.fromarray(source)
+    if isinstance(source, io.IOBase):
+        with LOADING:  # the same file may be given twice
+            source.seek(0)
+            source = source.read()
+        if isinstance(source, str):
+            raise DataError("a file that is open for text; open it with mode 'rb'")
+    if isinstance(source, (bytes, bytearray, memoryview)):
+        source = bytes(source)
+        try:
+            return Image.open(io.BytesIO(source), formats=IMAGE_FORMATS)
+        except UnidentifiedImageError as e:
+            begin = quote(source[:16])
+            raise DataError(f"{len(source)} bytes that are no picture: they begin with {begin}") from e
+    return source
+
+
+def clear_colour(image):
+    """The one grey or colour that a PNG calls transparent, or None.
+
+    Pillow scales pixels to 8 bits, but not this value; a file that is not read yet tells its bits.
+    """
+    value = image.info.get("transparency")
+    bits = image.tile[0][3] if isinstance(image, ImageFile.ImageFile) and image.tile else ""
+    if isinstance(value, int) and bits in ("L;2", "L;4"):
+        return value * {"L;2": 85, "L;4": 17}[bits]
+    if isinstance(value, tuple) and bits == "RGB;16B":
+        return tuple(part >> 8 for part in value)
+    return value
+
+
+def to_rgb(image):
+    if image.width * image.height == 0:
+        raise DataError(f"{image.width}x{image.height} pixels: an empty picture")
+    if image.width * image.height > MAX_PIXELS:  # before anything is decoded
+        raise DataError(f"{image.width}x{image.height} pixels, the limit is {MAX_PIXELS:,}")
+    clear = clear_colour(image)
+    try:
+        image = ImageOps.exif_transpose(image)
+    except (ValueError, TypeError, KeyError):  # a broken EXIF block says nothing about the pixels
+        image.load()
+    if image.mode in ("F", "I"):
+        raise DataError("32-bit pixels have no fixed range; convert to 8 or 16 bit first")
+    if image.mode.startswith("I;16"):
+        grey = np.asarray(image)
+        eight = grey // 257  # 65535 -> 255
+        if clear is not None:
+            eight = np.where(grey == clear, 255, eight)
+        return Image.fromarray(eight.astype(np.uint8)).convert("RGB")
+    if image.has_transparency_data:
+        if clear is not None:
+            image.info["transparency"] = clear
+        if image.mode == "La":  # Pillow converts it to LA only
+            image = image.convert("LA")
+        white = Image.new("RGBA", image.size, "white")
+        return Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
+    return image.convert("RGB")
+
+
+def frame_files(folder):
+    """The paths of the pictures in a folder, in natural order: frame10 behind frame9."""
+    def by_number(name):
+        return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name)]
+
+    names = [n for n in os.listdir(folder) if n.lower().endswith(IMAGE_SUFFIXES) and not n.startswith(".")]
+    return [os.path.join(folder, name) for name in sorted(names, key=by_number)]

@@ -1,0 +1,61 @@
+"""The model card, the chat template, and what sentence-transformers reads."""
+
+import json
+import os
+import shlex
+import shutil
+import string
+from dataclasses import asdict
+
+import torch
+import transformers
+
+from files.writing import write_errors
+from hub.folders import CARD, HUB, HUB_FILES
+
+NOT_ON_CARD = ("out", "resume", "wandb", "media", "device")  # of this machine, not of the recipe
+
+
+def about_run(cfg, done, steps, scored):
+    """What the model card tells of the run, in Markdown; scored: its last hit@1, or ""."""
+    default, flags = asdict(type(cfg)()), []
+    for name, value in asdict(cfg).items():
+        if value != default[name] and name not in NOT_ON_CARD:
+            flags.append(f"--{name} {shlex.quote(str(value))}")
+    data = "pairs of turtle world" if not cfg.data else "the pairs of --data"
+    lines = [f"{done:,} of {steps:,} steps on {data}:", "```", " ".join(["python train.py", *flags]), "```"]
+    if scored:
+        lines.append(f"hit@1 {scored}.")
+    return "\n".join(lines)
+
+
+def write_hub_files(model, folder, run="Nothing is known here about its training."):
+    """What sentence-transformers reads, and a model card; run: how it was trained, in Markdown."""
+    size = sum(p.numel() for p in model.parameters()) / 1e6
+    text = template_file("card.md").substitute(
+        backbone=model.backbone.config.model_type, dim=model.lm.config.hidden_size, size=f"{size:,.1f}",
+        steps=model.settings["latent_steps"], run=run,
+        settings=json.dumps(model.settings, indent=1, ensure_ascii=False),
+        versions=f"torch {torch.__version__}, transformers {transformers.__version__}")
+    file = os.path.join(folder, CARD)
+    with write_errors(file), open(file, "w", encoding="utf-8") as f:
+        f.write(text)
+    for name in HUB_FILES:
+        file = os.path.join(folder, name)
+        with write_errors(file):
+            shutil.copyfile(os.path.join(HUB, name), file)
+
+
+def chat_template(processor):
+    """What `Processor.sequence` does, as a Jinja template.  Special tokens in a text are tokens there."""
+    anchor = processor.template["anchor"].replace("{prompt}", processor.prompt)
+    values = dict(
+        before=processor.before, behind=anchor + processor.behind, white_image=processor.white_image)
+    literals = {name: json.dumps(value, ensure_ascii=False) for name, value in values.items()}
+    return template_file("chat_template.jinja").substitute(literals)
+
+
+def template_file(name):
+    """A file of this folder with $names to fill in."""
+    with open(os.path.join(HUB, name), encoding="utf-8") as f:
+        return string.Template(f.read())

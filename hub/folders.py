@@ -1,0 +1,161 @@
+"""Every name that a checkpoint and a run leave on disk, and how one checkpoint takes another's place.
+
+    OUT/checkpoint                the newest
+    OUT/checkpoint-STEP           an earlier one that --keep has kept
+    OUT/checkpoint.XXXXXXXX.old   was being replaced when the run died
+    OUT/NAME.XXXXXXXX.writing     was being written when the run died
+    OUT/log.jsonl                 a row a step
+    OUT/.plume.lock               held while a run is at work
+"""
+
+import contextlib
+import os
+import re
+import secrets
+import shutil
+import warnings
+
+from backbones.families import BACKBONES
+from files.errors import DataError, quote, reason
+from files.writing import temporary_name
+from hub.weights import INDEX, read_json, weight_files, WEIGHTS
+
+# What a checkpoint of ours consists of, and a model card
+HUB = os.path.dirname(os.path.abspath(__file__))
+HUB_FILES = ("modules.json", "config_sentence_transformers.json", "sentence_bert_config.json", "plume_st.py")
+FILES = ("config.json", WEIGHTS, "preprocessor_config.json", "tokenizer.json", "tokenizer_config.json",
+         "chat_template.jinja", "train_state.pt", *HUB_FILES)
+CARD, OUR_CARD = "README.md", "<!-- written by PLUME; saving again replaces this file"
+# Names in --out: checkpoints, and what a run leaves behind that is killed while it writes
+LOG, LOCK = "log.jsonl", ".plume.lock"
+CHECKPOINT = re.compile(r"checkpoint(-\d+(\.[0-9a-f]{8})?|\.[0-9a-f]{8}\.old)?")
+LEFT_OVER = re.compile(r"checkpoint\.[0-9a-f]{8}\.(old|writing)|log\.jsonl\.[0-9a-f]{8}\.writing")
+
+
+def kept_name(path, step):
+    """A free name for a checkpoint that stays when the next one takes its place."""
+    name = f"{path}-{step}"
+    if os.path.exists(name):  # somebody's copy
+        name += f".{secrets.token_hex(4)}"
+    return name
+
+
+def checkpoint_files(folder):
+    """The names of the files that make the checkpoint in a folder; what else is there is somebody else's."""
+    names = {*FILES, INDEX}
+    with contextlib.suppress(DataError, FileNotFoundError):
+        names |= {os.path.basename(file) for file in weight_files(folder)}
+    if is_our_card(os.path.join(folder, CARD)):
+        names.add(CARD)
+    return {name for name in names if os.path.isfile(os.path.join(folder, name))}
+
+
+def is_our_card(file):
+    """Whether this model card is of `write_hub_files`; somebody else's stays where it is."""
+    if not os.path.isfile(file):
+        return False
+    with open(file, "rb") as f:
+        return OUR_CARD.encode() in f.read(1000)
+
+
+def remove_checkpoint(folder, names):
+    """Removes these files, and the folder when nothing else is in it."""
+    with contextlib.suppress(OSError):  # what cannot be removed stays, and so do somebody's own files
+        for name in names:
+            os.remove(os.path.join(folder, name))
+        os.rmdir(folder)
+
+
+def replaceable(path):
+    """Raises FileExistsError for what is neither a checkpoint nor a folder of other files."""
+    if not os.path.isdir(path):
+        raise FileExistsError(f"{path}: exists and is not a folder; choose another name")
+    if os.path.join(os.path.realpath("."), "").startswith(os.path.join(path, "")):
+        raise FileExistsError(f"{path}: is the current folder, which cannot be replaced; start elsewhere, or "
+                              "choose another name")
+    if checkpoint_files(path):
+        with contextlib.suppress(DataError, FileNotFoundError):
+            config = read_json(os.path.join(path, "config.json"))
+            if config.get("model_type") in BACKBONES and weight_files(path):
+                return
+        names = quote(sorted(os.listdir(path)))
+        raise FileExistsError(f"{path}: holds {names}, which is no checkpoint of a Qwen-VL; choose another "
+                              "name")
+
+
+@contextlib.contextmanager
+def replacing(path, keep=None):
+    """A new folder that becomes `path` when the block ends well, in place of the checkpoint that stood there.
+
+    keep: a free name under which that one stays.  Files in it that are not the checkpoint's (a model card, a
+    licence) move to the new one.  Temporary names are this call's own, and nothing else is removed.  Dying
+    between the two renames leaves the old one as `keep`, or `path.XXXXXXXX.old`.
+    """
+    path = os.path.realpath(path)
+    temporary, old = temporary_name(path), keep or temporary_name(path, "old")
+    there = os.path.exists(path)
+    if there:
+        replaceable(path)
+    if os.path.exists(old):
+        raise FileExistsError(f"{old}: exists; the checkpoint that is kept needs a free name")
+    os.makedirs(temporary)
+    try:
+        if there:
+            shutil.copymode(path, temporary)
+        yield temporary
+        card = os.path.join(path, CARD)
+        if os.path.lexists(card) and not is_our_card(card):
+            with contextlib.suppress(FileNotFoundError):
+                os.remove(os.path.join(temporary, CARD))
+        new = set(os.listdir(temporary))
+        clash = [name for name in sorted(new) if os.path.isdir(os.path.join(path, name))]
+        if clash:
+            raise FileExistsError(f"{path}: holds a folder {clash[0]!r}, the name of a checkpoint's file; "
+                                  "move it away")
+        if there:
+            os.rename(path, old)
+        os.rename(temporary, path)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        if os.path.exists(old) and not os.path.exists(path):
+            os.rename(old, path)
+        raise
+    if there:
+        mine = checkpoint_files(old) | new & set(os.listdir(old))
+        stuck = move_files(old, path, set(os.listdir(old)) - mine)
+        if stuck:  # the new checkpoint stands, nothing is lost
+            warnings.warn(f"{path} is written, but these files that stood there could not be moved and are "
+                          f"in {old}: {', '.join(stuck)}")
+        if not keep:
+            remove_checkpoint(old, mine)
+
+
+def move_files(old, new, names):
+    """Moves files from one folder to another -> those that could not be moved, each with the reason."""
+    stuck = []
+    for name in sorted(names):
+        try:
+            os.rename(os.path.join(old, name), os.path.join(new, name))
+        except OSError as e:
+            stuck.append(f"{name} ({reason(e)})")
+    return stuck
+
+
+def checkpoints_in(out):
+    """The run's checkpoints, the newest first: `checkpoint`, or if the run died between two renames the one
+    that stood there before, under the name it had just got."""
+    if not os.path.isdir(out):
+        return []
+    age = {}  # the last one written is the youngest, and `checkpoint` goes before all others
+    for name in os.listdir(out):
+        state = os.path.join(out, name, "train_state.pt")
+        if CHECKPOINT.fullmatch(name) and os.path.exists(state):
+            age[os.path.join(out, name)] = (name != "checkpoint", -os.stat(state).st_mtime)
+    return sorted(age, key=age.get)
+
+
+def checkpoint_in(out):
+    found = checkpoints_in(out)
+    if not found:
+        raise DataError(f"--resume: no checkpoint of a run in {out!r}")
+    return found[0]
