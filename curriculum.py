@@ -47,7 +47,7 @@ class Curriculum:
     steps_per_segment: int = 2  # c; K = S * c
     rest_of_rationale: str = "inside"  # where the text that is left goes: "inside" the thought, "after" <eot>
     last_stage: float = 0.5  # share of the run spent in stage S; in its second half the answer is dropped too
-    gate: float = 0.0  # enter the next stage when `first` is under this; 0: by the schedule alone (paper)
+    gate: float = 0.0  # enter the next stage when `gate_loss` is under this; 0: by the schedule alone (paper)
     replay: float = 0.0  # share of the steps that go back: half to stage 0 (mode cot), half to a random one
     adaptive: bool = False  # a step for each unit of the rationale
 
@@ -103,7 +103,7 @@ class Curriculum:
                 kept = f"rationale {self.segments - stage.index}/{self.segments}, {kept}"
             lines.append(f"{begin:15d}  {stage.index:5d}  {stage.latent_steps:12d}  {kept}")
         if self.gate:
-            lines.append(f"earlier, as soon as the running mean of `first` is under {self.gate:g}")
+            lines.append(f"earlier, as soon as the running mean of `gate_loss` is under {self.gate:g}")
         if self.replay:
             back = f"{self.replay:.0%} of the steps go back"
             lines.append(f"{back}, half of them to stage 0, half to a random earlier one")
@@ -138,9 +138,9 @@ class Progress:
     """Which stage each step of a run belongs to: known `DELAY` steps ahead, equal on all ranks, resumable.
 
     With a gate the schedule is only the latest step to enter a stage: `observe` brings the next one forward
-    when the running mean of `first`, over steps of the present stage, has fallen under the gate.  That takes
-    effect DELAY steps later, more than data workers prefetch, so no batch is ever written for a stage that is
-    over.
+    when the running mean of `gate_loss`, over steps of the present stage, has fallen under the gate.  That
+    takes effect DELAY steps later, more than data workers prefetch, so no batch is ever written for a stage
+    that is over.
     """
 
     DELAY = 16  # steps between a decision and its effect; part of the recipe, not of the machine
@@ -149,7 +149,7 @@ class Progress:
     def __init__(self, curriculum, steps, seed=0):
         self.curriculum, self.stages, self.seed = curriculum, curriculum.stages, seed
         self.entry = curriculum.schedule(steps)  # the step at which each stage is entered
-        self.observed, self.recent = 0, []  # the stage observed last, and `first` in its last steps
+        self.observed, self.recent = 0, []  # the stage observed last, and `gate_loss` in its last steps
 
     def place(self, step):
         """Index into `stages` that the run has come to at this step."""
@@ -169,14 +169,14 @@ class Progress:
             return replace(stage, answer=False)  # after any number of steps, as in mode auto
         return stage
 
-    def observe(self, step, first):
-        """first: loss on the first token behind the latents in this step, averaged over ranks."""
+    def observe(self, step, gate_loss):
+        """gate_loss: loss on the first token behind the latents in this step, averaged over ranks."""
         here = self.place(step)
         if self.replayed(step) != here:
             return
         if here != self.observed:
             self.observed, self.recent = here, []
-        self.recent = [*self.recent, first][-self.WINDOW :]
+        self.recent = [*self.recent, gate_loss][-self.WINDOW :]
         full, last = len(self.recent) == self.WINDOW, here + 1 == len(self.stages)
         if full and not last and sum(self.recent) < self.curriculum.gate * self.WINDOW:
             self.entry[here + 1] = min(self.entry[here + 1], step + self.DELAY)

@@ -1,13 +1,11 @@
-"""From files to batches: media, records, the prompt, collation, the batch schedule.
+"""From an item to a batch: pixels, the prompt, the tokenizer, collation, the batch schedule.
 
-    media      load_image, load_frames     any picture or clip -> RGB Pillow images, limits checked first
-    pixels     patchify                    the backbone's resize rule and patch layout
-    records    Pairs, parse_side           training JSONL, indexed by byte offset
+    pixels     target_size, patchify       the backbone's resize rule and patch layout
     prompt     Processor.render            the one place where text, media and special tokens become ids
     batches    collate, Schedule, Batches  padded tensors; which records make which step
 
-Nothing here is skipped, replaced or cut silently: what cannot be used raises DataError, which names the file,
-the record and the reason.
+What reads pictures, clips and records stands in files/.  Nothing is skipped, replaced or cut silently: what
+cannot be used raises DataError, which names the file, the record and the reason.
 """
 
 import functools

@@ -40,8 +40,9 @@ from files.errors import DataError
 from files.writing import write_json
 from hub.settings import RELEASED
 from latent import unit
+from tasks.check import require_tasks
 from tasks.find import find_tasks, is_published, load_model, select
-from tasks.mmeb_report import keep_score, read_score, report_published, require_tasks
+from tasks.mmeb_report import keep_score, read_score, report_published
 
 METRICS = ("hit@1", "hit@5", "hit@10", "ndcg@5")
 TIE = 1e-6  # cosines closer than this are a tie: more than float32 rounding, less than means something
@@ -76,6 +77,7 @@ class Config:
     json: str = ""  # also write the scores, and of every query rank and first ten with scores, to this file
 
 
+# ---- ranking
 def candidate_scores(queries, corpus, candidates, elements=1 << 26):
     """Yields the scores of each query's candidates, and their corpus rows (None: all).
 
@@ -136,6 +138,7 @@ def ranks_of(scores, gains):
     return ranks
 
 
+# ---- metrics
 def first_rank(ranks):
     return min(rank for _, rank in ranks)
 
@@ -191,6 +194,7 @@ def interval(values):
     return np.quantile(values[draws].mean(1), (0.025, 0.975)).tolist()
 
 
+# ---- report
 def table(results):
     """{task: scores} -> lines for people."""
     wide = max(len("mean"), *(len(t) for t in results)) + 2
@@ -216,6 +220,7 @@ def table(results):
     return "\n".join(lines)
 
 
+# ---- scores of a task
 def without_bad(task, queries, corpus):
     """Task and what the Embedder gave for both -> the same without what could not be read.
 
@@ -248,12 +253,12 @@ def without_bad(task, queries, corpus):
     return task, (queries[0][kept], corpus[0][rows])
 
 
-def spread(n, count):
+def evenly_spaced(n, count):
     """At most `count` of the numbers 0 .. n-1, evenly spaced."""
     return np.unique(np.linspace(0, n - 1, count).round().astype(int)).tolist()
 
 
-def only(task, rows):
+def keep_queries(task, rows):
     """The task with these of its queries."""
     some = {}
     for name in ("queries", "query_ids", "relevant", "candidates"):
@@ -269,8 +274,8 @@ def steps_do_nothing(embedder, task, vectors, dim=0):
     most 100 of a task, and ranked against the same candidates: turtle world takes 12.3 s and not 11.0 (2 CPU
     cores, 2026-11-26).
     """
-    rows = spread(len(task.queries), 100)
-    task = only(task, rows)
+    rows = evenly_spaced(len(task.queries), 100)
+    task = keep_queries(task, rows)
     without = embedder.model.encode(
         task.queries, "latent", 0, embedder.batch_size, progress=f"{task.name} with K = 0", dim=dim or None)
     values = []
@@ -330,6 +335,7 @@ def texts_of(task):
     return texts
 
 
+# ---- command
 def main(argv):
     cfg, given = parse_flags(Config, argv, __doc__)
     rank, world, local = ranks()

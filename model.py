@@ -28,8 +28,8 @@ from files.errors import DataError, quote, reason
 from hub.card import write_hub_files
 from hub.folders import replacing
 from hub.layouts import read_checkpoint, write_checkpoint
-from hub.settings import checked, DEFAULTS, RELEASED_PROMPT
-from hub.weights import aligned, quietly
+from hub.settings import DEFAULTS, fill_settings, RELEASED_PROMPT
+from hub.weights import align_weights, quietly
 from latent import (
     at_least_float32, greedy, length_of, Prefix, rollout, select_column, single_pass, unit, until_done)
 
@@ -44,7 +44,7 @@ class Plume(nn.Module):
 
     def __init__(self, backbone, tokenizer, settings):
         super().__init__()
-        self.settings = checked(settings, DEFAULTS, "settings (the plume block of config.json)")
+        self.settings = fill_settings(settings, DEFAULTS, "settings (the plume block of config.json)")
         facts = facts_of(backbone.config)
         steps, rule = self.settings["latent_steps"], self.settings["latent_positions"]
         if not 0 <= steps <= MAX_STEPS or rule not in ("mrope", "cache"):
@@ -191,7 +191,7 @@ class Plume(nn.Module):
             model_type, text_config=text, vision_config=shape["vision"], tie_word_embeddings=tied, **special)
         prompt = shape.get("prompt", RELEASED_PROMPT)
         settings = dict(template=TEMPLATES[model_type], prompt=prompt) | settings
-        settings["limits"] = limits_of(model_type) | shape["limits"] | settings.get("limits", {})
+        settings["limits"] = limits_of(model_type, **shape["limits"]) | settings.get("limits", {})
         with torch.random.fork_rng(), torch.device(device):
             torch.manual_seed(seed)
             return cls(quietly(AutoModelForImageTextToText.from_config, config), tokenizer, settings)
@@ -223,7 +223,7 @@ class Plume(nn.Module):
                 kind = model.settings["adapter"]
                 raise DataError(f"{path}: its adapter does not fit {kind}: {str(e)[:400]}") from e
         model.adapter.to(dtype)
-        return aligned(model.to(device))
+        return align_weights(model.to(device))
 
     def save_pretrained(self, path, released=False):
         """Write a checkpoint folder: config.json, model.safetensors, tokenizer, preprocessor_config.json.
@@ -254,3 +254,11 @@ def cross_entropy(h, weight, labels, elements=None):
         return losses(h, labels)
     chunks = zip(h.split(rows), labels.split(rows))
     return torch.cat([checkpoint(losses, *chunk, use_reentrant=False) for chunk in chunks])
+
+
+def __getattr__(name):
+    """What plume_st.py in a checkpoint of an older version asks this module for first."""
+    if name == "told_of_file_names":
+        raise ImportError("this checkpoint's plume_st.py is of an older PLUME; write the checkpoint again: "
+                          "Plume.from_pretrained(FOLDER).save_pretrained(FOLDER)")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

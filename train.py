@@ -31,18 +31,18 @@ from torch.utils._pytree import tree_leaves, tree_map
 from adapter import balance_loss
 from curriculum import Progress
 from data import Batches, Schedule, StepSampler, to_device
-from engine.flags import command, parse_flags, sizes
-from engine.lock import check_room, exclusive_lock
+from engine.flags import command, parse_flags
+from engine.lock import check_disk_space, exclusive_lock
 from engine.log import announce, Log
 from engine.ranks import (
-    all_gather, all_gather_objects, all_reduce_sums, global_mean, pick_device, rank_here, ranks, say)
+    all_gather, all_gather_objects, all_reduce_sums, global_mean, pick_device, ranks, say)
 from engine.resume import resume, save
 from engine.stop import check_finite, ignore_interrupts, StopOnSignal
 from engine.train_flags import check_flags
 from files.errors import DataError, nearest
 from files.records import Pairs
 from hub.card import about_run
-from hub.folders import checkpoint_in, checkpoints_in
+from hub.folders import checkpoints_in, newest_checkpoint
 from latent import unit
 from model import Plume
 from tasks.turtle import moves_lost, World
@@ -146,6 +146,15 @@ QWEN3 = dict(  # as many visual tokens, of 32 pixels instead of 28
 PRESETS = {"qwen2vl_2b": PAPER, "qwen3vl_2b": PAPER | QWEN3}
 
 
+def with_preset(cfg, given):
+    """The configuration with the values of --preset where no flag was given."""
+    if not cfg.preset:
+        return cfg
+    if cfg.preset not in PRESETS:
+        raise DataError(f"--preset {cfg.preset!r} is not known.{nearest(cfg.preset, PRESETS)}")
+    return replace(cfg, **{name: value for name, value in PRESETS[cfg.preset].items() if name not in given})
+
+
 def main(argv):
     # config
     cfg, given = parse_flags(Config, argv, __doc__)
@@ -165,7 +174,7 @@ def main(argv):
 
     curriculum = check_flags(cfg, world)
     if cfg.resume:
-        checkpoint_in(cfg.out)  # raises before --out is made
+        newest_checkpoint(cfg.out)  # raises before --out is made
     with exclusive_lock(cfg) if rank == 0 else nullcontext():
         done, steps = train(cfg, given, curriculum, device, dtype)
 
@@ -188,7 +197,7 @@ def train(cfg, given, curriculum, device, dtype):
 
     # data
     pairs = read_pairs(cfg)
-    schedule, held = plan(cfg, pairs)
+    schedule, held = make_schedule(cfg, pairs)
     steps = schedule.steps
 
     # model
@@ -205,7 +214,7 @@ def train(cfg, given, curriculum, device, dtype):
     groups = parameter_groups(model, cfg.weight_decay, cfg.vision_lr)
     optimizer = torch.optim.AdamW(groups, lr=cfg.lr, betas=(0.9, 0.95), fused=True)
     if rank == 0:
-        check_room(cfg, model)
+        check_disk_space(cfg, model)
 
     # resume
     progress = Progress(curriculum, steps, cfg.seed)
@@ -214,12 +223,12 @@ def train(cfg, given, curriculum, device, dtype):
 
     # loop
     announce(cfg, pairs, schedule, model, curriculum)
-    held = readable(cfg, pairs, held, model.processor)
+    held = readable_pairs(cfg, pairs, held, model.processor)
     parallel = model
     if world > 1 and not cfg.fsdp:
         parallel = DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
     batches = Batches(pairs, model.processor, curriculum, cfg.skip_bad, cfg.micro_batch)
-    loader = load(batches, StepSampler(schedule, progress, start, rank, world), cfg.workers, device)
+    loader = data_loader(batches, StepSampler(schedule, progress, start, rank, world), cfg.workers, device)
     log, stop, saved, clock = Log(cfg, config, start, steps), StopOnSignal(), start, time.perf_counter()
     scored = ""
     for batch in loader:
@@ -237,7 +246,7 @@ def train(cfg, given, curriculum, device, dtype):
             model.backbone.zero_grad(set_to_none=True)
         norm = torch.nn.utils.clip_grad_norm_(trained, cfg.clip)
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
-        total = all_reduce_sums(dict(parts, norm=norm, stop=stop.asked, **count(batch)), device)
+        total = all_reduce_sums(dict(parts, norm=norm, stop=stop.asked, **batch_counts(batch)), device)
         metrics = {name: total[name] / world for name in (*parts, "norm")}
         check_finite(metrics, batch, saved)
         visual = model.backbone.model.visual
@@ -272,6 +281,7 @@ def train(cfg, given, curriculum, device, dtype):
     return saved, steps
 
 
+# ---- losses
 def losses(out, batch, cfg):
     """The paper's objective -> dict of scalars, each normalised over all ranks.
 
@@ -286,7 +296,7 @@ def losses(out, batch, cfg):
     router = router / all_gather(real.sum()).sum().clamp(min=1)
 
     def contrast(x):
-        query, candidates = by_query(x, batch)
+        query, candidates = candidates_by_query(x, batch)
         return info_nce(query, candidates, target, valid, cfg.scale)
 
     parts = dict(
@@ -296,13 +306,49 @@ def losses(out, batch, cfg):
         read=global_mean(tokens["read"]),
         bal=balance_loss(router) * valid.any())
     if cfg.matryoshka:
-        cut = [contrast(unit(pairs["gen"][:, :size])) for size in sizes(cfg.matryoshka)]
+        cut = [contrast(unit(pairs["gen"][:, :size])) for size in map(int, cfg.matryoshka.split(","))]
         parts["matryoshka"] = sum(cut) / len(cut)
     weight = {name: getattr(cfg, f"w_{name}") for name in parts}
     loss = sum(weight[name] * value for name, value in parts.items())
     return dict(parts, gate_loss=global_mean(tokens["gate_loss"].detach()), loss=loss)
 
 
+def candidates_by_query(x, batch):
+    """x (2B + n, D): queries, targets, hard negatives -> queries (B, D), candidates of each (B, 1+M, D)."""
+    B, M = len(batch["valid"]), batch["valid"].shape[1] - 1
+    query, target, negative = x.split([B, B, len(x) - 2 * B])
+    negative = x.new_zeros(B * M, x.shape[1]).index_copy(0, batch["negative_at"], negative)
+    return query, torch.cat([target[:, None], negative.view(B, M, x.shape[1])], 1)
+
+
+def info_nce(query, candidates, hashes, valid, scale):
+    """Symmetric InfoNCE of this rank's B pairs against the pairs and hard negatives of all ranks.
+
+    query (B, D), candidates (B, 1+M, D) unit rows: the target, then its hard negatives; hashes (ranks, B,
+    1+M) of the candidates: one that equals a query's target is no negative of that query; valid (ranks, B,
+    1+M): which there are.  The mean over ranks is the global batch's.
+    """
+    there = contrastive_cross_entropy(query, candidates, hashes, valid, scale)
+    back = contrastive_cross_entropy(candidates[:, 0], query[:, None], hashes[..., :1], valid[..., :1], scale)
+    rank, counts = ranks()[0], valid[..., 0]
+    return ((there + back) / 2 * counts[rank]).sum() * len(counts) / counts.sum().clamp(min=1)
+
+
+def contrastive_cross_entropy(x, candidates, hashes, valid, scale):
+    """Cross-entropy (B,) of each row's own first candidate among the candidates of all ranks.
+
+    x (B, D), candidates (B, C, D), hashes and valid (ranks, B, C).
+    """
+    rank, (B, C) = ranks()[0], candidates.shape[:2]
+    row = torch.arange(B, device=x.device)
+    label = (rank * B + row) * C
+    hidden = (hashes[rank][:, :1] == hashes.flatten()) | ~valid.flatten()  # (B, ranks * B * C)
+    hidden[row, label] = False
+    logits = scale * x @ all_gather(candidates).flatten(0, 2).T
+    return F.cross_entropy(logits.masked_fill(hidden, float("-inf")), label, reduction="none")
+
+
+# ---- GradCache
 def backward(model, batch, cfg, autocast):
     """Gradients of the global batch's loss from micro-batches that fit in memory -> `losses`.
 
@@ -322,7 +368,7 @@ def backward(model, batch, cfg, autocast):
         outs = [forward(part) for part in micro]
     leaves = tree_map(lambda x: x.detach().requires_grad_(), outs)
     whole = to_device({name: batch[name] for name in ("target", "valid", "negative_at")}, device)
-    parts = losses(joined(leaves, [part["pairs"] for part in micro]), whole, cfg)
+    parts = losses(join_micro_batches(leaves, [part["pairs"] for part in micro]), whole, cfg)
     parts["loss"].backward()
     for i, part in enumerate(micro):
         # copies (DDP) average gradients once a step; shards each micro-batch's at once: less memory
@@ -335,7 +381,7 @@ def backward(model, batch, cfg, autocast):
     return parts
 
 
-def joined(outs, sizes):
+def join_micro_batches(outs, sizes):
     """Outputs of micro-batches as those of one batch: all queries, all targets, all hard negatives.
 
     sizes: pairs in each micro-batch.  What is counted by token stays as it comes.
@@ -350,48 +396,14 @@ def joined(outs, sizes):
     return dict(per_pair=pairs, per_token=tokens)
 
 
-def by_query(x, batch):
-    """x (2B + n, D): queries, targets, hard negatives -> queries (B, D), candidates of each (B, 1+M, D)."""
-    B, M = len(batch["valid"]), batch["valid"].shape[1] - 1
-    query, target, negative = x.split([B, B, len(x) - 2 * B])
-    negative = x.new_zeros(B * M, x.shape[1]).index_copy(0, batch["negative_at"], negative)
-    return query, torch.cat([target[:, None], negative.view(B, M, x.shape[1])], 1)
-
-
-def info_nce(query, candidates, hashes, valid, scale):
-    """Symmetric InfoNCE of this rank's B pairs against the pairs and hard negatives of all ranks.
-
-    query (B, D), candidates (B, 1+M, D) unit rows: the target, then its hard negatives; hashes (ranks, B,
-    1+M) of the candidates: one that equals a query's target is no negative of that query; valid (ranks, B,
-    1+M): which there are.  The mean over ranks is the global batch's.
-    """
-    there = own_candidate(query, candidates, hashes, valid, scale)
-    back = own_candidate(candidates[:, 0], query[:, None], hashes[..., :1], valid[..., :1], scale)
-    rank, counts = rank_here(), valid[..., 0]
-    return ((there + back) / 2 * counts[rank]).sum() * len(counts) / counts.sum().clamp(min=1)
-
-
-def own_candidate(x, candidates, hashes, valid, scale):
-    """Cross-entropy (B,) of each row's own first candidate among the candidates of all ranks.
-
-    x (B, D), candidates (B, C, D), hashes and valid (ranks, B, C).
-    """
-    rank, (B, C) = rank_here(), candidates.shape[:2]
-    row = torch.arange(B, device=x.device)
-    label = (rank * B + row) * C
-    hidden = (hashes[rank][:, :1] == hashes.flatten()) | ~valid.flatten()  # (B, ranks * B * C)
-    hidden[row, label] = False
-    logits = scale * x @ all_gather(candidates).flatten(0, 2).T
-    return F.cross_entropy(logits.masked_fill(hidden, float("-inf")), label, reduction="none")
-
-
-def count(batch):
+def batch_counts(batch):
     """On this rank: tokens that `gate_loss` counts, micro-batches with media, tokens cut off, bad records."""
     gated = sum(len(part["gate_at"]) for part in batch["micro"])
     media = [part for part in batch["micro"] if part["pixels"] is not None]
     return dict(gated=gated, media=len(media), cut=batch["cut"], bad=len(batch["bad"]))
 
 
+# ---- data
 def read_pairs(cfg):
     """Training pairs; raises DataError when ranks read different ones."""
     if not cfg.data:
@@ -408,7 +420,7 @@ def read_pairs(cfg):
     return pairs
 
 
-def plan(cfg, pairs):
+def make_schedule(cfg, pairs):
     """-> Schedule of the whole run, numbers of the pairs that are held out of it"""
     held = np.random.default_rng([cfg.seed, 2]).permutation(len(pairs))
     held = held[: min(256, len(pairs) // 10) if cfg.eval_every else 0]
@@ -418,7 +430,7 @@ def plan(cfg, pairs):
     return Schedule(dataset, pairs.names, cfg.global_batch, steps, cfg.seed), held
 
 
-def load(batches, sampler, workers, device):
+def data_loader(batches, sampler, workers, device):
     """Batches from data workers, none of which runs ahead of the step whose stage is known."""
     ahead = min(4, max(1, (Progress.DELAY - 1) // workers)) if workers else None
     return torch.utils.data.DataLoader(
@@ -426,6 +438,7 @@ def load(batches, sampler, workers, device):
         pin_memory=device.type == "cuda", worker_init_fn=ignore_interrupts)
 
 
+# ---- model and optimizer
 def build_model(cfg, given, pairs, device):
     """Plume in float32: --resume's, --init's, or random weights with a tokenizer of the pairs' texts.
 
@@ -444,7 +457,7 @@ def build_model(cfg, given, pairs, device):
     if not (cfg.data or cfg.init or cfg.num_frames):
         settings["limits"]["num_frames"] = max(16, 2 * pairs.longest)  # all of turtle world's clips
     if cfg.resume:
-        model = Plume.from_pretrained(checkpoint_in(cfg.out), device, torch.float32)
+        model = Plume.from_pretrained(newest_checkpoint(cfg.out), device, torch.float32)
     elif cfg.init:
         model = Plume.from_pretrained(cfg.init, device, torch.float32, **settings)
     else:
@@ -464,7 +477,7 @@ def build_model(cfg, given, pairs, device):
         if lost := moves_lost(model.processor, cfg.moves):
             say(f"warning: {lost}; --num_frames")
     width = model.lm.config.hidden_size
-    if cfg.matryoshka and max(sizes(cfg.matryoshka)) >= width:
+    if cfg.matryoshka and max(map(int, cfg.matryoshka.split(","))) >= width:
         raise DataError(f"--matryoshka {cfg.matryoshka!r}: the model has {width} components; name fewer")
     model.checkpointing = cfg.checkpointing
     return model
@@ -491,7 +504,8 @@ def learning_rate(cfg, step, steps):
     return cfg.lr * (0.1 + 0.45 * (1 + math.cos(math.pi * max(0, step - fall) / max(1, steps - fall))))
 
 
-def readable(cfg, pairs, rows, processor):
+# ---- held-out pairs
+def readable_pairs(cfg, pairs, rows, processor):
     """The held-out rows whose media can be read; the first bad one is an error without --skip_bad."""
     good = []
     for i in rows:
@@ -528,15 +542,6 @@ def hit_at_1(model, pairs, rows, autocast):
         t = model.encode([targets[i] for i in first], mode, limit=limit)
     hit = float(((q @ t.T).argmax(1) == gold).mean())
     return all_gather_objects(hit)[0] if dist.is_initialized() else hit
-
-
-def with_preset(cfg, given):
-    """The configuration with the values of --preset where no flag was given."""
-    if not cfg.preset:
-        return cfg
-    if cfg.preset not in PRESETS:
-        raise DataError(f"--preset {cfg.preset!r} is not known.{nearest(cfg.preset, PRESETS)}")
-    return replace(cfg, **{name: value for name, value in PRESETS[cfg.preset].items() if name not in given})
 
 
 if __name__ == "__main__":

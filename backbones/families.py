@@ -46,12 +46,10 @@ class Limits:
     max_len: int = 8192  # tokens in one sequence: prefix, suffix, in training also the latent steps
 
     def __post_init__(self):
+        if type(self.frame_rate) is not float or not 0 < self.frame_rate < math.inf:
+            raise DataError(f"frame_rate {quote(self.frame_rate)}: needs a number above 0, as 2.0")
         for name, value in vars(self).items():
-            if name == "frame_rate":
-                if type(value) is not float or not 0 < value < math.inf:
-                    raise DataError(f"{name} {quote(value)}: needs a number above 0, as 2.0")
-                continue
-            if type(value) is not int or value < 1:
+            if name != "frame_rate" and (type(value) is not int or value < 1):
                 raise DataError(f"{name} {quote(value)}: needs a whole number of at least 1")
         for low, high in (("min_pixels", "max_pixels"), ("video_min_pixels", "video_max_pixels")):
             if vars(self)[low] > vars(self)[high]:
@@ -84,8 +82,8 @@ def facts_of(config):
     return replace(facts, rate=getattr(vision, "tokens_per_second", 0))
 
 
-def limits_of(model_type):
-    """The default limits for a backbone: as many visual tokens, of its own size."""
+def limits_of(model_type, **given):
+    """Limits that are given for a Qwen2-VL -> a backbone's: as many visual tokens, of its own size."""
     larger = BACKBONES[model_type].side**2, QWEN2_VL.side**2
-    limits = asdict(Limits())
+    limits = asdict(Limits(**given))
     return limits | {k: v * larger[0] // larger[1] for k, v in limits.items() if k.endswith("pixels")}

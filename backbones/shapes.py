@@ -5,37 +5,31 @@ def rope(theta, *sections):
     return dict(rope_type="default", rope_theta=theta, mrope_section=list(sections))
 
 
-# Shapes of models with new random weights; a Qwen2-VL where no other backbone stands.
+TINY_TEXT = dict(
+    hidden_size=128, intermediate_size=384, num_hidden_layers=3, num_attention_heads=4,
+    num_key_value_heads=2, initializer_range=128**-0.5, max_position_embeddings=8192)
+TINY_LIMITS = dict(
+    min_pixels=28 * 28, max_pixels=28 * 28 * 36, video_min_pixels=28 * 28, video_max_pixels=28 * 28 * 9,
+    max_len=512, num_frames=16)
+# limits: in the pixels of a Qwen2-VL, see `limits_of`
 SHAPES = {
     # 1.5 million parameters, plus 128 for each token; a laptop trains it.
     # Qwen2-VL's own 0.02 as the standard deviation of new weights is made for a width of 1536: here pictures
     # would not be read at all (docs/log.md).  With a rope_theta of 10000 and heads of 32, columns of a
     # picture would be all but indistinguishable.
     "tiny": dict(
-        text=dict(
-            hidden_size=128, intermediate_size=384, num_hidden_layers=3, num_attention_heads=4,
-            num_key_value_heads=2, initializer_range=128**-0.5, max_position_embeddings=8192,
-            rope_parameters=rope(100.0, 4, 6, 6)),
+        text=dict(TINY_TEXT, rope_parameters=rope(100.0, 4, 6, 6)),
         vision=dict(
             depth=1, embed_dim=128, hidden_size=128, num_heads=4, mlp_ratio=2, initializer_range=128**-0.5),
-        prompt="Think, then embed.",
-        limits=dict(
-            min_pixels=28 * 28, max_pixels=28 * 28 * 36, video_min_pixels=28 * 28,
-            video_max_pixels=28 * 28 * 9, max_len=512, num_frames=16)),
+        prompt="Think, then embed.", limits=TINY_LIMITS),
     # The same as a Qwen3-VL: pictures of 32 pixels a token, features that enter behind the first layer, too.
     "tiny3": dict(
         backbone="qwen3_vl",
-        text=dict(
-            hidden_size=128, intermediate_size=384, num_hidden_layers=3, num_attention_heads=4, head_dim=32,
-            num_key_value_heads=2, initializer_range=128**-0.5, max_position_embeddings=8192,
-            rope_parameters=rope(100.0, 6, 5, 5)),
+        text=dict(TINY_TEXT, head_dim=32, rope_parameters=rope(100.0, 6, 5, 5)),
         vision=dict(
             depth=1, hidden_size=128, intermediate_size=256, out_hidden_size=128, num_heads=4,
             num_position_embeddings=64, deepstack_visual_indexes=[0], initializer_range=128**-0.5),
-        prompt="Think, then embed.",
-        limits=dict(
-            min_pixels=32 * 32, max_pixels=32 * 32 * 36, video_min_pixels=32 * 32,
-            video_max_pixels=32 * 32 * 9, max_len=512, num_frames=16)),
+        prompt="Think, then embed.", limits=TINY_LIMITS),
     # What Qwen/Qwen2-VL-2B-Instruct's config.json says; for memory and speed, not to be trained from scratch
     "qwen2vl_2b": dict(
         text=dict(

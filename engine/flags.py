@@ -31,6 +31,27 @@ def parse_flags(config_class, argv, about):
     return config_class(**values), set(values)
 
 
+def command(main):
+    """Runs main(argv) of a script; what a user did wrong ends it with one line instead of a traceback."""
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except (DataError, OSError) as e:
+        sys.exit(f"error: {last_line(e)}")
+    except KeyboardInterrupt:
+        sys.exit("interrupted")
+
+
+def whole_numbers(flag, text, between, needs):
+    """"1,8,32" -> [1, 8, 32]; needs: what the flag needs, for the error."""
+    try:
+        numbers = [int(number) for number in text.split(between)]
+    except ValueError:
+        numbers = [0]
+    if min(numbers) < 1:
+        raise DataError(f"--{flag} {text!r}: needs {needs}")
+    return numbers
+
+
 def flag_value(name, kind, given):
     """The texts behind a flag -> its value."""
     needs = {bool: "true or false", tuple: "a value"}.get(kind, f"a value of type {kind.__name__}")
@@ -62,24 +83,3 @@ def flag_help(config_class):
             elif heading := re.match(r"    # (.*)", line):
                 entries.append([f"\n {heading[1]}", "", ""])
     return [f"{flag:29} {what}{default}".rstrip() for flag, what, default in entries]
-
-
-def command(main):
-    """Runs main(argv) of a script; what a user did wrong ends it with one line instead of a traceback."""
-    try:
-        sys.exit(main(sys.argv[1:]))
-    except (DataError, OSError) as e:
-        sys.exit(f"error: {last_line(e)}")
-    except KeyboardInterrupt:
-        sys.exit("interrupted")
-
-
-def sizes(text):
-    """--matryoshka: "64,256" -> [64, 256]"""
-    try:
-        found = [int(size) for size in text.split(",")]
-    except ValueError:
-        found = [0]
-    if min(found) < 1:
-        raise DataError(f"--matryoshka {text!r}: needs numbers of components, as 64,256")
-    return found

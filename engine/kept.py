@@ -9,7 +9,6 @@ import re
 import secrets
 from collections import namedtuple
 from contextlib import suppress
-from pathlib import Path
 
 import PIL
 import av
@@ -26,8 +25,9 @@ from engine.stream import encoding
 from files.clips import Part
 from files.errors import DataError
 from files.pictures import frame_files
+from hub.isolated import HOME
+from hub.weights import count_parameters
 
-ROOT = Path(__file__).parent.parent
 # An embedding comes from what these modules import, directly or not: it is used again while that is the same
 COMPUTING = "model", "tasks.find"
 
@@ -36,7 +36,7 @@ def code_files():
     """Our files on which an embedding can depend."""
     found, names = set(), list(COMPUTING)
     while names:
-        path = ROOT / f"{names.pop().replace('.', '/')}.py"
+        path = HOME / f"{names.pop().replace('.', '/')}.py"
         if path not in found and path.is_file():
             found.add(path)
             names += re.findall(r"^(?:from|import) ([\w.]+)", path.read_text(encoding="utf-8"), re.M)
@@ -189,7 +189,8 @@ class Embedder:
         batches = [batch for batch in batches if any(w.key not in self.known for w, _ in batch)]
 
         visual, decoder = self.model.backbone.model.visual, self.model.lm.layers
-        patch = parameters(visual) / parameters(decoder)  # its cost in tokens of the decoder
+        # what a patch costs, in tokens of the decoder
+        patch = count_parameters(visual) / count_parameters(decoder)
         cost = [len(b) * b[0][0].tokens + patch * sum(w.patches for w, _ in b) for b in batches]
         load, rank_of = [0.0] * self.world, [0] * len(batches)
         for n in np.argsort(cost)[::-1]:  # the dearest first, each to the rank with the least to do
@@ -218,10 +219,7 @@ class Embedder:
     def serve(self):
         """What the other ranks do: encode what rank 0 gives out, until there is nothing more."""
         while (items := self.give(None)) is not None:
-            vectors, bad = self.work(items)
-            if items:
-                dist.send(torch.from_numpy(vectors), 0)
-            dist.gather_object(bad, None, 0)
+            dist.gather_object(self.work(items), None, 0)
         dist.destroy_process_group()
 
     def give(self, shares):
@@ -234,14 +232,10 @@ class Embedder:
         """shares of all ranks -> what `work` makes of each."""
         if self.world == 1:
             return [self.work(shares[0], label, took)]
-        found = [self.work(self.give(shares), f"{label}, rank 0 of {self.world}", took)]
-        vectors = [np.empty((len(share), self.width), np.float32) for share in shares]
-        for rank in range(1, self.world):
-            if shares[rank]:
-                dist.recv(torch.from_numpy(vectors[rank]), rank)
-        bad = [None] * self.world
-        dist.gather_object(found[0][1], bad, 0)
-        return found + list(zip(vectors, bad))[1:]
+        mine = self.work(self.give(shares), f"{label}, rank 0 of {self.world}", took)
+        found = [None] * self.world
+        dist.gather_object(mine, found, 0)
+        return found
 
     def counts(self):
         """What became of the items that were asked for, in words."""
@@ -272,7 +266,3 @@ class Embedder:
                 why = f"{side.where}: the same as {why}"
             reasons.append(why)
         return torch.from_numpy(np.stack([self.known[weight.key] for weight in weights])), reasons
-
-
-def parameters(module):
-    return sum(p.numel() for p in module.parameters())

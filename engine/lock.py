@@ -1,4 +1,4 @@
-"""One run a folder, and room on the disk for its checkpoints."""
+"""One run a folder: --out is locked while a run is at work, and nobody's work there is written over."""
 
 import os
 import shutil
@@ -6,25 +6,16 @@ import socket
 from contextlib import contextmanager, suppress
 
 from engine.log import ROW
-from engine.ranks import say, size
+from engine.ranks import say
 from files.errors import DataError, quote, reason
 from files.writing import write_errors
 from hub.folders import CHECKPOINT, LEFT_OVER, LOCK, LOG
+from hub.weights import count_parameters
 
 try:
     import fcntl
 except ImportError:  # Windows
     fcntl = None
-
-
-def check_room(cfg, model):
-    """Raises DataError when a checkpoint would not fit on the disk of --out."""
-    trained = [p for p in model.parameters() if p.requires_grad]
-    needed = (4 * size(model.parameters()) + 8 * size(trained)) / 1e9
-    free = shutil.disk_usage(cfg.out).free / 1e9
-    if needed > free:
-        raise DataError(f"--out {quote(cfg.out)}: a checkpoint takes {needed:.2f} GB, and {free:.2f} GB are "
-                        "free; a new one is whole before the old goes.  Make room, or choose another --out")
 
 
 @contextmanager
@@ -79,3 +70,12 @@ def check_overwrite(cfg):
         if line and not ROW.match(line):
             raise DataError(f"{cfg.out}/{LOG}: not the log of a training run, which would write over it; "
                             "choose another --out")
+
+
+def check_disk_space(cfg, model):
+    """Raises DataError when a checkpoint would not fit on the disk of --out."""
+    needed = (4 * count_parameters(model) + 8 * count_parameters(model, trained=True)) / 1e9
+    free = shutil.disk_usage(cfg.out).free / 1e9
+    if needed > free:
+        raise DataError(f"--out {quote(cfg.out)}: a checkpoint takes {needed:.2f} GB, and {free:.2f} GB are "
+                        "free; a new one is whole before the old goes.  Make room, or choose another --out")

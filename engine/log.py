@@ -1,16 +1,17 @@
-"""What a training run says: its plan, log.jsonl, a line now and then."""
+"""What a training run says: its plan, a row of log.jsonl a step, a line now and then."""
 
-import importlib.util
 import json
 import math
 import os
 import re
 import secrets
 from dataclasses import asdict
+from pathlib import Path
 
-from engine.ranks import ranks, say, size
-from files.writing import write_errors, writing
-from hub.folders import LOG
+from engine.ranks import ranks, say
+from files.writing import write_errors, write_text, writing
+from hub.folders import LOG, WANDB_ID
+from hub.weights import count_parameters
 
 ROW = re.compile(rb'\{"step": (\d+), "reached": ')  # of log.jsonl
 
@@ -27,9 +28,8 @@ def announce(cfg, pairs, schedule, model, curriculum):
     idle = [name for name, _, count in sets if count == 0]
     if idle:
         say(f"warning: with {schedule.steps} steps these get none: {', '.join(idle)}; raise --steps")
-    every, adapter = list(model.parameters()), list(model.adapter.parameters())
-    trained = [p for p in every if p.requires_grad]
-    say(f"{size(every):,} parameters, {size(trained):,} trained, {size(adapter):,} in the adapter")
+    say(f"{count_parameters(model):,} parameters, {count_parameters(model, trained=True):,} trained, "
+        f"{count_parameters(model.adapter):,} in the adapter")
     batch, world = cfg.global_batch, ranks()[1]
     say(f"{schedule.steps} steps; global contrastive batch {batch} = {world} ranks x {batch // world}; "
         f"InfoNCE at chance {math.log(batch):.2f}")
@@ -44,12 +44,12 @@ class Log:
         self.file = open_log(cfg, start) if ranks()[0] == 0 else None
         self.wandb = self.events = None
         if self.file and cfg.wandb:
-            wandb = importlib.import_module("wandb")
-            self.wandb = wandb.init(project=cfg.wandb, group=cfg.out, config=config, id=wandb_id(cfg),
-                                    resume="allow")
+            import wandb
+            self.wandb = wandb.init(
+                project=cfg.wandb, group=cfg.out, config=config, id=wandb_id(cfg), resume="allow")
         if self.file and cfg.tensorboard:
-            tensorboard = importlib.import_module("torch.utils.tensorboard")
-            self.events = tensorboard.SummaryWriter(cfg.out, purge_step=start)
+            from torch.utils.tensorboard import SummaryWriter
+            self.events = SummaryWriter(cfg.out, purge_step=start)
 
     def write(self, row, bad, parts, shown):
         """bad: records that this rank left out; parts: the losses of a line; shown: whether there is one."""
@@ -90,18 +90,6 @@ class Log:
             say(f"{len(pairs.bad)} records left out at the start, {self.bad} while training (named above)")
 
 
-def wandb_id(cfg):
-    """The name of this run at Weights & Biases, under which --resume goes on there."""
-    path = os.path.join(cfg.out, "wandb_id")
-    if cfg.resume and os.path.exists(path):
-        with open(path) as f:
-            return f.read()
-    name = secrets.token_hex(4)
-    with writing(path) as f:
-        f.write(name)
-    return name
-
-
 def open_log(cfg, start):
     """log.jsonl, without rows of steps that a resumed run does again."""
     path, rows = os.path.join(cfg.out, LOG), []
@@ -109,9 +97,16 @@ def open_log(cfg, start):
         with open(path, "rb") as f:
             for line in f:
                 row = ROW.match(line)
-                again = row is not None and int(row[1]) >= start
-                if line.endswith(b"\n") and not again:
+                if line.endswith(b"\n") and not (row and int(row[1]) >= start):
                     rows.append(line)
     with writing(path, "wb") as f:
         f.writelines(rows)
     return open(path, "a")
+
+
+def wandb_id(cfg):
+    """The name of this run at Weights & Biases, under which --resume goes on there."""
+    path = Path(cfg.out, WANDB_ID)
+    if not (cfg.resume and path.exists()):
+        write_text(path, secrets.token_hex(4))
+    return path.read_text()

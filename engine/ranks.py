@@ -1,4 +1,4 @@
-"""Device, dtype and ranks: where it runs, and what goes between processes."""
+"""Where it runs: device, dtype, ranks; and what goes between the ranks' processes."""
 
 import os
 
@@ -58,8 +58,12 @@ def all_gather_objects(x):
     return out
 
 
-def rank_here():
-    return dist.get_rank() if dist.is_initialized() else 0
+def all_reduce_sums(scalars, device):
+    """Scalars -> floats summed over ranks: the one place in a step where the host waits for the device."""
+    values = torch.stack([torch.as_tensor(x).detach().to(device, torch.float32) for x in scalars.values()])
+    if dist.is_initialized():
+        dist.all_reduce(values)
+    return dict(zip(scalars, values.tolist()))
 
 
 def global_mean(x):
@@ -87,16 +91,3 @@ class Gather(torch.autograd.Function):
         grad = grad.contiguous()
         dist.all_reduce(grad)
         return grad[dist.get_rank()]
-
-
-def all_reduce_sums(scalars, device):
-    """Scalars -> floats summed over ranks: the one place in a step where the host waits for the device."""
-    values = [torch.as_tensor(x, dtype=torch.float32, device=device).detach() for x in scalars.values()]
-    values = torch.stack(values)
-    if dist.is_initialized():
-        dist.all_reduce(values)
-    return dict(zip(scalars, values.tolist()))
-
-
-def size(parameters):
-    return sum(p.numel() for p in parameters)

@@ -1,4 +1,4 @@
-"""Saves and resumes a training run: weights, moments, progress, configuration."""
+"""Saves and resumes a training run: weights, AdamW's moments, progress, configuration."""
 
 import os
 import pickle
@@ -12,15 +12,16 @@ from engine.ranks import ranks, say
 from files.errors import DataError, reason
 from files.writing import write_errors
 from hub.card import write_hub_files
-from hub.folders import checkpoint_files, checkpoint_in, kept_name, remove_checkpoint, replacing
+from hub.folders import (
+    checkpoint_files, kept_name, NEWEST, newest_checkpoint, remove_checkpoint, replacing, RUN_STATE)
 from hub.layouts import write_checkpoint
-from hub.weights import pointer
+from hub.weights import lfs_hint
 
+STATE = {"step", "ranks", "optimizer", "progress", "config", "kept"}  # the keys of RUN_STATE
 # May differ when a run goes on: they do not change the result, but for rounding
 FREE_ON_RESUME = (
     "resume", "out", "media", "workers", "save_every", "until", "keep", "log_every", "wandb", "tensorboard",
     "device", "checkpointing", "micro_batch", "fsdp")
-STATE = {"step", "ranks", "optimizer", "progress", "config", "kept"}  # of train_state.pt
 
 
 def save(cfg, model, optimizer, state, saved, kept, card):
@@ -34,8 +35,7 @@ def save(cfg, model, optimizer, state, saved, kept, card):
     state["optimizer"] = get_optimizer_state_dict(model, optimizer, options=whole)
     if ranks()[0] > 0:
         return kept
-    path, keep, gone = os.path.join(cfg.out, "checkpoint"), None, []
-    there = "there is none yet"
+    path, keep, gone, there = os.path.join(cfg.out, NEWEST), None, [], "there is none yet"
     if os.path.exists(path):
         there = f"the checkpoint of step {saved} is still there"
         if cfg.keep:
@@ -46,7 +46,7 @@ def save(cfg, model, optimizer, state, saved, kept, card):
         with replacing(path, keep) as folder:
             write_checkpoint(model, folder, state=weights)
             write_hub_files(model, folder, card)
-            file = os.path.join(folder, "train_state.pt")
+            file = os.path.join(folder, RUN_STATE)
             with write_errors(file):
                 torch.save(dict(state, kept=kept), file)
     except OSError as e:
@@ -54,15 +54,13 @@ def save(cfg, model, optimizer, state, saved, kept, card):
         raise OSError(f"{what}: {e}") from e
     for name in gone:
         folder = os.path.join(cfg.out, name)
-        if os.path.isdir(folder):
-            remove_checkpoint(folder, checkpoint_files(folder))
+        remove_checkpoint(folder, checkpoint_files(folder))
     return kept
 
 
 def resume(cfg, config, model, optimizer, progress):
     """The newest checkpoint of --out -> (its step, names of the earlier ones that --keep has kept)."""
-    file, world = os.path.join(checkpoint_in(cfg.out), "train_state.pt"), ranks()[1]
-    state = read_state(file)
+    state, world = read_state(newest_checkpoint(cfg.out)), ranks()[1]
     then = state["config"]
     for name in sorted(config.keys() - then.keys()):
         say(f"new since the run began: {name} = {config[name]!r}")
@@ -75,26 +73,27 @@ def resume(cfg, config, model, optimizer, progress):
     return state["step"], state["kept"]
 
 
-def changes(then, now, usual):
-    """What differs between the configurations of a run and of its continuation, and must not.
-
-    usual: the default of every flag, for those that are newer than the run.
-    """
-    then = usual | then
-    return "; ".join(f"{name}: {then[name]!r} then, {value!r} now" for name, value in now.items()
-                     if name not in FREE_ON_RESUME and then[name] != value)
-
-
-def read_state(file):
-    """train_state.pt, its tensors mapped from the file."""
+def read_state(checkpoint):
+    """The state of the run in a checkpoint's folder, its tensors mapped from the file."""
+    file = os.path.join(checkpoint, RUN_STATE)
     try:
         state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
     except (OSError, RuntimeError, ValueError, LookupError, EOFError, pickle.UnpicklingError) as e:
-        raise DataError(f"{file}: not the whole state of a training run: {reason(e)}{pointer(file)}") from e
+        raise DataError(f"{file}: not the whole state of a training run: {reason(e)}{lfs_hint(file)}") from e
     lacking = STATE - state.keys() if isinstance(state, dict) else STATE
     if lacking:
         raise DataError(f"{file}: not the state of a training run: it has no {', '.join(sorted(lacking))}")
     return state
+
+
+def changes(then, now, defaults):
+    """What differs between the configurations of a run and of its continuation, and must not.
+
+    defaults: of all flags, for those that are newer than the run.
+    """
+    then = defaults | then
+    return "; ".join(f"{name}: {then[name]!r} then, {value!r} now" for name, value in now.items()
+                     if name not in FREE_ON_RESUME and then[name] != value)
 
 
 def load_moments(model, optimizer, state):

@@ -1,4 +1,8 @@
-"""Embeds any number of items in windows, read ahead by threads, bounded in bytes."""
+"""`encode` as a stream: any number of items -> their embeddings, window by window.
+
+Threads read and decode the next window while the model embeds this one; a bounded buffer keeps the media of
+the two in memory at about 2 * AHEAD bytes, however many items there are.
+"""
 
 import itertools
 import math
@@ -35,77 +39,9 @@ class Spent(NamedTuple):
     tokens: torch.Tensor  # (B,) tokens written
 
 
-def check_mode(mode, steps):
-    """Raises ValueError for what `embed` does not know."""
-    if mode not in MODES:
-        raise ValueError(f"mode {quote(mode)}.{nearest(mode, MODES)}")
-    if steps is not None and (mode != "latent" or not 0 <= steps <= MAX_STEPS):
-        raise ValueError(f"steps {steps} in mode {mode!r}: steps are 0..{MAX_STEPS} and belong to mode "
-                         "'latent'")
-
-
-def iterate(items):
-    """An iterator over the items of any container, in its own order; a single item is a TypeError."""
-    try:
-        if isinstance(items, (str, bytes, Mapping)) or isinstance(items, np.ndarray) and items.ndim == 3:
-            raise TypeError
-        iterator = iter(items)
-    except TypeError:
-        raise TypeError("items must be a list or another iterable of items, got "
-                        f"{type(items).__name__}; put a single item into [ ]") from None
-    if isinstance(items, Iterable):
-        return iterator
-    return itertools.islice(iterator, length_hint(items))  # of the older kind: [0], [1], ... as it says
-
-
-class BoundedBuffer:
-    """Bytes of media in memory: readers wait while there are `most`, but for the item that is needed next."""
-
-    def __init__(self, most):
-        self.most, self.taken, self.needed, self.changed = most, 0, 0, threading.Condition()
-
-    def wait(self, i):
-        with self.changed:
-            self.changed.wait_for(lambda: self.taken < self.most or i <= self.needed)
-
-    def take(self, n):
-        with self.changed:
-            self.taken += n
-            self.changed.notify_all()
-
-    def need(self, i):
-        with self.changed:
-            self.needed = i
-            self.changed.notify_all()
-
-
-def media_bytes(sample):
-    return sum(patches.nbytes for patches in sample["pixels"]) if sample else 0
-
-
-def length_hint(items):
-    """How many items there are, or None when nobody knows."""
-    try:
-        hint = operator.length_hint(items, -1)
-    except NotImplementedError:
-        return None
-    return hint if hint >= 0 else None
-
-
-def warn_of_file_names(items):
-    """The items as they come; the first string that is the name of a picture or clip gives a warning."""
-    told, suffixes = False, IMAGE_SUFFIXES + VIDEO_SUFFIXES
-    for item in items:
-        if not told and isinstance(item, str) and item.lower().endswith(suffixes) and os.path.isfile(item):
-            told = True
-            warnings.warn("a string that is the name of a file is embedded as text; for the picture or clip "
-                          f"itself give {{'image': ...}} or {{'video': ...}}.  The first is {quote(item)}")
-        yield item
-
-
 def encoding(model, items, mode="latent", steps=None, batch_size=16, progress=False, limit=512, took=None,
              workers=4, sort=True, bad=None, dim=None, done=0.5, spent=None):
-    """`encode` in windows: yields the embeddings of the next items as an array.
+    """`Plume.encode` in windows: yields the embeddings of the next items as an array.
 
     A window is 8 batches, or less when their media take AHEAD bytes; about as much is read ahead.
     sort: the rows of a window are batched by length; False: batches are neighbours as given.
@@ -140,11 +76,10 @@ def encoding(model, items, mode="latent", steps=None, batch_size=16, progress=Fa
                 if rows:
                     embed_rows(model, out, rows, samples, mode, steps, limit, took, done, costs)
             out = out.cpu().numpy()
-            for name, column in zip(Spent._fields, costs.T.tolist() if spent is not None else ()):
-                spent[name].extend(column)
-            wrong = [s["where"] for s, row in zip(samples, out) if s and not np.isfinite(row).all()]
-            if wrong:
-                not_finite(model, wrong)
+            if spent is not None:
+                for name, column in zip(Spent._fields, costs.T.tolist()):
+                    spent[name].extend(column)
+            check_embeddings(model, samples, out)
             yield out
     finally:
         model.train(was_training)
@@ -159,12 +94,12 @@ def windows(model, items, size, workers, bad, alone):
     """
     numbered, pending, left, number = enumerate(items), deque(), size, 0
     most = math.inf if alone else AHEAD
-    room, pool = BoundedBuffer(2 * most), ThreadPoolExecutor(workers)
+    buffer, pool = BoundedBuffer(2 * most), ThreadPoolExecutor(workers)
 
     def read(i, item):
-        room.wait(i)
+        buffer.wait(i)
         sample = read_item(model, i, item, bad)
-        room.take(media_bytes(sample))
+        buffer.add(media_bytes(sample))
         return sample
 
     try:
@@ -175,7 +110,7 @@ def windows(model, items, size, workers, bad, alone):
                 return
             samples, held = [], 0
             while pending and len(samples) < left and held < most:
-                room.need(number)
+                buffer.need(number)
                 samples.append(pending.popleft().result())
                 held += media_bytes(samples[-1])
                 number += 1
@@ -184,10 +119,41 @@ def windows(model, items, size, workers, bad, alone):
                 wait(pending)
             yield samples
             samples.clear()
-            room.take(-held)
+            buffer.add(-held)
     finally:
-        room.need(math.inf)  # nobody waits any more
+        buffer.need(math.inf)  # nobody waits any more
         pool.shutdown(wait=False, cancel_futures=True)
+
+
+class BoundedBuffer:
+    """How many bytes of media are in memory: whoever would read more waits while the buffer is full.
+
+    The item that is needed next, and those before it, never wait: what would make space waits for them.
+    """
+
+    def __init__(self, capacity):
+        self.capacity, self.held, self.needed, self.changed = capacity, 0, 0, threading.Condition()
+
+    def wait(self, i):
+        """Until item i may be read."""
+        with self.changed:
+            self.changed.wait_for(lambda: self.held < self.capacity or i <= self.needed)
+
+    def add(self, size):
+        """size: bytes that were read; below 0: that were given back."""
+        with self.changed:
+            self.held += size
+            self.changed.notify_all()
+
+    def need(self, i):
+        """Item i is needed next."""
+        with self.changed:
+            self.needed = i
+            self.changed.notify_all()
+
+
+def media_bytes(sample):
+    return sum(patches.nbytes for patches in sample["pixels"]) if sample else 0
 
 
 def read_item(model, i, item, bad):
@@ -216,8 +182,11 @@ def embed_rows(model, out, rows, samples, mode, steps, limit, took, done, costs)
     out[places], costs[places] = vectors.to(out.dtype), torch.stack(spent, 1)
 
 
-def not_finite(model, wrong):
-    """Raises the error for items whose embeddings are not finite."""
+def check_embeddings(model, samples, vectors):
+    """Raises DataError for items whose embeddings, rows of an array, are not finite."""
+    wrong = [s["where"] for s, row in zip(samples, vectors) if s and not np.isfinite(row).all()]
+    if not wrong:
+        return
     names = ", ".join(wrong[:10])
     if len(wrong) > 10:
         names += f" and {len(wrong) - 10} more"
@@ -231,3 +200,45 @@ def not_finite(model, wrong):
     else:
         why = f"the weights are finite; it was computed in {dtype}, try float32"
     raise DataError(f"{names}: the embedding is not finite; {why}")
+
+
+def check_mode(mode, steps):
+    """Raises DataError for what `embed` does not know."""
+    if mode not in MODES:
+        raise DataError(f"mode {quote(mode)}.{nearest(mode, MODES)}")
+    if steps is not None and (mode != "latent" or not 0 <= steps <= MAX_STEPS):
+        raise DataError(f"steps {steps} in mode {mode!r}: steps are 0..{MAX_STEPS} and belong to mode latent")
+
+
+def iterate(items):
+    """An iterator over the items of any container, in its own order; a single item is a TypeError."""
+    try:
+        if isinstance(items, (str, bytes, Mapping)) or isinstance(items, np.ndarray) and items.ndim == 3:
+            raise TypeError
+        iterator = iter(items)
+    except TypeError:
+        raise TypeError("items must be a list or another iterable of items, got "
+                        f"{type(items).__name__}; put a single item into [ ]") from None
+    if isinstance(items, Iterable):
+        return iterator
+    return itertools.islice(iterator, length_hint(items))  # of the older kind: [0], [1], ... as it says
+
+
+def length_hint(items):
+    """How many items there are, or None when nobody knows."""
+    try:
+        hint = operator.length_hint(items, -1)
+    except NotImplementedError:
+        return None
+    return hint if hint >= 0 else None
+
+
+def warn_of_file_names(items):
+    """The items as they come; the first string that is the name of a picture or clip gives a warning."""
+    told, suffixes = False, IMAGE_SUFFIXES + VIDEO_SUFFIXES
+    for item in items:
+        if not told and isinstance(item, str) and item.lower().endswith(suffixes) and os.path.isfile(item):
+            told = True
+            warnings.warn("a string that is the name of a file is embedded as text; for the picture or clip "
+                          f"itself give {{'image': ...}} or {{'video': ...}}.  The first is {quote(item)}")
+        yield item

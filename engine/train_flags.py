@@ -1,4 +1,4 @@
-"""Flags of train.py that cannot work, found before anything is loaded."""
+"""Flags of train.py that cannot work: refused before anything is loaded."""
 
 import importlib.util
 import math
@@ -6,19 +6,20 @@ import math
 from adapter import MAX_STEPS, TransitionAdapter
 from backbones.shapes import SHAPES
 from curriculum import Curriculum, Progress
-from engine.flags import sizes
+from engine.flags import whole_numbers
 from files.errors import DataError, nearest
+
+AT_LEAST = dict(seed=0, global_batch=2, micro_batch=0, steps=0, save_every=1, log_every=1, eval_every=0,
+                keep=0, workers=0, until=0, warmup=0, decay=0, vision_lr=0, weight_decay=0, frame_rate=0)
 
 
 def check_flags(cfg, world):
-    """What can be known to be wrong before anything is loaded -> the curriculum."""
-    at_least = dict(seed=0, global_batch=2, micro_batch=0, steps=0, save_every=1, log_every=1, eval_every=0,
-                    keep=0, workers=0, until=0, warmup=0, decay=0, vision_lr=0, weight_decay=0, frame_rate=0)
-    for name, least in at_least.items():
+    """-> the curriculum; raises DataError for what cannot work, on so many ranks."""
+    for name, least in AT_LEAST.items():
         if not getattr(cfg, name) >= least:  # nan is not, either
             raise DataError(f"--{name} {getattr(cfg, name)}: needs at least {least}")
     if cfg.matryoshka:
-        sizes(cfg.matryoshka)
+        whole_numbers("matryoshka", cfg.matryoshka, ",", "numbers of components, as 64,256")
     wandb = importlib.util.find_spec("wandb") if cfg.wandb else None
     latent_steps, most_workers = cfg.segments * cfg.steps_per_segment, Progress.DELAY - 1
     needs = (  # a flag, whether its value is fine, what it needs

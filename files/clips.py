@@ -1,4 +1,4 @@
-"""Any video file, part of one, or folder of frames -> the chosen frames and when each begins."""
+"""Any video file, part of one, or folder of frames -> frames evenly spaced in time, and when each begins."""
 
 import bisect
 import contextlib
@@ -35,12 +35,6 @@ class Part:
         return f"{self.video} ({self.start:g} - {self.end:g} s)"
 
 
-def load_frames(source, count):
-    """The frames of `load_clip` alone."""
-    frames, _ = load_clip(source, count)
-    return frames
-
-
 def load_clip(source, count, frame_rate=2.0):
     """A clip -> at most `count` RGB Pillow images, evenly spaced in time from the first frame to the last.
 
@@ -66,6 +60,12 @@ def load_clip(source, count, frame_rate=2.0):
         raise DataError(f"{source}: cannot be used as a video: {e}") from e
 
 
+def load_frames(source, count):
+    """The frames of `load_clip` alone."""
+    frames, _ = load_clip(source, count)
+    return frames
+
+
 def decode_clip(part, count, frame_rate):
     """The headers say when each frame is shown; those nearest to `count` evenly spaced times are decoded.
 
@@ -82,8 +82,8 @@ def decode_clip(part, count, frame_rate):
         track = read_headers(container, stream, source)
     times = times_within(track, part)
     wanted = times if len(times) <= count else np.linspace(times[0], times[-1], count)
-    behind = track.times[bisect.bisect(track.times, times[-1]) :]  # the last of them ends where this begins
-    end = behind[0] if behind else track.end
+    # the last of them ends where the next one begins
+    end = [*track.times, track.end][bisect.bisect(track.times, times[-1])]
     unit = 1 / frame_rate if track.start is None else track.unit
 
     def shown(frame):
@@ -105,6 +105,19 @@ def decode_clip(part, count, frame_rate):
     return decoded(replace(track, keys=[]))
 
 
+def display_size(width, height, aspect):
+    """Size at which stored frames are shown: the smaller side grows.  aspect: of a pixel."""
+    aspect = float(aspect or 1)
+    if width * height > MAX_PIXELS:
+        raise DataError(f"frames of {width}x{height} pixels, the limit is {MAX_PIXELS:,}")
+    if not 1 / 200 < aspect < 200 or width * height * max(aspect, 1 / aspect) > MAX_PIXELS:
+        raise DataError(f"frames of {width}x{height} pixels, each {aspect:g} times as wide as it is high: "
+                        "too large when shown")
+    if aspect < 1:
+        return width, round(height / aspect)
+    return round(width * aspect), height
+
+
 @dataclass
 class Track:
     """What the headers of a video track say; times in its own unit."""
@@ -124,7 +137,7 @@ Header = namedtuple("Header", "time duration is_key is_discarded")  # of a packe
 def read_headers(container, stream, source):
     """The headers of all packets -> Track.
 
-    What is in front of the first key frame, in the file or on the screen, hangs on frames that are not there.
+    What comes before the first key frame, in the file or on the screen, depends on frames that are missing.
     """
     headers = [Header(p.pts, p.duration or 0, p.is_keyframe, p.is_discard)
                for p in container.demux(stream) if p.size]  # empty packets flush
@@ -180,11 +193,10 @@ def nearest_frames(source, track, wanted):
                     before, now = None, next(frames, None)
             while now is not None and now[0] < time:
                 before, now = now, next(frames, None)
-            if now is None and before is None:
+            neighbours = [frame for frame in (now, before) if frame is not None]
+            if not neighbours:
                 raise DataError("no frames could be decoded")
-            found = now
-            if now is None or (before is not None and time - before[0] < now[0] - time):
-                found = before
+            found = min(neighbours, key=lambda frame: abs(frame[0] - time))
             if track.keys and found[0] != right:
                 raise DataError(f"a frame at {found[0]} instead of {right}")
             yield found
@@ -192,10 +204,9 @@ def nearest_frames(source, track, wanted):
 
 def nearest_time(times, wanted):
     """The one of the sorted times that is nearest; of two the later one."""
-    n = min(bisect.bisect_left(times, wanted), len(times) - 1)
-    if n > 0 and wanted - times[n - 1] < times[n] - wanted:
-        n -= 1
-    return times[n]
+    n = bisect.bisect_left(times, wanted)
+    neighbours = times[max(0, n - 1) : n + 1]
+    return min(reversed(neighbours), key=lambda time: abs(time - wanted))
 
 
 def timed_frames(container, track, key=None):
@@ -219,16 +230,3 @@ def timed_frames(container, track, key=None):
         if frame.is_corrupt:
             raise DataError(f"frame {i} is corrupt")
         yield time, frame
-
-
-def display_size(width, height, aspect):
-    """Size at which stored frames are shown: the smaller side grows.  aspect: of a pixel."""
-    aspect = float(aspect or 1)
-    if width * height > MAX_PIXELS:
-        raise DataError(f"frames of {width}x{height} pixels, the limit is {MAX_PIXELS:,}")
-    if not 1 / 200 < aspect < 200 or width * height * max(aspect, 1 / aspect) > MAX_PIXELS:
-        raise DataError(f"frames of {width}x{height} pixels, each {aspect:g} times as wide as it is high: "
-                        "too large when shown")
-    if aspect < 1:
-        return width, round(height / aspect)
-    return round(width * aspect), height

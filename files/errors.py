@@ -1,18 +1,10 @@
-"""What is said when something given cannot be used."""
+"""The one error for what users give, and the words of its message: quotes, hints, reasons."""
 
 import difflib
 
 
 class DataError(ValueError):
     """Bad input: the message says what was given, where, and what is needed."""
-
-
-def last_line(error):
-    """The message of an error; of one that a data worker raised, the last line of its traceback."""
-    text = str(error)
-    if "Original Traceback" in text:
-        text = text.strip().splitlines()[-1].removeprefix("files.errors.DataError: ")
-    return text
 
 
 def quote(value):
@@ -22,11 +14,12 @@ def quote(value):
 
 
 def nearest(name, known):
-    """A hint for an unknown name: ' Did you mean ...?' and the known ones."""
+    """A hint for an unknown name: ' Did you mean ...?' and all that are known."""
     return f"{closest(name, known)} Known: {', '.join(map(str, known))}."
 
 
 def closest(name, known):
+    """' Did you mean ...?' with the known name that is most alike, or ''."""
     found = difflib.get_close_matches(str(name)[:200], [str(k)[:200] for k in known], 1)
     return f" Did you mean {found[0]!r}?" if found else ""
 
@@ -34,3 +27,12 @@ def closest(name, known):
 def reason(error):
     """The first line of somebody else's error, at most 200 characters of it."""
     return f"{type(error).__name__}: {error}".splitlines()[0][:200]
+
+
+def last_line(error):
+    """The message of an error; of one that a data worker raised, the last line of its traceback."""
+    text = str(error)
+    if "Original Traceback" not in text:
+        return text
+    name = f"{DataError.__module__}.{DataError.__qualname__}"  # as a traceback spells it
+    return text.strip().splitlines()[-1].removeprefix(f"{name}: ")

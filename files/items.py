@@ -1,4 +1,4 @@
-"""An item to embed, in any spelling -> Side: its texts and media in order, each checked."""
+"""An item to embed, or a side of a training record, in any spelling -> Side: each text and medium checked."""
 
 import hashlib
 import math
@@ -10,8 +10,16 @@ import numpy as np
 from PIL import Image
 
 from files.clips import Part
-from files.errors import DataError, nearest, quote
+from files.errors import DataError, quote
+from files.jsonl import only_keys
 from files.pictures import as_image, DECODER_ERRORS, PICTURE
+
+ITEM_KEYS = ("text", "image", "video", "start", "end")
+# of a training record, in every spelling that published files have
+MEDIA_KEYS = {"image": "image", "images": "image", "video": "video", "videos": "video"}
+SIDE_KEYS = ("conversations", *MEDIA_KEYS)
+TURN_KEYS = ("from", "value", "role", "content")
+SPEAKERS = {"human": "human", "user": "human", "gpt": "gpt", "assistant": "gpt"}
 
 
 @dataclass
@@ -31,33 +39,6 @@ class Side:
         """`key` as a signed number of 64 bits."""
         digest = hashlib.blake2b(self.key().encode(), digest_size=8).digest()
         return int.from_bytes(digest, "little", signed=True)
-
-
-ITEM_KEYS = ("text", "image", "video", "start", "end")
-
-
-def only_keys(raw, known, where):
-    """raw must be an object with no key that is not known."""
-    if not isinstance(raw, dict):
-        raise DataError(f"{where}: needs an object with {next(iter(known))!r}, got {type(raw).__name__}")
-    for key in raw:
-        if key not in known:
-            raise DataError(f"{where}: unknown key {quote(key)}.{nearest(key, known)}")
-
-
-def printable(text, where):
-    try:
-        text.encode()
-    except UnicodeEncodeError as e:
-        raise DataError(f"{where}: the text is not valid Unicode: {e}") from e
-    return text
-
-
-def listed(value):
-    """None, one or several -> a list."""
-    if value is None:
-        return []
-    return list(value) if isinstance(value, (list, tuple)) else [value]
 
 
 def parse_item(item, root="", where="item"):
@@ -93,17 +74,65 @@ def parse_item(item, root="", where="item"):
     return Side(front + expand_markers(text, marked, root, where), where=where)
 
 
-def part_of(video, start, end, where):
-    """The item's values of these keys -> Part."""
-    if not isinstance(video, (str, os.PathLike)):
-        raise DataError(f"{where}: 'start' and 'end' belong to a 'video' that is a file, not {quote(video)}")
-    start, end = 0 if start is None else start, math.inf if end is None else end
-    for seconds in (start, end):
-        if isinstance(seconds, bool) or not isinstance(seconds, (int, float)):
-            raise DataError(f"{where}: 'start' and 'end' are seconds, got {quote(seconds)}")
-    if not 0 <= start < end or start == math.inf:
-        raise DataError(f"{where}: 'start' {start}, 'end' {end}: need 0 <= start < end, in seconds")
-    return Part(os.fsdecode(video), float(start), float(end))
+def parse_side(raw, root, where):
+    """A side of a training record -> Side.  root: folder of the media; where: for errors.
+
+    raw: {"conversations": turns, "image"?, "video"?}, or an item to embed, without rationale or answer.
+    """
+    if isinstance(raw, list) and len(raw) == 1:  # seen in the wild
+        raw = raw[0]
+    if isinstance(raw, str) or isinstance(raw, dict) and raw and raw.keys() <= set(ITEM_KEYS):
+        return parse_item(raw, root, where)
+    only_keys(raw, SIDE_KEYS, where)
+    spoken = parse_turns(raw.get("conversations"), where)
+    media = {"image": [], "video": []}
+    for key, kind in MEDIA_KEYS.items():
+        given = raw.get(key)
+        if given in (None, []):
+            continue
+        if media[kind]:
+            raise DataError(f"{where}: both {kind!r} and {kind + 's'!r} are given")
+        media[kind] = [given] if key == "video" else listed(given)  # a list as "video": one clip's frames
+    parts = expand_markers(spoken["human"], media, root, where, disc=True)
+    if [kind for kind, _ in parts].count("disc") > 1:
+        raise DataError(f"{where}: more than one <disc_emb> in the text")
+    return Side(parts, *parse_target(spoken.get("gpt", ""), where), where)
+
+
+def parse_turns(turns, where):
+    """The list under 'conversations' -> {"human": its text, "gpt": its text, if there is such a turn}."""
+    if not isinstance(turns, list) or not turns:
+        raise DataError(f"{where}: 'conversations' must be a list of turns")
+    spoken = {}
+    for turn in turns:
+        only_keys(turn, TURN_KEYS, f"{where}: a turn")
+        who = SPEAKERS.get(str(turn.get("from", turn.get("role"))))
+        text = turn.get("value", turn.get("content"))
+        if who is None or not isinstance(text, str) or len(turn) != 2:
+            needs = "'from' ('human' or 'gpt') and a text 'value'"
+            raise DataError(f"{where}: a turn needs {needs}, got {quote(turn)}")
+        if who in spoken:
+            raise DataError(f"{where}: more than one {who!r} turn; a side is one question and one answer")
+        spoken[who] = printable(text, where)
+    if "human" not in spoken:
+        raise DataError(f"{where}: no 'human' turn")
+    return spoken
+
+
+def parse_target(text, where):
+    """The gpt turn -> (rationale, answer).  Without tags the whole text is the answer."""
+    found = {}
+    for tag in ("think", "answer"):
+        match = re.search(rf"<{tag}>(.*?)</{tag}>", text, re.S)
+        if match:
+            found[tag] = match[1].strip()
+            text = text.replace(match[0], "", 1)
+        elif f"<{tag}>" in text or f"</{tag}>" in text:
+            raise DataError(f"{where}: <{tag}> is opened or closed only once in {quote(text)}")
+    rest = text.replace("<gen_emb>", "").strip()
+    if "answer" in found and rest:
+        raise DataError(f"{where}: text outside <think> and <answer>: {quote(rest)}")
+    return found.get("think", ""), found.get("answer", rest)
 
 
 def expand_markers(text, media, root, where, disc=False):
@@ -160,3 +189,32 @@ def resolve(source, kind, root, where):
     if not os.path.isfile(path) and not (kind == "video" and os.path.isdir(path)):
         raise DataError(f"{where}: {kind} {quote(name)} does not exist under {os.fspath(root) or '.'!r}")
     return path
+
+
+def part_of(video, start, end, where):
+    """The item's values of these keys -> Part."""
+    if not isinstance(video, (str, os.PathLike)):
+        raise DataError(f"{where}: 'start' and 'end' belong to a 'video' that is a file, not {quote(video)}")
+    start, end = 0 if start is None else start, math.inf if end is None else end
+    for seconds in (start, end):
+        if isinstance(seconds, bool) or not isinstance(seconds, (int, float)):
+            raise DataError(f"{where}: 'start' and 'end' are seconds, got {quote(seconds)}")
+    if not 0 <= start < end or start == math.inf:
+        raise DataError(f"{where}: 'start' {start}, 'end' {end}: need 0 <= start < end, in seconds")
+    return Part(os.fsdecode(video), float(start), float(end))
+
+
+def listed(value):
+    """None, one or several -> a list."""
+    if value is None:
+        return []
+    return list(value) if isinstance(value, (list, tuple)) else [value]
+
+
+def printable(text, where):
+    """The text; DataError where it is not valid Unicode: no tokenizer takes it."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as e:
+        raise DataError(f"{where}: the text is not valid Unicode: {e}") from e
+    return text

@@ -14,7 +14,6 @@ from files.errors import DataError, quote
 
 MAX_PIXELS = 89_478_485  # of a stored picture or frame; Pillow only warns there, here it is an error
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
-LOADING = threading.Lock()  # Pillow reads a picture's file late; two threads may be given the same picture
 # What Pillow's and FFmpeg's readers raise on broken files, other than their own errors
 DECODER_ERRORS = (OSError, SyntaxError, ValueError, TypeError, RuntimeError, LookupError, ArithmeticError,
                   EOFError, struct.error, Image.DecompressionBombError, Image.DecompressionBombWarning)
@@ -23,6 +22,7 @@ Image.init()
 IMAGE_FORMATS = [f for f in ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF") if f in Image.OPEN]
 IMAGE_SUFFIXES = tuple(end for end, name in Image.registered_extensions().items() if name in IMAGE_FORMATS)
 PICTURE = (Image.Image, np.ndarray, bytes, bytearray, memoryview, io.IOBase)  # besides a path
+LOADING = threading.Lock()  # Pillow reads a picture's file late; two threads may be given the same picture
 
 
 def load_image(source):
@@ -41,6 +41,15 @@ def load_image(source):
     except DECODER_ERRORS as e:
         name = source if isinstance(source, (str, os.PathLike)) else quote(source)
         raise DataError(f"{name}: cannot be used as a picture: {e}") from e
+
+
+def frame_files(folder):
+    """The paths of the pictures in a folder, in natural order: frame10 behind frame9."""
+    def by_number(name):
+        return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name)]
+
+    names = [n for n in os.listdir(folder) if n.lower().endswith(IMAGE_SUFFIXES) and not n.startswith(".")]
+    return [os.path.join(folder, name) for name in sorted(names, key=by_number)]
 
 
 def as_image(source):
@@ -72,21 +81,8 @@ def as_image(source):
     return source
 
 
-def clear_colour(image):
-    """The one grey or colour that a PNG calls transparent, or None.
-
-    Pillow scales pixels to 8 bits, but not this value; a file that is not read yet tells its bits.
-    """
-    value = image.info.get("transparency")
-    bits = image.tile[0][3] if isinstance(image, ImageFile.ImageFile) and image.tile else ""
-    if isinstance(value, int) and bits in ("L;2", "L;4"):
-        return value * {"L;2": 85, "L;4": 17}[bits]
-    if isinstance(value, tuple) and bits == "RGB;16B":
-        return tuple(part >> 8 for part in value)
-    return value
-
-
 def to_rgb(image):
+    """Decodes a Pillow image -> RGB, upright, white where it is transparent; 16-bit grey in 8 bits."""
     if image.width * image.height == 0:
         raise DataError(f"{image.width}x{image.height} pixels: an empty picture")
     if image.width * image.height > MAX_PIXELS:  # before anything is decoded
@@ -114,10 +110,15 @@ def to_rgb(image):
     return image.convert("RGB")
 
 
-def frame_files(folder):
-    """The paths of the pictures in a folder, in natural order: frame10 behind frame9."""
-    def by_number(name):
-        return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name)]
+def clear_colour(image):
+    """The one grey or colour that a PNG calls transparent, or None.
 
-    names = [n for n in os.listdir(folder) if n.lower().endswith(IMAGE_SUFFIXES) and not n.startswith(".")]
-    return [os.path.join(folder, name) for name in sorted(names, key=by_number)]
+    Pillow scales pixels to 8 bits, but not this value; a file that is not read yet tells its bits.
+    """
+    value = image.info.get("transparency")
+    bits = image.tile[0][3] if isinstance(image, ImageFile.ImageFile) and image.tile else ""
+    if isinstance(value, int) and bits in ("L;2", "L;4"):
+        return value * {"L;2": 85, "L;4": 17}[bits]
+    if isinstance(value, tuple) and bits == "RGB;16B":
+        return tuple(part >> 8 for part in value)
+    return value

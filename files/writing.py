@@ -11,22 +11,6 @@ from safetensors import SafetensorError
 from files.errors import reason
 
 
-def temporary_name(path, ending="writing"):
-    """A name of this call's own beside `path`; ending: "writing", or "old" for what stood there before."""
-    return f"{path}.{secrets.token_hex(4)}.{ending}"
-
-
-@contextlib.contextmanager
-def write_errors(file):
-    """Whatever is raised when a file cannot be written becomes an OSError that names it."""
-    try:
-        yield
-    except (OSError, RuntimeError, SafetensorError) as e:  # torch and safetensors have their own
-        folder = os.path.dirname(os.path.abspath(file))
-        full = os.path.isdir(folder) and shutil.disk_usage(folder).free < 1 << 20
-        raise OSError(f"{file}: cannot be written: {'the disk is full' if full else reason(e)}") from e
-
-
 @contextlib.contextmanager
 def writing(path, mode="w"):
     """A new file, with a name of its own until the block ends well; then it becomes `path`."""
@@ -47,14 +31,31 @@ def writing(path, mode="w"):
         raise
 
 
-def write_json(path, value):
-    write_text(path, json.dumps(value, indent=1))
-
-
 def write_text(path, text):
     with writing(path) as f:
         f.write(text)
 
 
+def write_json(path, value):
+    write_text(path, json.dumps(value, indent=1))
+
+
 def writable(file):
+    """Whether a file of this name can stand there; it may be there already."""
     return not os.path.isdir(file) and os.path.isdir(os.path.dirname(os.path.abspath(file)))
+
+
+@contextlib.contextmanager
+def write_errors(file):
+    """Whatever is raised when a file cannot be written becomes an OSError that names it."""
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as e:  # torch and safetensors have their own
+        folder = os.path.dirname(os.path.abspath(file))
+        full = os.path.isdir(folder) and shutil.disk_usage(folder).free < 1 << 20
+        raise OSError(f"{file}: cannot be written: {'the disk is full' if full else reason(e)}") from e
+
+
+def temporary_name(path, ending="writing"):
+    """A name of this call's own beside `path`; ending: "writing", or "old" for what stood there before."""
+    return f"{path}.{secrets.token_hex(4)}.{ending}"

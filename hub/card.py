@@ -1,18 +1,20 @@
-"""The model card, the chat template, and what sentence-transformers reads."""
+"""What a checkpoint holds for others: model card, chat template, what sentence-transformers reads."""
 
 import json
-import os
 import shlex
 import shutil
 import string
 from dataclasses import asdict
+from pathlib import Path
 
 import torch
 import transformers
 
 from files.writing import write_errors
-from hub.folders import CARD, HUB, HUB_FILES
+from hub.folders import CARD, HUB_FILES
+from hub.weights import count_parameters
 
+HERE = Path(__file__).parent
 NOT_ON_CARD = ("out", "resume", "wandb", "media", "device")  # of this machine, not of the recipe
 
 
@@ -31,19 +33,15 @@ def about_run(cfg, done, steps, scored):
 
 def write_hub_files(model, folder, run="Nothing is known here about its training."):
     """What sentence-transformers reads, and a model card; run: how it was trained, in Markdown."""
-    size = sum(p.numel() for p in model.parameters()) / 1e6
     text = template_file("card.md").substitute(
-        backbone=model.backbone.config.model_type, dim=model.lm.config.hidden_size, size=f"{size:,.1f}",
-        steps=model.settings["latent_steps"], run=run,
+        backbone=model.backbone.config.model_type, dim=model.lm.config.hidden_size,
+        size=f"{count_parameters(model) / 1e6:,.1f}", steps=model.settings["latent_steps"], run=run,
         settings=json.dumps(model.settings, indent=1, ensure_ascii=False),
         versions=f"torch {torch.__version__}, transformers {transformers.__version__}")
-    file = os.path.join(folder, CARD)
-    with write_errors(file), open(file, "w", encoding="utf-8") as f:
-        f.write(text)
-    for name in HUB_FILES:
-        file = os.path.join(folder, name)
-        with write_errors(file):
-            shutil.copyfile(os.path.join(HUB, name), file)
+    with write_errors(folder):
+        Path(folder, CARD).write_text(text, encoding="utf-8")
+        for name in HUB_FILES:
+            shutil.copyfile(HERE / name, Path(folder, name))
 
 
 def chat_template(processor):
@@ -57,5 +55,4 @@ def chat_template(processor):
 
 def template_file(name):
     """A file of this folder with $names to fill in."""
-    with open(os.path.join(HUB, name), encoding="utf-8") as f:
-        return string.Template(f.read())
+    return string.Template((HERE / name).read_text(encoding="utf-8"))

@@ -3,8 +3,9 @@
     OUT/checkpoint                the newest
     OUT/checkpoint-STEP           an earlier one that --keep has kept
     OUT/checkpoint.XXXXXXXX.old   was being replaced when the run died
-    OUT/NAME.XXXXXXXX.writing     was being written when the run died
+    OUT/NAME.XXXXXXXX.writing     was being written when the run died; see `temporary_name`
     OUT/log.jsonl                 a row a step
+    OUT/wandb_id                  the run's name at Weights & Biases
     OUT/.plume.lock               held while a run is at work
 """
 
@@ -14,6 +15,7 @@ import re
 import secrets
 import shutil
 import warnings
+from pathlib import Path
 
 from backbones.families import BACKBONES
 from files.errors import DataError, quote, reason
@@ -21,66 +23,31 @@ from files.writing import temporary_name
 from hub.weights import INDEX, read_json, weight_files, WEIGHTS
 
 # What a checkpoint of ours consists of, and a model card
-HUB = os.path.dirname(os.path.abspath(__file__))
 HUB_FILES = ("modules.json", "config_sentence_transformers.json", "sentence_bert_config.json", "plume_st.py")
-FILES = ("config.json", WEIGHTS, "preprocessor_config.json", "tokenizer.json", "tokenizer_config.json",
-         "chat_template.jinja", "train_state.pt", *HUB_FILES)
+PREPROCESSOR, RUN_STATE = "preprocessor_config.json", "train_state.pt"
+FILES = ("config.json", WEIGHTS, PREPROCESSOR, "tokenizer.json", "tokenizer_config.json",
+         "chat_template.jinja", RUN_STATE, *HUB_FILES)
 CARD, OUR_CARD = "README.md", "<!-- written by PLUME; saving again replaces this file"
 # Names in --out: checkpoints, and what a run leaves behind that is killed while it writes
-LOG, LOCK = "log.jsonl", ".plume.lock"
+NEWEST, LOG, LOCK, WANDB_ID = "checkpoint", "log.jsonl", ".plume.lock", "wandb_id"
 CHECKPOINT = re.compile(r"checkpoint(-\d+(\.[0-9a-f]{8})?|\.[0-9a-f]{8}\.old)?")
 LEFT_OVER = re.compile(r"checkpoint\.[0-9a-f]{8}\.(old|writing)|log\.jsonl\.[0-9a-f]{8}\.writing")
 
 
-def kept_name(path, step):
-    """A free name for a checkpoint that stays when the next one takes its place."""
-    name = f"{path}-{step}"
-    if os.path.exists(name):  # somebody's copy
-        name += f".{secrets.token_hex(4)}"
-    return name
+def checkpoints_in(out):
+    """The run's checkpoints, the newest first.  One that died between two renames left no `checkpoint`."""
+    states = [file for file in Path(out).glob(f"*/{RUN_STATE}") if CHECKPOINT.fullmatch(file.parent.name)]
+    # `checkpoint` goes before all others, then the last one written
+    states.sort(key=lambda file: (file.parent.name != NEWEST, -file.stat().st_mtime))
+    return [os.path.join(out, file.parent.name) for file in states]
 
 
-def checkpoint_files(folder):
-    """The names of the files that make the checkpoint in a folder; what else is there is somebody else's."""
-    names = {*FILES, INDEX}
-    with contextlib.suppress(DataError, FileNotFoundError):
-        names |= {os.path.basename(file) for file in weight_files(folder)}
-    if is_our_card(os.path.join(folder, CARD)):
-        names.add(CARD)
-    return {name for name in names if os.path.isfile(os.path.join(folder, name))}
-
-
-def is_our_card(file):
-    """Whether this model card is of `write_hub_files`; somebody else's stays where it is."""
-    if not os.path.isfile(file):
-        return False
-    with open(file, "rb") as f:
-        return OUR_CARD.encode() in f.read(1000)
-
-
-def remove_checkpoint(folder, names):
-    """Removes these files, and the folder when nothing else is in it."""
-    with contextlib.suppress(OSError):  # what cannot be removed stays, and so do somebody's own files
-        for name in names:
-            os.remove(os.path.join(folder, name))
-        os.rmdir(folder)
-
-
-def replaceable(path):
-    """Raises FileExistsError for what is neither a checkpoint nor a folder of other files."""
-    if not os.path.isdir(path):
-        raise FileExistsError(f"{path}: exists and is not a folder; choose another name")
-    if os.path.join(os.path.realpath("."), "").startswith(os.path.join(path, "")):
-        raise FileExistsError(f"{path}: is the current folder, which cannot be replaced; start elsewhere, or "
-                              "choose another name")
-    if checkpoint_files(path):
-        with contextlib.suppress(DataError, FileNotFoundError):
-            config = read_json(os.path.join(path, "config.json"))
-            if config.get("model_type") in BACKBONES and weight_files(path):
-                return
-        names = quote(sorted(os.listdir(path)))
-        raise FileExistsError(f"{path}: holds {names}, which is no checkpoint of a Qwen-VL; choose another "
-                              "name")
+def newest_checkpoint(out):
+    """The newest of them; DataError when there is none."""
+    found = checkpoints_in(out)
+    if not found:
+        raise DataError(f"--resume: no checkpoint of a run in {out!r}")
+    return found[0]
 
 
 @contextlib.contextmanager
@@ -95,9 +62,8 @@ def replacing(path, keep=None):
     temporary, old = temporary_name(path), keep or temporary_name(path, "old")
     there = os.path.exists(path)
     if there:
-        replaceable(path)
-    if os.path.exists(old):
-        raise FileExistsError(f"{old}: exists; the checkpoint that is kept needs a free name")
+        check_replaceable(path)
+    assert not os.path.exists(old), f"{old} exists"
     os.makedirs(temporary)
     try:
         if there:
@@ -121,13 +87,31 @@ def replacing(path, keep=None):
             os.rename(old, path)
         raise
     if there:
-        mine = checkpoint_files(old) | new & set(os.listdir(old))
-        stuck = move_files(old, path, set(os.listdir(old)) - mine)
+        names = set(os.listdir(old))
+        mine = checkpoint_files(old) | new & names
+        stuck = move_files(old, path, names - mine)
         if stuck:  # the new checkpoint stands, nothing is lost
             warnings.warn(f"{path} is written, but these files that stood there could not be moved and are "
                           f"in {old}: {', '.join(stuck)}")
         if not keep:
             remove_checkpoint(old, mine)
+
+
+def check_replaceable(path):
+    """Raises FileExistsError for what is neither a checkpoint nor a folder of other files."""
+    if not os.path.isdir(path):
+        raise FileExistsError(f"{path}: exists and is not a folder; choose another name")
+    if os.path.join(os.path.realpath("."), "").startswith(os.path.join(path, "")):
+        raise FileExistsError(f"{path}: is the current folder, which cannot be replaced; start elsewhere, or "
+                              "choose another name")
+    if checkpoint_files(path):
+        with contextlib.suppress(DataError, FileNotFoundError):
+            config = read_json(os.path.join(path, "config.json"))
+            if config.get("model_type") in BACKBONES and weight_files(path):
+                return
+        names = quote(sorted(os.listdir(path)))
+        raise FileExistsError(f"{path}: holds {names}, which is no checkpoint of a Qwen-VL; choose another "
+                              "name")
 
 
 def move_files(old, new, names):
@@ -141,21 +125,33 @@ def move_files(old, new, names):
     return stuck
 
 
-def checkpoints_in(out):
-    """The run's checkpoints, the newest first: `checkpoint`, or if the run died between two renames the one
-    that stood there before, under the name it had just got."""
-    if not os.path.isdir(out):
-        return []
-    age = {}  # the last one written is the youngest, and `checkpoint` goes before all others
-    for name in os.listdir(out):
-        state = os.path.join(out, name, "train_state.pt")
-        if CHECKPOINT.fullmatch(name) and os.path.exists(state):
-            age[os.path.join(out, name)] = (name != "checkpoint", -os.stat(state).st_mtime)
-    return sorted(age, key=age.get)
+def remove_checkpoint(folder, names):
+    """Removes these files, and the folder when nothing else is in it."""
+    with contextlib.suppress(OSError):  # what cannot be removed stays, and so do somebody's own files
+        for name in names:
+            os.remove(os.path.join(folder, name))
+        os.rmdir(folder)
 
 
-def checkpoint_in(out):
-    found = checkpoints_in(out)
-    if not found:
-        raise DataError(f"--resume: no checkpoint of a run in {out!r}")
-    return found[0]
+def kept_name(path, step):
+    """A free name for a checkpoint that stays when the next one takes its place."""
+    name = f"{path}-{step}"
+    return f"{name}.{secrets.token_hex(4)}" if os.path.exists(name) else name  # there: somebody's copy
+
+
+def checkpoint_files(folder):
+    """The names of the files that make the checkpoint in a folder; what else is there is somebody else's."""
+    names = {*FILES, INDEX}
+    with contextlib.suppress(DataError, FileNotFoundError):
+        names |= {os.path.basename(file) for file in weight_files(folder)}
+    if is_our_card(os.path.join(folder, CARD)):
+        names.add(CARD)
+    return {name for name in names if os.path.isfile(os.path.join(folder, name))}
+
+
+def is_our_card(file):
+    """Whether this model card is of `write_hub_files`; somebody else's stays where it is."""
+    if not os.path.isfile(file):
+        return False
+    with open(file, "rb") as f:
+        return OUR_CARD.encode() in f.read(1000)

@@ -1,7 +1,13 @@
-"""A checkpoint folder, ours, released or a plain Qwen-VL <-> backbone, tokenizer, settings, adapter."""
+"""A checkpoint folder in one of three layouts <-> backbone, tokenizer, settings, the adapter's weights.
+
+    ours        config.json has a `plume` block; the adapter's weights are adapter.*
+    released    does not describe itself; known by its latent_moe_transition.* weights
+    plain       a Qwen-VL without an adapter, to start training from
+
+Released checkpoints keep each expert as two nn.Linear, which store the transpose of our stacked tensors.
+"""
 
 import copy
-import json
 import os
 import shutil
 import warnings
@@ -13,21 +19,110 @@ from safetensors.torch import save_file
 from backbones.families import BACKBONES, Limits, limits_of
 from data import PLUME_TOKENS, TEMPLATES
 from files.errors import closest, DataError, quote, reason
-from files.writing import write_errors
+from files.writing import write_errors, write_json
 from hub.card import chat_template
-from hub.settings import ADAPTER, current_format, FORMAT, RELEASED
+from hub.folders import PREPROCESSOR
+from hub.settings import ADAPTER, FORMAT, RELEASED, stored_settings
 from hub.weights import (
     build_backbone, local_folder, quietly, read_json, read_tokenizer, read_weights, WEIGHTS)
 
-# Released checkpoints keep each expert as two nn.Linear, which store the transpose of our stacked tensors.
-LAYERS = (("fc1", "w1", "b1"), ("fc2", "w2", "b2"))
+OUR_ADAPTER, RELEASED_ADAPTER = "adapter.", "latent_moe_transition."  # in front of its weights' names
 SAME_NAMES = ("ln.weight", "ln.bias", "step_embed.weight", "router.weight", "router.bias")
+LAYERS = (("fc1", "w1", "b1"), ("fc2", "w2", "b2"))  # of an expert: released name, our weights, our biases
 
 
-def expert_names(experts, shared_expert):
-    """The released names of the experts, in the order in which our tensors stack them."""
-    names = [f"experts.{i}" for i in range(experts)]
-    return ["shared_expert", *names] if shared_expert else names
+def read_checkpoint(path, dtype, revision=None, token=None):
+    """A folder, or a name on the hub -> backbone, tokenizer, settings, the adapter's state or None."""
+    path = local_folder(os.fspath(path), revision, token)
+    raw = read_json(os.path.join(path, "config.json"))
+    model_type = raw.get("model_type")
+    if model_type not in BACKBONES:
+        raise DataError(f"{path}: config.json: model_type {quote(model_type)}; PLUME builds on "
+                        f"{', '.join(BACKBONES)}.{closest(model_type, BACKBONES)}")
+    tensors, block = read_weights(path), raw.get("plume")
+    if block is None and any(name.startswith(OUR_ADAPTER) for name in tensors):
+        raise DataError(f"{path}: config.json has no 'plume' block, which says how these weights were "
+                        "trained; take config.json from the checkpoint that train.py or save_pretrained "
+                        "wrote")
+    adapter = split_adapter(tensors, RELEASED_ADAPTER if block is None else OUR_ADAPTER)
+    backbone, tokenizer = build_backbone(path, tensors, dtype), read_tokenizer(path)
+    if block is not None:  # ours
+        return backbone, tokenizer, stored_settings(block, path), adapter
+    if not adapter:  # plain
+        add_tokens(backbone, tokenizer)
+        limits = stored_limits(path, limits_of(model_type))
+        return backbone, tokenizer, dict(template=TEMPLATES[model_type], limits=limits), None
+    if model_type != "qwen2_vl":  # released
+        raise DataError(f"{path}: the released layout, with a {model_type}: it is that of a Qwen2-VL, and "
+                        "does not say how others are to be read")
+    try:
+        adapter, keywords = from_released(adapter)
+    except (LookupError, ValueError, RuntimeError) as e:
+        raise DataError(f"{path}: its adapter's tensors are incomplete or do not fit each other: "
+                        f"{reason(e)}") from e
+    limits = stored_limits(path, RELEASED["limits"])
+    return backbone, tokenizer, dict(RELEASED, adapter=keywords, limits=limits), adapter
+
+
+def write_checkpoint(model, folder, released=False, state=None):
+    """The files of a checkpoint, into an empty folder; state: the whole one of a sharded model."""
+    config = copy.deepcopy(model.backbone.config)
+    config.__dict__.pop("plume", None)  # a loaded model's
+    if released:
+        warn_of_lost_settings(model)
+    else:
+        config.plume = dict(format=FORMAT, **model.settings)
+    config.save_pretrained(folder)
+    file, tensors = os.path.join(folder, WEIGHTS), stored_tensors(model, released, state)
+    with write_errors(file):
+        save_file(tensors, file, {"format": "pt"})
+    shutil.copymode(os.path.join(folder, "config.json"), file)  # the library lets nobody else read it
+    model.processor.tokenizer.chat_template = chat_template(model.processor)
+    model.processor.tokenizer.save_pretrained(folder)
+    limits, facts = model.processor.limits, model.processor.backbone
+    write_json(os.path.join(folder, PREPROCESSOR), dict(  # what other Qwen-VL software reads
+        image_processor_type="Qwen2VLImageProcessor", min_pixels=limits.min_pixels,
+        max_pixels=limits.max_pixels, patch_size=facts.patch, merge_size=facts.merge,
+        temporal_patch_size=facts.temporal, image_mean=facts.mean, image_std=facts.std))
+
+
+def split_adapter(tensors, prefix):
+    """Takes the adapter's tensors out of a dict of all -> its state dict."""
+    return {name.removeprefix(prefix): tensors.pop(name) for name in list(tensors) if name.startswith(prefix)}
+
+
+def stored_tensors(model, released, state=None):
+    """{name in the safetensors: tensor} of a model."""
+    config, tensors = model.backbone.config, {}
+    for key, value in (state or model.state_dict()).items():
+        if not (config.tie_word_embeddings and key == "backbone.lm_head.weight"):
+            key = key.removeprefix("backbone.")
+            if config.model_type != "qwen3_vl":  # the older names, which every transformers version reads
+                key = key.replace("model.language_model.", "model.").replace("model.visual.", "visual.")
+            tensors[key] = value
+    if released:
+        adapter = to_released(split_adapter(tensors, OUR_ADAPTER), model.adapter.shared_expert)
+        tensors |= {RELEASED_ADAPTER + key: value for key, value in adapter.items()}
+    return {key: value.cpu().contiguous() for key, value in tensors.items()}
+
+
+def warn_of_lost_settings(model):
+    """Names the settings for which somebody who loads the released layout gets other values."""
+    ours, adapter, model_type = model.settings, model.adapter, model.backbone.config.model_type
+    if model_type != "qwen2_vl":
+        raise DataError(f"the released layout is that of a Qwen2-VL, and this is a {model_type}")
+    if adapter.kind in ("none", "parallel"):
+        raise DataError("the released layout has no way to say that there is no adapter, or that there "
+                        "are learnt tokens")
+    said, implied = ours | ours["limits"], RELEASED | RELEASED["limits"]
+    _, keywords = from_released(to_released(adapter.state_dict(), adapter.shared_expert))
+    if adapter.kind == "moe":
+        said, implied = said | ours["adapter"], implied | ADAPTER | keywords
+    stored = ("limits", "adapter", "min_pixels", "max_pixels")
+    lost = {k: v for k, v in said.items() if k not in stored and v != implied[k]}
+    if lost:
+        warnings.warn(f"the released layout implies other values than this model's {lost}; give these to "
+                      "from_pretrained when you load it")
 
 
 def to_released(state, shared_expert):
@@ -65,14 +160,17 @@ def from_released(state):
     return out, keywords
 
 
+def expert_names(experts, shared_expert):
+    """The released names of the experts, in the order in which our tensors stack them."""
+    names = [f"experts.{i}" for i in range(experts)]
+    return ["shared_expert", *names] if shared_expert else names
+
+
 def refuse_rest(rest):
     if rest:
         names = ", ".join(sorted(rest)[:5])
         raise ValueError(f"the released layout has no place for the adapter's {names}; use PLUME's own "
-                         "layout, or say in adapter.py (to_released, from_released) what becomes of it")
-
-
-RELEASED_ADAPTER, OUR_ADAPTER = "latent_moe_transition.", "adapter."  # their names in the safetensors
+                         "layout, or say in hub/layouts.py (to_released, from_released) what becomes of it")
 
 
 def add_tokens(backbone, tokenizer):
@@ -80,126 +178,24 @@ def add_tokens(backbone, tokenizer):
     old = len(tokenizer)
     new = [token for token in PLUME_TOKENS if token not in tokenizer.get_vocab()]
     tokenizer.add_tokens(new, special_tokens=True)
-    spare = len(backbone.get_input_embeddings().weight) - len(tokenizer)  # Qwen-VL has some
-    if spare < 0:
+    if len(tokenizer) > len(backbone.get_input_embeddings().weight):  # Qwen-VL has spare rows
         quietly(backbone.resize_token_embeddings, len(tokenizer), pad_to_multiple_of=64, mean_resizing=False)
-    tables = [backbone.get_input_embeddings().weight]
-    if backbone.lm_head.weight is not tables[0]:
-        tables.append(backbone.lm_head.weight)
     with torch.no_grad():
-        for table in tables:
+        for table in (backbone.get_input_embeddings().weight, backbone.lm_head.weight):  # often the same
             table[old : len(tokenizer)] = table[:old].float().mean(0).to(table.dtype)
 
 
 def stored_limits(path, limits):
     """limits with the min_pixels and max_pixels of preprocessor_config.json, in either spelling."""
-    file = os.path.join(path, "preprocessor_config.json")
+    file = os.path.join(path, PREPROCESSOR)
     if not os.path.exists(file):
         return limits
     raw, found = read_json(file), {}
     size = raw.get("size") if isinstance(raw.get("size"), dict) else {}
     for name, edge in (("min_pixels", "shortest_edge"), ("max_pixels", "longest_edge")):
-        given = [value for value in (raw.get(name), size.get(edge), size.get(name)) if value is not None]
-        if given:
-            found[name] = given[0]
+        given = (raw.get(name), size.get(edge), size.get(name))
+        found[name] = next((value for value in given if value is not None), limits[name])
     try:
         return asdict(Limits(**limits | found))
     except DataError as e:
         raise DataError(f"{file}: {e}") from e
-
-
-def write_checkpoint(model, folder, released=False, state=None):
-    """The files of a checkpoint, into an empty folder; state: the whole one of a sharded model."""
-    config, state = copy.deepcopy(model.backbone.config), state or model.state_dict()
-    config.__dict__.pop("plume", None)  # a loaded model's
-    if released:
-        warn_of_lost_settings(model)
-    else:
-        config.plume = dict(format=FORMAT, **model.settings)
-    config.save_pretrained(folder)
-    tensors, adapter, tied = {}, {}, config.tie_word_embeddings
-    for key, value in state.items():
-        if key.startswith("adapter."):
-            adapter[key.removeprefix("adapter.")] = value
-        elif not (tied and key == "backbone.lm_head.weight"):
-            key = key.removeprefix("backbone.")
-            if config.model_type != "qwen3_vl":  # the older names, which every transformers version reads
-                key = key.replace("model.language_model.", "model.").replace("model.visual.", "visual.")
-            tensors[key] = value
-    name = OUR_ADAPTER
-    if released:
-        name, adapter = RELEASED_ADAPTER, to_released(adapter, model.adapter.shared_expert)
-    tensors |= {name + key: value for key, value in adapter.items()}
-    file = os.path.join(folder, WEIGHTS)
-    tensors = {key: value.cpu().contiguous() for key, value in tensors.items()}
-    with write_errors(file):
-        save_file(tensors, file, {"format": "pt"})
-    shutil.copymode(os.path.join(folder, "config.json"), file)  # the library lets nobody else read it
-    model.processor.tokenizer.chat_template = chat_template(model.processor)
-    model.processor.tokenizer.save_pretrained(folder)
-    limits, facts = model.processor.limits, model.processor.backbone
-    media = dict(  # what other Qwen-VL software reads
-        image_processor_type="Qwen2VLImageProcessor", min_pixels=limits.min_pixels,
-        max_pixels=limits.max_pixels, patch_size=facts.patch, merge_size=facts.merge,
-        temporal_patch_size=facts.temporal, image_mean=facts.mean, image_std=facts.std)
-    with open(os.path.join(folder, "preprocessor_config.json"), "w") as f:
-        json.dump(media, f, indent=1)
-
-
-def warn_of_lost_settings(model):
-    """Names the settings for which somebody who loads the released layout gets other values."""
-    ours, adapter = model.settings, model.adapter
-    if model.backbone.config.model_type != "qwen2_vl":
-        raise DataError(f"the released layout is that of a Qwen2-VL, and this is a "
-                        f"{model.backbone.config.model_type}")
-    if adapter.kind in ("none", "parallel"):
-        raise DataError("the released layout has no way to say that there is no adapter, or that there "
-                        "are learnt tokens")
-    _, keywords = from_released(to_released(adapter.state_dict(), adapter.shared_expert))
-    lost = {k: v for k, v in ours.items() if k not in ("limits", "adapter") and v != RELEASED[k]}
-    if adapter.kind == "moe":
-        implied = ADAPTER | keywords
-        lost |= {k: v for k, v in ours["adapter"].items() if v != implied[k]}
-    stored, implied = ("min_pixels", "max_pixels"), RELEASED["limits"]
-    lost |= {k: v for k, v in ours["limits"].items() if k not in stored and v != implied[k]}
-    if lost:
-        warnings.warn(f"the released layout implies other values than this model's {lost}; give these to "
-                      "from_pretrained when you load it")
-
-
-def read_checkpoint(path, dtype, revision=None, token=None):
-    """A folder, or a name on the hub -> backbone, tokenizer, settings, the adapter's state or None.
-
-    The three layouts are those of `Plume.from_pretrained`.
-    """
-    path = local_folder(os.fspath(path), revision, token)
-    raw = read_json(os.path.join(path, "config.json"))
-    model_type = raw.get("model_type")
-    if model_type not in BACKBONES:
-        raise DataError(f"{path}: config.json: model_type {quote(model_type)}; PLUME builds on "
-                        f"{', '.join(BACKBONES)}.{closest(model_type, BACKBONES)}")
-    tensors, block = read_weights(path), raw.get("plume")
-    if block is None and any(name.startswith(OUR_ADAPTER) for name in tensors):
-        raise DataError(f"{path}: config.json has no 'plume' block, which says how these weights were "
-                        "trained; take config.json from the checkpoint that train.py or save_pretrained "
-                        "wrote")
-    prefix = RELEASED_ADAPTER if block is None else OUR_ADAPTER
-    adapter = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
-    rest = {k: v for k, v in tensors.items() if not k.startswith(prefix)}
-    backbone, tokenizer = build_backbone(path, rest, dtype), read_tokenizer(path)
-    if block is not None:  # (a)
-        return backbone, tokenizer, current_format(block, path), adapter
-    if adapter:  # (b)
-        if model_type != "qwen2_vl":
-            raise DataError(f"{path}: the released layout, with a {model_type}: it is that of a "
-                            "Qwen2-VL, and does not say how others are to be read")
-        try:
-            adapter, keywords = from_released(adapter)
-        except (LookupError, ValueError, RuntimeError) as e:
-            raise DataError(f"{path}: its adapter's tensors are incomplete or do not fit each other: "
-                            f"{reason(e)}") from e
-        limits = stored_limits(path, RELEASED["limits"])
-        return backbone, tokenizer, dict(RELEASED, adapter=keywords, limits=limits), adapter
-    limits = stored_limits(path, limits_of(model_type))  # (c)
-    add_tokens(backbone, tokenizer)
-    return backbone, tokenizer, dict(template=TEMPLATES[model_type], limits=limits), None

@@ -1,19 +1,20 @@
-"""The `plume` block of config.json: what a checkpoint says about itself, its defaults and checks."""
+"""What a checkpoint says about itself: the `plume` block of config.json, its defaults and checks.
+
+`limits` is families.Limits, `template` data.TEMPLATE, `adapter` TransitionAdapter's keywords.
+"""
 
 from dataclasses import asdict
 
 from backbones.families import Limits
 from data import TEMPLATE
 from files.errors import DataError, quote
-from files.items import only_keys
+from files.jsonl import only_keys
 
+FORMAT = 2  # of a checkpoint.  In format 1 a line break stood behind pictures and clips: other vectors
 RELEASED_PROMPT = (
     "Represent the above input text, images, videos, or any combination of the three as embeddings. First "
     "output the thinking process in <think> </think> tags and then summarize the entire input in a word or "
     "sentence. Finally, use the <gen_emb> tag to represent the entire input.")
-FORMAT = 2  # of a checkpoint.  In format 1 a line break stood behind pictures and clips: other vectors
-# What a checkpoint says about itself: `limits` is data.Limits, `template` data.TEMPLATE, `adapter`
-# TransitionAdapter's keywords.
 ADAPTER = dict(kind="moe", experts=4, top_k=2, shared_expert=True, anchor=True, step_embedding=True,
                router_bias=False)
 DEFAULTS = dict(latent_steps=8, latent_positions="mrope", adaptive=False, prompt=RELEASED_PROMPT,
@@ -23,13 +24,27 @@ RELEASED = dict(DEFAULTS, latent_positions="cache", white_image=True,
                 limits=asdict(Limits(min_pixels=784, max_pixels=2359296, max_len=11288)))
 
 
-def checked(given, defaults, where, complete=False):
+def stored_settings(block, path):
+    """The settings in a checkpoint's `plume` block, which must be complete and of this format."""
+    there = block.get("format", 1) if isinstance(block, dict) else block
+    if not isinstance(block, dict) or there != FORMAT:
+        raise DataError(
+            f"{path}: a checkpoint of format {quote(there)}, this version reads format {FORMAT}. The formats "
+            "embed the same item differently (1 has a line break behind pictures and clips, and other "
+            "positions behind clips), so its vectors would be wrong: train it again with this version, or "
+            "use the version of PLUME that wrote it")
+    settings = dict(adaptive=False) | block  # none of the older ones says when it is done
+    del settings["format"]
+    if isinstance(settings.get("limits"), dict):  # older ones are of Qwen2-VL, whose clips have no seconds
+        settings["limits"] = dict(frame_rate=Limits.frame_rate) | settings["limits"]
+    return fill_settings(settings, DEFAULTS, f"{path}: config.json: plume", complete=True)
+
+
+def fill_settings(given, defaults, where, complete=False):
     """A dict (perhaps of dicts) filled up from `defaults`; unknown keys and other types are errors.
 
     complete: what is missing is an error, too.
     """
-    if not isinstance(given, dict):
-        raise DataError(f"{where}: needs an object, got {quote(given)}")
     only_keys(given, defaults, where)
     out = {}
     for key, default in defaults.items():
@@ -42,22 +57,6 @@ def checked(given, defaults, where, complete=False):
             kind = type(default).__name__
             raise DataError(f"{where}: {key!r} must be of type {kind}, got {quote(value)}")
         if isinstance(default, dict):
-            value = checked(value, default, f"{where}: {key}", complete)
+            value = fill_settings(value, default, f"{where}: {key}", complete)
         out[key] = value
     return out
-
-
-def current_format(block, path):
-    """The settings in a checkpoint's `plume` block, which must be complete and of this format."""
-    there = block.get("format", 1) if isinstance(block, dict) else block
-    if there != FORMAT:
-        raise DataError(
-            f"{path}: a checkpoint of format {quote(there)}, this version reads format {FORMAT}. The formats "
-            "embed the same item differently (1 has a line break behind pictures and clips, and other "
-            "positions behind clips), so its vectors would be wrong: train it again with this version, or "
-            "use the version of PLUME that wrote it")
-    settings = {key: value for key, value in block.items() if key != "format"}
-    if isinstance(settings.get("limits"), dict):  # older ones are of Qwen2-VL, whose clips have no seconds
-        settings["limits"] = dict(frame_rate=Limits.frame_rate) | settings["limits"]
-    settings = dict(adaptive=False) | settings  # and none of the older ones says when it is done
-    return checked(settings, DEFAULTS, f"{path}: config.json: plume", complete=True)

@@ -1,4 +1,4 @@
-"""Reads what a Qwen-VL folder holds: configuration, weights, tokenizer; errors name the file."""
+"""What every Qwen-VL folder holds: configuration, weights, tokenizer.  Errors name the file."""
 
 import contextlib
 import os
@@ -12,25 +12,13 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from files.errors import DataError, quote, reason
-from files.records import parse_json
+from files.jsonl import parse_json
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # What transformers raises for a configuration that makes no sense
 CONFIG_ERRORS = (OSError, ValueError, TypeError, LookupError, RuntimeError, AttributeError, ArithmeticError,
                  StrictDataclassError)
-
-
-def quietly(make, *args, **kwargs):
-    """Call a transformers constructor without its bars and reports; what they would say is checked here."""
-    level, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    try:
-        return make(*args, **kwargs)
-    finally:
-        transformers_logging.set_verbosity(level)
-        if bars:
-            transformers_logging.enable_progress_bar()
 
 
 def local_folder(path, revision=None, token=None):
@@ -39,10 +27,9 @@ def local_folder(path, revision=None, token=None):
         raise DataError(f"{path}: a folder here has no revision {quote(revision)}; leave it out, or give the "
                         "name of a repository on the hub")
     if not os.path.isdir(path):
-        kinds = ["*.json", "*.safetensors", "*.txt"]
         try:
             path = huggingface_hub.snapshot_download(
-                path, allow_patterns=kinds, revision=revision, token=token)
+                path, revision=revision, token=token, allow_patterns=["*.json", "*.safetensors", "*.txt"])
         except (OSError, ValueError) as e:  # no such name, or no network
             raise FileNotFoundError(f"{quote(path)}: no such checkpoint folder, and the Hugging Face hub "
                                     f"says: {reason(e)}") from e
@@ -52,13 +39,57 @@ def local_folder(path, revision=None, token=None):
     return path
 
 
+def read_weights(path):
+    """-> {name: tensor} of all weights of a checkpoint folder."""
+    tensors = {}
+    for file, names in weight_files(path).items():
+        try:
+            with safe_open(file, "pt") as f:
+                found = {name: f.get_tensor(name) for name in f.keys()}
+        except (SafetensorError, OSError) as e:
+            raise DataError(f"{file}: not a whole safetensors file: {reason(e)}{lfs_hint(file)}") from e
+        if names is not None and names != found.keys():
+            odd = quote(min(names ^ found.keys()))
+            raise DataError(f"{file}: does not hold what {INDEX} says; one of them has {odd}, the other has "
+                            "not")
+        for name, tensor in found.items():
+            if tensor.dtype not in FLOATS:
+                raise DataError(f"{file}: {name} is stored as {tensor.dtype}; weights are floating-point "
+                                "numbers of 16 bits or more")
+        tensors |= found
+    return tensors
+
+
+def weight_files(path):
+    """The files of a checkpoint's weights, as transformers finds them -> {file: its tensors, None: all}"""
+    single, index = os.path.join(path, WEIGHTS), os.path.join(path, INDEX)
+    if os.path.isfile(single):
+        return {single: None}
+    if not os.path.isfile(index):
+        raise FileNotFoundError(f"{path}: neither {WEIGHTS} nor {INDEX} in this folder; other weight formats "
+                                "are not read")
+    places = read_json(index).get("weight_map")
+    names = list(places.values()) if isinstance(places, dict) else []
+    fine = [isinstance(name, str) and re.fullmatch(r"[^/\\]+\.safetensors", name) for name in names]
+    if not names or not all(fine):
+        raise DataError(f"{index}: its 'weight_map' must name a .safetensors file of this folder for each "
+                        "weight")
+    files = {}
+    for tensor, name in places.items():
+        files.setdefault(os.path.join(path, name), set()).add(tensor)
+    for file in sorted(files):
+        if not os.path.isfile(file):
+            raise FileNotFoundError(f"{file}: {INDEX} names this file, and it is not there")
+    return files
+
+
 def build_backbone(path, tensors, dtype):
     """The model that config.json describes, with these weights; DataError when they do not fit it."""
     try:
         config = AutoConfig.from_pretrained(path)
         with torch.device("meta"):
             meta = quietly(AutoModelForImageTextToText.from_config, config)
-        described, held = sum(p.numel() for p in meta.parameters()), sum(t.numel() for t in tensors.values())
+        described, held = count_parameters(meta), sum(t.numel() for t in tensors.values())
         if described > 2 * held + 10**6:  # it would only fill the memory
             raise ValueError(f"a model of {described:,} parameters, and the files hold {held:,}")
         backbone, info = quietly(
@@ -75,70 +106,22 @@ def build_backbone(path, tensors, dtype):
     return backbone
 
 
-def read_json(file):
-    """The object in a JSON file of a checkpoint."""
-    with open(file, "rb") as f:
-        raw = f.read()
-    try:
-        value = parse_json(raw, file)
-    except DataError as e:
-        raise DataError(f"{e}{pointer(file)}") from e
-    if not isinstance(value, dict):
-        raise DataError(f"{file}: needs an object, got {quote(value)}")
-    return value
+def count_parameters(model, trained=False):
+    """How many numbers there are in the weights; trained: in those that are trained."""
+    return sum(p.numel() for p in model.parameters() if p.requires_grad or not trained)
 
 
-def pointer(file):
-    """A hint when a file is not what it stands for but Git's pointer to it, otherwise ""."""
-    with contextlib.suppress(OSError), open(file, "rb") as f:
-        if f.read(24) == b"version https://git-lfs.":
-            return "; this file is a Git LFS pointer, the contents were not downloaded: git lfs pull"
-    return ""
+def align_weights(model):
+    """Copies every weight on a CPU that does not begin at a multiple of 64 bytes, as torch's own memory does.
 
-
-def weight_files(path):
-    """The files of a checkpoint's weights, as transformers finds them -> {file: its tensors, None: all}"""
-    index = os.path.join(path, INDEX)
-    if os.path.isfile(os.path.join(path, WEIGHTS)):
-        return {os.path.join(path, WEIGHTS): None}
-    if not os.path.isfile(index):
-        raise FileNotFoundError(f"{path}: neither {WEIGHTS} nor {INDEX} in this folder; other weight formats "
-                                "are not read")
-    places = read_json(index).get("weight_map")
-    names = list(places.values()) if isinstance(places, dict) else [None]
-    if not all(isinstance(name, str) and re.fullmatch(r"[^/\\]+\.safetensors", name) for name in names):
-        names = []
-    if not names:
-        raise DataError(f"{index}: its 'weight_map' must name a .safetensors file of this folder for each "
-                        "weight")
-    files = {}
-    for tensor, name in places.items():
-        files.setdefault(os.path.join(path, name), set()).add(tensor)
-    for file in sorted(files):
-        if not os.path.isfile(file):
-            raise FileNotFoundError(f"{file}: {INDEX} names this file, and it is not there")
-    return files
-
-
-def read_weights(path):
-    """-> {name: tensor} of all weights of a checkpoint folder."""
-    tensors, floats = {}, (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-    for file, names in weight_files(path).items():
-        try:
-            with safe_open(file, "pt") as f:
-                found = {name: f.get_tensor(name) for name in f.keys()}
-        except (SafetensorError, OSError) as e:
-            raise DataError(f"{file}: not a whole safetensors file: {reason(e)}{pointer(file)}") from e
-        if names is not None and names != found.keys():
-            odd = quote(min(names ^ found.keys()))
-            raise DataError(f"{file}: does not hold what {INDEX} says; one of them has {odd}, the other has "
-                            "not")
-        for name, tensor in found.items():
-            if tensor.dtype not in floats:
-                raise DataError(f"{file}: {name} is stored as {tensor.dtype}; weights are floating-point "
-                                "numbers of 16 bits or more")
-        tensors |= found
-    return tensors
+    Tensors that are read from a file lie anywhere.  A product then takes another path: slower, and with other
+    last bits than the same weights have after training (oneMKL promises equal results for arrays that begin
+    at multiples of 64).
+    """
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.device.type == "cpu" and tensor.data_ptr() % 64:
+            tensor.data = tensor.data.clone()
+    return model
 
 
 def read_tokenizer(path):
@@ -155,14 +138,35 @@ def read_tokenizer(path):
         raise DataError(f"{needed}: the tokenizer cannot be read: {reason(e)}") from e
 
 
-def aligned(model):
-    """Copies every weight on a CPU that does not begin at a multiple of 64 bytes, as torch's own memory does.
+def read_json(file):
+    """The object in a JSON file of a checkpoint."""
+    with open(file, "rb") as f:
+        raw = f.read()
+    try:
+        value = parse_json(raw, file)
+    except DataError as e:
+        raise DataError(f"{e}{lfs_hint(file)}") from e
+    if not isinstance(value, dict):
+        raise DataError(f"{file}: needs an object, got {quote(value)}")
+    return value
 
-    Tensors that are read from a file lie anywhere.  A product then takes another path: slower, and with other
-    last bits than the same weights have after training (oneMKL promises equal results for arrays that begin
-    at multiples of 64).
-    """
-    for tensor in (*model.parameters(), *model.buffers()):
-        if tensor.device.type == "cpu" and tensor.data_ptr() % 64:
-            tensor.data = tensor.data.clone()
-    return model
+
+def lfs_hint(file):
+    """What a message adds when a file is only Git LFS's pointer to its contents, otherwise ""."""
+    with contextlib.suppress(OSError), open(file, "rb") as f:
+        if f.read(24) == b"version https://git-lfs.":
+            return "; this file is a Git LFS pointer, the contents were not downloaded: git lfs pull"
+    return ""
+
+
+def quietly(make, *args, **kwargs):
+    """Call a transformers constructor without its bars and reports; what they would say is checked here."""
+    level, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        return make(*args, **kwargs)
+    finally:
+        transformers_logging.set_verbosity(level)
+        if bars:
+            transformers_logging.enable_progress_bar()

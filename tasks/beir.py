@@ -9,13 +9,14 @@ A query with candidates is ranked only against those.  Media paths are relative 
 `Task` is what every kind of task becomes before it is ranked.
 """
 
+import glob
 import os
 import re
 from dataclasses import dataclass, field
 
 from files.errors import DataError, quote
 from files.items import parse_item
-from files.records import parse_json, spans_of
+from files.jsonl import parse_json, spans_of
 
 
 @dataclass
@@ -45,13 +46,8 @@ def list_tasks(root):
     if not os.path.isdir(root):
         raise DataError(f"--data {root!r}: no such folder; it must hold <meta-task>/<dataset>/corpus.jsonl, "
                         "queries.jsonl, qrels.tsv")
-    found = []
-    for meta in sorted(os.listdir(root)):
-        if not os.path.isdir(os.path.join(root, meta)):
-            continue
-        for data_set in sorted(os.listdir(os.path.join(root, meta))):
-            if qrels_file(os.path.join(root, meta, data_set)):
-                found.append(f"{meta}/{data_set}")
+    names = sorted(glob.glob("*/*", root_dir=root), key=os.path.split)
+    found = [name for name in names if qrels_file(os.path.join(root, name))]
     if not found:
         raise DataError(f"--data {root!r}: no <meta-task>/<dataset>/qrels.tsv below it")
     return found
@@ -70,8 +66,8 @@ def read_task(root, name):
     path = qrels_file(folder) or os.path.join(folder, "qrels.tsv")
     judged = read_qrels(path, query_row, corpus_row)
     all_count = path.endswith("qrels.tsv")
-    relevant, candidates, kept = [], [], []
-    for row, (side, raw) in enumerate(zip(queries, raws)):
+    task = Task(name, [], corpus, [], [], [], list(corpus_row))
+    for (query_id, row), side, raw in zip(query_row.items(), queries, raws):
         if row not in judged and not all_count:
             continue
         gold = {doc: gain for doc, gain in judged.get(row, {}).items() if gain > 0}
@@ -83,15 +79,14 @@ def read_task(root, name):
             raise DataError(f"{no_document} in {os.path.basename(path)}")
         if among is not None and gold.keys().isdisjoint(among):
             raise DataError(f"{no_document} among its candidates")
-        relevant.append(gold)
-        candidates.append(among)
-        kept.append(row)
-    if not kept:
+        task.queries.append(side)
+        task.relevant.append(gold)
+        task.candidates.append(among)
+        task.query_ids.append(query_id)
+    if not task.queries:
         raise DataError(f"{path}: it judges none of the queries")
-    ids = list(query_row)
-    return Task(
-        name, [queries[row] for row in kept], corpus, relevant, candidates, [ids[row] for row in kept],
-        list(corpus_row), about=dict(not_judged=len(queries) - len(kept)))
+    task.about["not_judged"] = len(queries) - len(task.queries)
+    return task
 
 
 def read_items(path, root, own_key):

@@ -15,7 +15,7 @@ from tasks.turtle import moves_lost, world_tasks
 def select(tasks, wanted, root):
     """--task -> the names it stands for, of tasks named "<meta-task>/<dataset>"."""
     means = {"all": tasks}  # what may be asked for -> tasks
-    for name_of in (modality, meta_task, str, data_set):
+    for name_of in (modality, os.path.dirname, str, os.path.basename):
         for task in tasks:
             means.setdefault(name_of(task), []).append(task)
     chosen = set()
@@ -24,14 +24,6 @@ def select(tasks, wanted, root):
             raise DataError(f"--task {name!r}: no such task in {root!r}.{nearest(name, means)}")
         chosen.update(means[name])
     return [task for task in tasks if task in chosen]
-
-
-def meta_task(name):
-    return name.split("/")[0]
-
-
-def data_set(name):
-    return name.split("/")[1]
 
 
 def is_published(root):
@@ -56,7 +48,7 @@ def find_tasks(data, processor=None, released=False, skip_bad=False, moves="8", 
     """
     if is_published(data):
         def make(name):
-            return read_published(data, data_set(name), released, skip_bad)
+            return read_published(data, os.path.basename(name), released, skip_bad)
         return [task.full_name for task in MMEB.values()], make
     if data:
         return list_tasks(data), functools.partial(read_task, data)

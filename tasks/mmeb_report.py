@@ -1,15 +1,13 @@
-"""MMEB-V2 in print: the paper's table, the leaderboard's file, what is missing, two files compared."""
+"""MMEB-V2 in print: the paper's table, the leaderboard's file, and a score file for each task."""
 
 import json
 import os
 import time
 
 import numpy as np
-from tqdm import tqdm
 
-from files.errors import DataError
 from files.writing import write_json, write_text
-from tasks.mmeb import copies, download, META, MMEB, modality, read_published, video_classes
+from tasks.mmeb import META, MMEB, modality
 
 # Means over image, video and document tasks and all 78, as the PLUME paper (arXiv 2604.02073) prints them.
 PAPER = {
@@ -19,19 +17,14 @@ PAPER = {
 PARTS = ("image", "video", "visdoc")
 
 
-def is_whole(results, tasks):
-    """Whether every one of the tasks has a score, and none of them is partial."""
-    there = [results[t.full_name] for t in tasks if t.full_name in results]
-    return len(there) == len(tasks) and not any(r["partial"] for r in there)
-
-
 def mean_cell(results, tasks):
     """The mean of the tasks' own metrics in per cent; * some are missing or partial, - all are missing."""
     there = [results[t.full_name] for t in tasks if t.full_name in results]
     if not there:
         return "-"
     mean = 100 * np.mean([r[r["metric"]] for r in there])
-    return f"{mean:.1f}" if is_whole(results, tasks) else f"{mean:.1f}*"
+    whole = len(there) == len(tasks) and not any(r["partial"] for r in there)
+    return f"{mean:.1f}" if whole else f"{mean:.1f}*"
 
 
 def paper_rows(results, ours):
@@ -50,14 +43,14 @@ def paper_rows(results, ours):
                 row.append(mean_cell(results, tasks))
         header.append(part)
         row.append(mean_cell(results, of_part))
-    every = list(MMEB.values())
-    rows = [header + ["all"], row + [mean_cell(results, every)]]
+    of_all = mean_cell(results, list(MMEB.values()))
+    rows = [header + ["all"], row + [of_all]]
     for name, (*means, overall) in PAPER.items():
         published = [name]
         for mean in means:
             published += ["-"] * 4 + [f"{mean:.1f}"]  # each part has four columns
         rows.append(published + [f"{overall:.1f}"])
-    return rows, not is_whole(results, every)
+    return rows, of_all.endswith(("*", "-"))
 
 
 def paper_table(results, ours, markdown=False):
@@ -102,87 +95,6 @@ def leaderboard(results, ours, model):
     return dict(metadata=metadata, metrics=metrics)
 
 
-def of(n, published):
-    return f"{n:,} / {published:,}" if published else f"{n:,}"
-
-
-def check_line(name, about, corpus, published, bad):
-    queries = of(about["rows"], published.queries)
-    candidates = of(corpus, published.corpus)
-    media = of(about["media"], about["media_wanted"])
-    line = f"{name:58}{queries:>14}{candidates:>14}{media:>18}  {about['version']:8}"
-    if bad:
-        line += f"  {len(bad)}, the first: {bad[0]}"
-    return line.rstrip()
-
-
-def check(root, names, released):
-    """-> (a text, number of tasks with problems).
-
-    The text has one line a task, what is there of what was published, and commands that get the rest.
-    """
-    lines = [f"{'task':58}{'queries':>14}{'candidates':>14}{'media':>18}  version   problems"]
-    commands, wrong = {}, 0
-    for name in tqdm(names, desc="looking at the files", leave=False):
-        published = MMEB[name.split("/")[1]]
-        try:
-            task = read_published(root, published.name, released, skip_bad=True, extract=False)
-            about, corpus, bad = task.about, len(task.corpus), task.bad
-        except DataError as e:
-            about, corpus, bad = dict(rows=0, version="", media=0, media_wanted=0), 0, [str(e)]
-        if published.read is video_classes:  # its corpus is not in the repository
-            short = not any(map(os.path.isdir, copies(root, published.hub)))
-        else:
-            short = about["rows"] != published.queries or published.corpus and corpus != published.corpus
-        if short or about["version"] == "original":
-            commands[published.hub] = download(root, published.hub)
-        if bad:
-            wrong += 1
-        lines.append(check_line(name, about, corpus, published, bad))
-    if commands:
-        lines += ["", "rows that are not there, not all there, or not the mended ones:", *commands.values()]
-    return "\n".join(lines), wrong
-
-
-def main_scores(path):
-    """A file that --json wrote, or one in the leaderboard's form -> {"video/MSVD": the task's own metric}."""
-    scores = {}
-    try:
-        with open(path) as f:
-            raw = json.load(f)
-        if "tasks" in raw:
-            names = {t.full_name: f"{modality(t.meta)}/{t.name}" for t in MMEB.values()}
-            for name, r in raw["tasks"].items():
-                scores[names.get(name, name)] = r[r["metric"]]
-            return scores
-        for part, found in raw["metrics"].items():
-            metric = "ndcg_linear@5" if part == "visdoc" else "hit@1"
-            for name, r in found.items():
-                scores[f"{part}/{name.removesuffix('-fixed')}"] = r[metric]
-        return scores
-    except (ValueError, LookupError, TypeError, AttributeError) as e:
-        why = f"{type(e).__name__} {e}"
-        raise DataError(f"{path}: neither a file that --json writes nor a leaderboard.json: {why}") from e
-
-
-def differences(paths):
-    """Two score files -> a table of the tasks that both have, the biggest difference first."""
-    a, b = map(main_scores, paths)
-    both = sorted(a.keys() & b.keys(), key=lambda t: (-abs(b[t] - a[t]), t))
-    if not both:
-        raise DataError(f"{paths[0]} and {paths[1]}: no task is in both")
-    wide = max(map(len, [*both, "mean"])) + 2
-    rows = [(name, a[name], b[name]) for name in both]
-    rows.append(("mean", *(float(np.mean([scores[t] for t in both])) for scores in (a, b))))
-    lines = [f"{'task':{wide}}{'a':>8}{'b':>8}{'b - a':>8}"]
-    for name, x, y in rows:
-        lines.append(f"{name:{wide}}{x:8.1%}{y:8.1%}{100 * (y - x):+8.1f}")
-    for name, path, only in (("a", paths[0], a.keys() - b.keys()), ("b", paths[1], b.keys() - a.keys())):
-        if only:
-            lines.append(f"only in {name} ({path}): {', '.join(sorted(only))}")
-    return "\n".join(lines)
-
-
 def keep_score(path, result, old):
     """Writes a score file.  When all was known, the times are those of the run that encoded it: of `old`."""
     if old and not result["items_encoded"]:
@@ -200,15 +112,6 @@ def read_score(path):
     except (OSError, ValueError):
         return {}
     return value if isinstance(value, dict) else {}
-
-
-def require_tasks(root, names, released=False, skip_bad=False):
-    """Raises DataError for tasks of the benchmark that are not all there, before anything is encoded."""
-    lines, wrong = check(root, names, released)
-    if wrong and not skip_bad:
-        problems = "\n".join(line for line in lines.splitlines() if ", the first: " in line)
-        raise DataError(f"{wrong} of {len(names)} tasks have problems; mend them, choose others with --task, "
-                        f"or leave out what is bad with --skip_bad\n{problems}")
 
 
 def report_published(root, names, results, folder, ours, embedder):

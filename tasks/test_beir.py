@@ -1,6 +1,7 @@
 """Retrieval tasks from folders: what is read, and what is refused."""
 
 import json
+import re
 import shutil
 
 import numpy as np
@@ -12,6 +13,7 @@ from files.clips import load_frames
 from files.errors import DataError
 from model import Plume
 from tasks.beir import list_tasks, read_task
+from tasks.find import select
 from test_plume import assert_close
 from tests.processes import call
 from tests.samples import picture, write_clip
@@ -27,69 +29,40 @@ def copy_world(world, folder):
     return folder / "tasks" / "image_ret" / "t2i"
 
 
-def without_the_first_line(text):
-    return text.split("\n", 1)[1]
-
-
-def with_the_first_line_again(text):
-    return text + text.splitlines()[0]
-
-
-def empty(text):
-    return ""
-
-
-def replacing(old, new, count=-1):
-    def change(text):
-        return text.replace(old, new, count)
-
-    return change
-
-
-def adding(line):
-    def change(text):
-        return text + line
-
-    return change
-
-
-WRONG = [  # file, what is done to it, what the error says
-    ("qrels.tsv", replacing("q0\tred square\t1\n", ""), "query 'q0' has no relevant document in qrels"),
-    ("qrels.tsv", without_the_first_line, "line 1 must be a header"),
-    ("qrels.tsv", adding("q0\tred square\t2\n"), "line 14: .* was judged 1 before"),
-    ("queries.jsonl", empty, "queries.jsonl: no record"),
-    ("queries.jsonl", replacing('"q0"', '"q0", "candidates": 5'), "must be a list of ids"),
-    ("queries.jsonl", replacing('"q0"', '"q0", "candidates": ["red square", "blue bar", "red square"]'),
-     "queries.jsonl: record 1: candidate 'red square' stands there twice"),
-    ("qrels.tsv", adding("q0\tno such\t1\n"), "line 14: needs a known query id"),
-    ("corpus.jsonl", with_the_first_line_again, "record 13: the id 'red square' stands there twice"),
-    ("corpus.jsonl", replacing("../red bar.png", "../gone.png"), "gone.png' does not exist"),
-    ("queries.jsonl", replacing('"q0"', '"q0", "candidates": ["blue bar"]'),
-     "no relevant document among its candidates"),
-    ("queries.jsonl", replacing('"q0"', '"q0", "candidate": ["blue bar"]'), "unknown key 'candidate'"),
-    ("qrels.tsv", replacing(HEADER, "query-id\tdoc\tscore"),
+WRONG = [  # file, a pattern and what takes its place, what the error says
+    ("qrels.tsv", "q0\tred square\t1\n", "", "query 'q0' has no relevant document in qrels"),
+    ("qrels.tsv", r"\A.*\n", "", "line 1 must be a header"),
+    ("qrels.tsv", r"\Z", "q0\tred square\t2\n", "line 14: .* was judged 1 before"),
+    ("qrels.tsv", r"\Z", "q0\tno such\t1\n", "line 14: needs a known query id"),
+    ("qrels.tsv", r"\Z", "q0\tred square\t1\t1\n", "line 14: needs"),
+    ("qrels.tsv", HEADER, "query-id\tdoc\tscore",
      "line 1 must be a header with the columns query-id, corpus-id, score"),
-    ("qrels.tsv", replacing(HEADER, HEADER + "\tnote"), "line 1 must be a header"),
-    ("qrels.tsv", adding("q0\tred square\t1\t1\n"), "line 14: needs"),
-    ("corpus.jsonl", replacing('"image"', '"video": "", "image"', 1),
-     "corpus.jsonl: record 1: video is an empty path"),
-    ("corpus.jsonl", replacing('"text"', '"text": "a", "text"', 1),
-     "record 1: the key 'text' stands twice"),
-    ("corpus.jsonl", replacing('"text"', '"title": 3, "text"', 1),
-     "record 1: 'title' and 'text' must be strings"),
+    ("qrels.tsv", HEADER, HEADER + "\tnote", "line 1 must be a header"),
+    ("queries.jsonl", "(?s).*", "", "queries.jsonl: no record"),
+    ("queries.jsonl", '"q0"', '"q0", "candidates": 5', "must be a list of ids"),
+    ("queries.jsonl", '"q0"', '"q0", "candidates": ["red square", "blue bar", "red square"]',
+     "queries.jsonl: record 1: candidate 'red square' stands there twice"),
+    ("queries.jsonl", '"q0"', '"q0", "candidates": ["blue bar"]',
+     "no relevant document among its candidates"),
+    ("queries.jsonl", '"q0"', '"q0", "candidate": ["blue bar"]', "unknown key 'candidate'"),
+    ("corpus.jsonl", r"(?s)\A(.*?\n)(.*)", r"\1\2\1", "record 13: the id 'red square' stands there twice"),
+    ("corpus.jsonl", "../red bar.png", "../gone.png", "gone.png' does not exist"),
+    ("corpus.jsonl", '"image"', '"video": "", "image"', "corpus.jsonl: record 1: video is an empty path"),
+    ("corpus.jsonl", '"text"', '"text": "a", "text"', "record 1: the key 'text' stands twice"),
+    ("corpus.jsonl", '"text"', '"title": 3, "text"', "record 1: 'title' and 'text' must be strings"),
 ]
 
 
 def test_tasks_say_what_is_wrong(world, tmp_path):
     folder = copy_world(world, tmp_path)
-    for file, change, why in WRONG:
+    for file, pattern, other, why in WRONG:
         right = (folder / file).read_text()
-        (folder / file).write_text(change(right))
+        (folder / file).write_text(re.sub(pattern, other, right))
         with pytest.raises(DataError, match=why):
             read_task(str(tmp_path / "tasks"), "image_ret/t2i")
         (folder / file).write_text(right)
     with pytest.raises(DataError, match="Did you mean 'image_ret'"):
-        evaluation.select(list_tasks(str(world / "tasks")), "image_rett", "root")
+        select(list_tasks(str(world / "tasks")), "image_rett", "root")
 
 
 def test_parts_of_a_clip_are_documents_of_their_own(small, tmp_path):

@@ -12,9 +12,8 @@ from curriculum import Curriculum, Progress
 from data import Batches, Schedule, StepSampler
 from files.errors import DataError
 from model import Plume
-from tasks.turtle import (
-    draw_board, draw_line, draw_rule, draw_tile, FAMILIES, MOVES, moves, RULES, state_word, STATES, walk,
-    World, world_tasks, written)
+from tasks.turtle import FAMILIES, moves, MOVES, RULES, state_word, STATES, walk, World, world_tasks
+from tasks.turtle_pictures import draw_board, draw_line, draw_rule, draw_text, draw_tile
 from test_plume import whole
 from tests.processes import call, run
 
@@ -27,21 +26,14 @@ def test_turtle_world_is_learnt_step_by_step(tmp_path):
     """
     run("train.py", "--out", tmp_path, "--families=image_ret", "--global_batch=32", "--steps=420")
     scores, hits = tmp_path / "s.json", {}
-    base = ["eval.py", "--ckpt", tmp_path / "checkpoint", "--task=image_ret", "--json", scores]
-    for name, flags in (
-        ("latent", []),
-        ("cot", ["--mode=cot"]),
-        ("single", ["--mode=single"]),
-        ("no step", ["--steps=0"]),
-    ):
-        call(*base, *flags)
-        hits[name] = json.loads(scores.read_text())["tasks"]["image_ret/turtle"]["hit@1"]
+    for flag in ("--mode=latent", "--mode=cot", "--mode=single", "--steps=0"):
+        call("eval.py", "--ckpt", tmp_path / "checkpoint", "--task=image_ret", "--json", scores, flag)
+        hits[flag] = json.loads(scores.read_text())["tasks"]["image_ret/turtle"]["hit@1"]
     print(hits)
-    reasoned = min(hits["latent"], hits["cot"])
-    without = max(hits["single"], hits["no step"])
-    assert without < 0.12, hits
-    assert reasoned > 0.15, hits
-    assert reasoned > 3 * without, hits
+    latent, cot, *without = hits.values()
+    assert max(without) < 0.12, hits
+    assert min(latent, cot) > 0.15, hits
+    assert min(latent, cot) > 3 * max(without), hits
 
 
 TURN = {"left": -1j, "right": 1j, "forward": 1}  # positions are complex numbers, and up is -i
@@ -49,11 +41,11 @@ COMPASS = {"left": -1, "right": 1, "forward": -1j}
 LETTER = {-1j: "N", 1: "E", 1j: "S", -1: "W"}
 
 
-def passed_by_hand(start, words, rule="turtle"):
-    """The states behind every move, as they are written."""
-    x, y, h = start
+def passed_by_hand(world, i):
+    """The states of pair i, one behind every move, as they are written."""
+    (x, y, h), rule = STATES[world.starts[i]], world.rule(i)
     place, heading, passed = complex(x, y), -1j * 1j**h, []
-    for word in words:
+    for word in moves(world.programs[i], world.lengths[i]):
         turn = TURN[word].conjugate() if rule == "mirror" else TURN[word]
         heading = COMPASS[word] if rule == "compass" else heading * turn
         there = place
@@ -75,9 +67,9 @@ def test_turtle_world_moves_as_a_second_implementation_and_keeps_its_test_progra
     assert len(train_world) == 7 * (3**8 - 400)
     for i in (0, 7000, 30000):
         query, target = train_world[i]
-        passed = passed_by_hand(STATES[train_world.starts[i]], moves(train_world.programs[i]))
-        assert query.rationale == "".join(passed)
-        assert query.answer == target.answer == passed[-1]
+        passed = passed_by_hand(train_world, i)
+        assert query.rationale == "".join(passed) and query.answer == target.answer == passed[-1]
+        assert len(passed) == 8 and train_world.rule(i) == "turtle"
     other = World("train", "video_ret,image_qa")
     assert other.names == ["video_ret", "image_qa"]
     assert len(other) == 2 * (3**8 - 400)
@@ -90,10 +82,8 @@ def test_programs_of_other_lengths_and_rule_books_are_those_of_a_second_implemen
     for world in (train_world, test_world):
         for i in range(0, len(world), len(world) // 300):
             query, target = world[i]
-            n, rule = world.lengths[i], world.rule(i)
-            passed = passed_by_hand(STATES[world.starts[i]], moves(world.programs[i], n), rule)
+            passed = passed_by_hand(world, i)
             assert query.rationale == "".join(passed) and query.answer == target.answer == passed[-1]
-            assert len(passed) == n
         _, counts = np.unique(world.lengths, return_counts=True)
         assert len(counts) == 11 and len(set(counts)) == 1
         _, counts = np.unique(world.rules, return_counts=True)
@@ -107,7 +97,7 @@ def test_programs_of_other_lengths_and_rule_books_are_those_of_a_second_implemen
 def test_what_is_held_out_of_training_is_not_trained_on_in_an_equal_pair():
     world = World("train", "image_ret,image_cls", moves="2-9")
     cfg = train.Config(moves="2-9", eval_every=1, steps=5)
-    schedule, held = train.plan(cfg, world)
+    schedule, held = train.make_schedule(cfg, world)
 
     def known(i):
         query, _ = world[i]
@@ -148,13 +138,13 @@ def test_a_code_word_stands_on_the_page_in_the_rationale_and_in_the_target():
     assert world.names == ["visdoc_ret"] and len(set(world.target)) == 400
     for i in (0, 77, 399):
         query, target = world[i]
-        passed = passed_by_hand(STATES[world.starts[i]], moves(world.programs[i]))
+        passed = passed_by_hand(world, i)
         letters = query.rationale.split()[8:]
         assert query.rationale == "".join(passed) + "".join(f" {letter}" for letter in letters)
         assert len(letters) == 4 and all(len(letter) == 1 and letter.islower() for letter in letters)
         assert query.answer == target.answer == target.parts[0][1] == " ".join([passed[-1], *letters])
         page = query.parts[0][1].crop((0, 0, 56, 28))
-        assert page.tobytes() == written(" ".join(letters), world.backbone).tobytes()
+        assert page.tobytes() == draw_text(" ".join(letters), world.backbone).tobytes()
     (task,) = world_tasks(codes=True).values()
     texts = [side.parts[0][1] for side in task.corpus]
     assert len(set(texts)) == len(texts) > 7 * 400
@@ -173,13 +163,7 @@ def test_lengths_that_make_no_sense_are_refused(text):
 
 def equal(a, b):
     """Whether two batches are equal, bit for bit."""
-    for name, value in a.items():
-        if torch.is_tensor(value):
-            if not torch.equal(value, b[name]):
-                return False
-        elif value != b[name]:
-            return False
-    return True
+    return all(torch.equal(v, b[k]) if torch.is_tensor(v) else v == b[k] for k, v in a.items())
 
 
 def draw(workers, seed):
@@ -232,17 +216,10 @@ def test_every_family_of_turtle_world_shows_what_it_names():
         assert len(tokenizer.tokenize(word)) == 1, word
 
 
-def number_of(words):
-    """The number of a program, in base 3: the first move is the lowest digit."""
-    return sum(3**k * MOVES.index(word) for k, word in enumerate(words))
-
-
 def test_hard_candidates_are_where_one_wrong_move_leads():
     tasks = world_tasks()
     assert len(tasks) == 9
-    for task in tasks.values():
-        assert len(task.queries) == 400
-        assert len(task.corpus) == 64
+    assert all(len(task.queries) == 400 and len(task.corpus) == 64 for task in tasks.values())
     hard, test_world = tasks["image_qa/turtle_hard"], World("test")
     first = 400 * test_world.names.index("image_qa")
     for i in (0, 399):
@@ -251,7 +228,8 @@ def test_hard_candidates_are_where_one_wrong_move_leads():
         for k in range(8):
             for move in MOVES:  # the right one is among them
                 changed = [*words[:k], move, *words[k + 1 :]]
-                *_, end = walk(test_world.starts[first + i], number_of(changed))
+                number = sum(3**n * MOVES.index(word) for n, word in enumerate(changed))  # in base 3
+                *_, end = walk(test_world.starts[first + i], number)
                 ends.add(STATES.index(end))
         assert hard.candidates[i] == sorted(ends)
         assert set(hard.relevant[i]) < ends

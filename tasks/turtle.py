@@ -6,21 +6,18 @@ Programs may have other lengths (`moves`), a rule book at the start may give the
 (`rules`), and pages may bear a code word that belongs to the answer (`codes`).
 """
 
-import functools
 import string
 from dataclasses import replace
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
 
 from backbones.families import QWEN2_VL
 from files.errors import DataError, nearest, quote
 from files.items import Side
 from tasks.beir import Task
+from tasks.turtle_pictures import clip_to, draw_board, draw_rule, HEADINGS, program_part, STOP
 
 MOVES = ("forward", "left", "right")
-STOP = "stop"  # fills up a program that is shorter than others of its world
-HEADINGS = ((0, -1), (1, 0), (0, 1), (-1, 0))  # north, east, south, west
 STATES = [(x, y, h) for x in range(4) for y in range(4) for h in range(4)]
 RULES = ("turtle", "mirror", "compass", "walls")  # what the moves mean; see `walk`
 QUOTA = 3**8  # programs of each length
@@ -33,20 +30,19 @@ FAMILIES = {
     "video_cls": ("frames", "words", "text"),
     "video_qa": ("frames", "board", "text"),
     "video_ret": ("words", "words", "clip"),
-    "visdoc_ret": ("page", "words", "board"),
-}
+    "visdoc_ret": ("page", "words", "board")}
 CODED = {"visdoc_ret": ("page", "words", "text")}  # families of a world with code words
 LETTERS = 4  # of a code word
 
 
 class World:
-    """Pairs that are drawn when they are needed; attributes as those of data.Pairs.
+    """Pairs that are drawn when they are needed; attributes as those of files.records.Pairs.
 
     split: train or test, which share no program; of few moves there are too few programs, those they share,
         and then no start state
     families: names with commas between, "": all
     test: programs of the test split
-    backbone: data.Backbone for which pictures are drawn
+    backbone: the family for which pictures are drawn
     moves: the length of all programs, or the fewest and the most, as "2-12": as many of each, and shorter
         ones are filled up with STOP
     rules: every query shows one of RULES; otherwise all go by the first
@@ -89,9 +85,7 @@ class World:
         self.digest = f"turtle world {split} {families}"
         if moves != "8" or rules or codes:
             self.digest += f" moves {moves}, rules {rules}, codes {codes}"
-        ends = [self.passed(i)[-1] for i in range(len(self))]
-        self.target = np.array([STATES.index(end) for end in ends], np.int64)
-        self.coded = codes
+        self.target = np.array([STATES.index(self.passed(i)[-1]) for i in range(len(self))], np.int64)
         if codes:  # the number of a target is that of its state and, in 64s, that of its code word, from 1 on
             self.target += len(STATES) * rng.integers(1, 1 + 26**LETTERS, size=len(self))
         self.longest = max(each)
@@ -108,7 +102,7 @@ class World:
             words.append(f" {STOP}")
         if self.rules is not None:
             words += [f" {rule}" for rule in RULES]
-        if self.coded:
+        if self.families is CODED:
             words += [f" {letter}" for letter in string.ascii_lowercase]
         for word in words:
             yield from [word] * 20
@@ -240,24 +234,6 @@ def nearly_equal(target):
     return near
 
 
-def program_part(words, program_as, backbone, code=""):
-    """Moves as one picture of tiles, as a page, or as the frames of a clip -> (kind, what is drawn).
-
-    code: stands at the head of a page.
-    """
-    if program_as == "tiles":
-        return "image", stack([draw_tile(word, backbone) for word in words])
-    if program_as == "page":
-        lines = [draw_line(word, backbone) for word in words]
-        if code:
-            lines.insert(0, written(code.strip(), backbone))
-        return "image", stack(lines)
-    frames = []
-    for word in words:
-        frames += [draw_tile(word, backbone)] * 2  # two frames make one visual token: it shows one move
-    return "video", frames
-
-
 def state_side(target, shown, backbone):
     """The number of a target, shown as text, as a board, or as a clip of a walk that ends there -> Side."""
     state, word = STATES[target % len(STATES)], target_word(target)
@@ -268,98 +244,6 @@ def state_side(target, shown, backbone):
     else:
         part = ("video", clip_to(state, backbone))
     return Side([part], "", word, f"turtle state{word}")
-
-
-def clip_to(state, backbone):
-    """The frames of three moves forward that end in this state, each twice."""
-    x, y, h = state
-    dx, dy = HEADINGS[h]
-    walked, frames = [], []
-    for k in (3, 2, 1, 0):
-        here = ((x - k * dx) % 4, (y - k * dy) % 4, h)
-        frames += [draw_board(here, backbone, tuple(walked))] * 2
-        walked.append(here)
-    return frames
-
-
-def blank(width, height, backbone):
-    """So many visual tokens of the grey that becomes 0 when pixels are normalised.
-
-    What is drawn there is all that the vision tower sees: it learns to read in fewer steps than on white.
-    """
-    ground = tuple(round(255 * mean) for mean in backbone.mean)
-    return Image.new("RGB", (width * backbone.side, height * backbone.side), ground)
-
-
-def arrow(draw, cx, cy, r, heading, fill):
-    """A triangle around (cx, cy) that points north, east, south or west."""
-    dx, dy = HEADINGS[heading]
-    tip = (cx + r * dx, cy + r * dy)
-    tail_x, tail_y = cx - r * dx, cy - r * dy
-    side_x, side_y = 0.7 * r * dy, -0.7 * r * dx
-    left, right = (tail_x - side_x, tail_y - side_y), (tail_x + side_x, tail_y + side_y)
-    draw.polygon([tip, left, right], fill=fill)
-
-
-def stack(images):
-    """Pictures of one width, one below the other."""
-    out = Image.new("RGB", (images[0].width, sum(i.height for i in images)))
-    for i, image in enumerate(images):
-        out.paste(image, (0, i * image.height))
-    return out
-
-
-@functools.cache
-def draw_tile(word, backbone=QWEN2_VL):
-    """A move as an arrow: up is forward.  STOP is an empty tile."""
-    image, side = blank(1, 1, backbone), backbone.side
-    draw = ImageDraw.Draw(image)
-    draw.rectangle((0, 0, side - 1, side - 1), outline="gray")
-    if word == STOP:
-        return image
-    heading, colour = {"forward": (0, "black"), "left": (3, "blue"), "right": (1, "red")}[word]
-    arrow(draw, side // 2, side // 2, side // 2 - 4, heading, colour)
-    return image
-
-
-@functools.cache
-def draw_line(word, backbone=QWEN2_VL):
-    """A line of a page.  STOP is an empty one."""
-    return written("" if word == STOP else word, backbone)
-
-
-def written(text, backbone):
-    image = blank(2, 1, backbone)
-    ImageDraw.Draw(image).text((2, 6), text, fill="black", font=ImageFont.load_default(14))
-    return image
-
-
-@functools.cache
-def draw_rule(rule, backbone=QWEN2_VL):
-    """The cover of a rule book: two halves of colours."""
-    image, side = blank(1, 1, backbone), backbone.side
-    draw, number = ImageDraw.Draw(image), RULES.index(rule)
-    draw.rectangle((0, 0, side - 1, side // 2 - 1), fill=("white", "black")[number % 2])
-    draw.rectangle((0, side // 2, side - 1, side - 1), fill=("red", "blue")[number // 2])
-    return image
-
-
-@functools.cache
-def draw_board(state, backbone=QWEN2_VL, trail=()):
-    """The torus with the turtle in this state, 4 x 4 cells: one visual token.
-
-    trail: states that leave their cells dark, which tells a clip's frames apart.
-    """
-    x, y, h = state
-    image, cell = blank(1, 1, backbone), backbone.side // 4
-    draw, last = ImageDraw.Draw(image), cell - 1
-    for i in range(16):
-        left, top = i % 4 * cell, i // 4 * cell
-        draw.rectangle((left, top, left + last, top + last), outline="gray")
-    for i, j, _ in trail:
-        draw.rectangle((cell * i + 1, cell * j + 1, cell * i + last - 1, cell * j + last - 1), fill="black")
-    arrow(draw, cell * x + cell // 2, cell * y + cell // 2, 3, h, "white")
-    return image
 
 
 def world_tasks(backbone=QWEN2_VL, moves="8", rules=False, codes=False):
@@ -402,19 +286,10 @@ def query_ids(world, rows):
 
 def nearly_right(world, i):
     """The numbers of the states to which pair i leads with at most one wrong move, sorted."""
-    n, rule = world.lengths[i], world.rule(i)
-    ends = {int(world.target[i])}
-    for program in one_wrong_move(world.programs[i], n):
-        ends.add(STATES.index(walk(world.starts[i], program, n, rule)[-1]))
-    return sorted(ends)
-
-
-def one_wrong_move(program, n):
-    """The numbers of the 2 n programs of n moves that differ from this one in one."""
-    programs = []
+    program, n, ends = int(world.programs[i]), world.lengths[i], {int(world.target[i])}
     for k in range(n):
-        move = program // 3**k % 3
-        for other in range(3):
-            if other != move:
-                programs.append(program + (other - move) * 3**k)
-    return programs
+        right = program // 3**k % 3
+        for move in {0, 1, 2} - {right}:
+            wrong = program + (move - right) * 3**k
+            ends.add(STATES.index(walk(world.starts[i], wrong, n, world.rule(i))[-1]))
+    return sorted(ends)

@@ -25,7 +25,7 @@ for size in range(8 // ranks + 1):  # 0: not cut
     batch = batch_of_eight(records, model.processor, rank, ranks, size)
     parts = train.backward(net, batch, train.Config(), contextlib.nullcontext())
     grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-    losses = {name: torch.as_tensor(parts[name]).detach() for name in ("bal", "gen", "disc")}
+    losses = {name: torch.as_tensor(parts[name]).detach() for name in ("bal", "gen")}
     kept[str(size)] = grads | losses
     model.zero_grad()
 if rank == 0:

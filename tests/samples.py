@@ -2,9 +2,11 @@
 
 import json
 import os
+import zlib
 from fractions import Fraction
 
 import av
+import numpy as np
 from PIL import Image, ImageDraw
 from safetensors.torch import load_file, save_file
 
@@ -29,27 +31,77 @@ def picture(colour, shape, size=(84, 84), at=0):
     return image
 
 
-def write_clip(path, frames, rate=8, codec="mpeg4", stamps=None):
-    """stamps: the time of each frame in units of 1/rate seconds; None: one unit apart."""
+def png(side, colour_type, bits, *chunks):
+    """The bytes of a square PNG with these (kind, body) behind its header."""
+    header = side.to_bytes(4, "big") * 2 + bytes([bits, colour_type, 0, 0, 0])
+    out = b"\x89PNG\r\n\x1a\n"
+    for kind, body in [(b"IHDR", header), *chunks, (b"IEND", b"")]:
+        out += len(body).to_bytes(4, "big") + kind + body + zlib.crc32(kind + body).to_bytes(4, "big")
+    return out
+
+
+# Colour type and bits of a PNG; four pixels of the transparent colour and of the dark one as stored; the key
+# (tRNS); the dark colour in 8 bits
+KEYED = {
+    "one colour of 8 bits": (2, 8, b"\x5a" * 12, b"\x28" * 12, b"\0\x5a" * 3, 40),
+    "one colour of 16 bits": (2, 16, b"\x5a\x11" * 12, b"\x28\x28" * 12, b"\x5a\x11" * 3, 40),
+    "one grey of 16 bits": (0, 16, b"\x5a\x5a" * 4, b"\x28\x28" * 4, b"\x5a\x5a", 40),
+    "one grey of 8 bits": (0, 8, b"\x5a" * 4, b"\x28" * 4, b"\0\x5a", 40),
+    "one grey of 4 bits": (0, 4, b"\xaa\xaa", b"\x22\x22", b"\0\x0a", 34),
+    "one grey of 2 bits": (0, 2, b"\x55", b"\x00", b"\0\x01", 0),
+}
+
+
+def half_clear(folder):
+    """8x8 pixels, stored in every way: the left half is clear, over a grey that must not show."""
+    image = Image.new("RGBA", (8, 8), (40, 40, 40, 255))
+    image.paste((90, 90, 90, 0), (0, 0, 4, 8))
+    palette, grey_alpha = image.quantize(4), image.convert("LA")
+    for stored in (image, image.convert("RGBa"), palette, grey_alpha, grey_alpha.convert("La")):
+        yield stored.mode, stored, 40
+    yield "an array", np.asarray(image), 40
+    for name, stored in (("whole.png", image), ("whole.gif", image), ("palette.png", palette)):
+        stored.save(folder / name)
+        yield name, folder / name, 40
+    for name, (colour_type, bits, clear, dark, key, shade) in KEYED.items():
+        rows = zlib.compress((b"\0" + clear + dark) * 8)
+        (folder / name).write_bytes(png(8, colour_type, bits, (b"tRNS", key), (b"IDAT", rows)))
+        yield name, folder / name, shade
+
+
+def write_clip(path, frames, rate=8, codec="mpeg4", stamps=None, aspect=None, audio=0, **options):
+    """A clip with a key frame every twelve frames, as FFmpeg's default is.
+
+    stamps: the time of each frame in units of 1/rate seconds; None: one unit apart.  aspect: of one pixel.
+    audio: seconds of silence.  options: the codec's own.
+    """
     with av.open(str(path), "w") as out:
-        stream = out.add_stream(codec, rate=rate)
+        stream = out.add_stream(codec, rate=rate, options=options)
+        sound = out.add_stream("aac", rate=8000) if audio else None
         stream.width, stream.height = frames[0].size
         stream.pix_fmt, stream.bit_rate = "yuv420p", 2_000_000
+        stream.codec_context.gop_size = 12
+        if aspect:
+            stream.codec_context.sample_aspect_ratio = aspect
         for i, image in enumerate(frames):
             frame = av.VideoFrame.from_image(image)
-            frame.pts = stamps[i] if stamps else i
-            frame.time_base = Fraction(1, rate)
+            frame.pts, frame.time_base = stamps[i] if stamps else i, Fraction(1, rate)
             out.mux(stream.encode(frame))
         out.mux(stream.encode(None))
+        for i in range(audio * 8):
+            silence = av.AudioFrame.from_ndarray(np.zeros((1, 1000), np.float32), "fltp", "mono")
+            silence.pts, silence.rate = 1000 * i, 8000
+            out.mux(sound.encode(silence))
+        if audio:
+            out.mux(sound.encode(None))
 
 
 REPLY = "<think>Because. So.</think><answer>yes</answer>"
 
 
-def turns(text, reply=REPLY, who=("from", "value", "human", "gpt")):
-    """One question and its reply, in the spelling of published records."""
-    speaker, content, user, assistant = who
-    return [{speaker: user, content: text}, {speaker: assistant, content: reply}]
+def turns(text, reply=REPLY):
+    """One question and its reply."""
+    return [{"from": "human", "value": text}, {"from": "gpt", "value": reply}]
 
 
 def record(**kw):

@@ -1,7 +1,5 @@
 """Which records make which step, on every rank and with any number of workers."""
 
-import json
-
 import numpy as np
 import pytest
 import torch
@@ -12,7 +10,7 @@ from data import Batches, Schedule, StepSampler
 from files.errors import DataError
 from files.records import Pairs
 from test_plume import assert_close, FINAL, make_model, whole
-from tests.samples import record, turns
+from tests.samples import record, turns, write_lines
 
 
 def test_schedule_gives_every_data_set_its_share_all_over_the_run():
@@ -80,9 +78,8 @@ def test_a_medium_that_breaks_while_training_is_named_and_in_no_loss(model, worl
     torn.write_bytes((world / "red bar.png").read_bytes()[:-60])
     rows = [record(pos=dict(conversations=turns(f"answer {i}"))) for i in range(4)]
     rows[2]["qry"]["image"] = [str(torn)]
-    path = tmp_path / "t.jsonl"
-    path.write_text("\n".join(map(json.dumps, rows)))
-    pairs, curriculum, m = Pairs(str(path), str(world)), Curriculum(), make_model()
+    write_lines(tmp_path / "t.jsonl", rows)
+    pairs, curriculum, m = Pairs(str(tmp_path / "t.jsonl"), str(world)), Curriculum(), make_model()
     with pytest.raises(DataError, match="record 3: qry: .*torn.png"):
         Batches(pairs, m.processor, curriculum)[0, FINAL, np.arange(4)]
 

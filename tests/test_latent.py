@@ -1,11 +1,10 @@
 """What latent.py does for speed or memory changes no value, nor does the device.
 
-CUDA graphs, products of few rows on a CPU, recomputed activations, a cache that is never copied, bfloat16.
-Without a GPU a stand-in plays the graphs.
+Graphs (without a GPU a stand-in plays them), few rows on a CPU, a cache that is never copied, bfloat16.
 """
 
-import contextlib
 import functools
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -21,7 +20,7 @@ from curriculum import Curriculum
 from data import Batches, collate, to_device
 from files.items import parse_item
 from files.records import Pairs
-from latent import Cache, decoder, rollout
+from latent import decoder, prefill, rollout
 from model import Plume
 from test_plume import (
     assert_close, batch_of_eight, FINAL, gradients, make_model, mixed_items, our_rollout, rendered, whole)
@@ -72,11 +71,8 @@ def embed_with_and_without(m, graphs, items, K=8):
     batch = to_device(collate(rendered(m, items), m.processor), m.device)
     plain = m.embed(batch, "latent", K)[0]
     tol = 0.05 if m.lm.norm.weight.dtype == torch.bfloat16 else 1e-6
-    m.graphs = graphs
-    try:
+    with mock.patch.object(m, "graphs", graphs):
         assert_close(m.embed(batch, "latent", K)[0], plain, f"{len(items)} items, K = {K}", tol)
-    finally:
-        m.graphs = None
     return len(graphs.recorded)
 
 
@@ -163,13 +159,9 @@ def test_cuda_graphs_equal_the_plain_rollout(world, dtype):
 @pytest.mark.parametrize("bias", [True, False])
 def test_few_rows_on_a_cpu_go_the_other_way_round_to_the_same_values_and_gradients(bias):
     layer = torch.nn.Linear(6, 10, bias=bias).double()
-
-    def other_way(x):
-        return latent.linear(layer, x)
-
     for B, L in ((1, 1), (16, 1), (4, 12), (7, 7), (15, 1)):  # 1, 16, 48, 49 and 15 rows
         x, results = torch.randn(B, L, 6, dtype=torch.float64), []
-        for product in (layer, other_way):
+        for product in (layer, functools.partial(latent.linear, layer)):
             layer.zero_grad()
             leaf = x.clone().requires_grad_()
             y = product(leaf)
@@ -177,18 +169,6 @@ def test_few_rows_on_a_cpu_go_the_other_way_round_to_the_same_values_and_gradien
             results.append([y, leaf.grad, *(p.grad for p in layer.parameters())])
         for a, b in zip(*results):
             assert_close(b, a, f"{B} x {L}", 1e-12)
-
-
-def test_checkpointing_changes_nothing(model, world):
-    samples, grads = rendered(model, mixed_items(world)[:4]), []
-    for checkpointing in (False, True):
-        model.zero_grad()
-        our_rollout(model, samples, 3, checkpointing=checkpointing).suffix.sin().sum().backward()
-        grads.append(gradients(model))
-    plain, recomputed = grads
-    assert plain.keys() == recomputed.keys()
-    for name, g in plain.items():
-        assert_close(g, recomputed[name], name, 1e-10 * max(1.0, g.abs().max().item()))
 
 
 def bytes_kept(m, samples, K):
@@ -200,10 +180,7 @@ def bytes_kept(m, samples, K):
         kept.setdefault(storage.data_ptr(), storage)
         return tensor
 
-    def unpack(tensor):
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         our_rollout(m, samples, K)
     return sum(storage.nbytes() for storage in kept.values())
 
@@ -215,8 +192,7 @@ def test_the_prefix_cache_is_never_copied(model):
     assert grown / 8 < 0.7 * 4 * P * per_token, "a step keeps a copy of the prefix"
 
     prefix = model.prefix(collate(rendered(model, ["a red square", "what colour?"]), model.processor))
-    cache = Cache(prefix.lengths, prefix.x.shape[1])
-    decoder(model.lm, prefix.x, prefix.positions, cache)
+    cache, *_ = prefill(model.lm, prefix)
     before = [k.data_ptr() for k, _ in cache.prefix]
     for k in range(3):
         decoder(model.lm, prefix.x[:, :1], torch.full((2, 1), 50 + k), cache)
@@ -227,11 +203,9 @@ def test_the_prefix_cache_is_never_copied(model):
 # ---------------------------------------------------------------------------------------- numbers and devices
 
 
-MODES = ("single", "latent", "cot")  # every 16 tokens cot does look whether all rows have ended
-
-
-def every_mode_and_a_step_of_training(m, batch, pairs, autocast=contextlib.nullcontext, modes=MODES):
-    """Runs the hot path; what comes out has the right shapes, values aside."""
+def take_hot_path(m, batch, pairs, modes, casts=False):
+    """Embeds in these modes, takes a step of training; what comes out has the right shapes, values aside."""
+    autocast = functools.partial(torch.autocast, "cpu", torch.bfloat16, enabled=casts)
     with autocast():
         for mode in modes:
             vectors, _ = m.embed(batch, mode, limit=4)
@@ -256,7 +230,8 @@ def test_the_hot_path_never_asks_the_device_a_question(hot_path, dtype):
     """On the meta device there are no values: anything that looks at one raises."""
     batch, pairs = hot_path
     m = make_model().to(dtype).to("meta")
-    every_mode_and_a_step_of_training(m, to_device(batch, "meta"), pairs)
+    modes = "single", "latent", "cot"  # of up to 16 tokens: then it looks whether all rows have ended
+    take_hot_path(m, to_device(batch, "meta"), pairs, modes)
 
 
 def test_the_hot_path_under_autocast_never_asks_the_device_a_question(hot_path, monkeypatch):
@@ -276,10 +251,8 @@ def test_the_hot_path_under_autocast_never_asks_the_device_a_question(hot_path, 
     m = make_model().float()._apply(fake.from_tensor)
     batch, pairs = hot_path
     with fake:
-        autocast = functools.partial(torch.autocast, "cpu", torch.bfloat16)
         pairs = {n: dict(faked(b), micro=[faked(part) for part in b["micro"]]) for n, b in pairs.items()}
-        modes = "single", "latent"  # on a CPU cot looks at every token: nothing waits there
-        every_mode_and_a_step_of_training(m, faked(batch), pairs, autocast, modes)
+        take_hot_path(m, faked(batch), pairs, ("single", "latent"), casts=True)  # on a CPU cot asks
         with pytest.raises(DataDependentOutputException):
             m.adapter.w2.max().item()  # what such a question would lead to
 

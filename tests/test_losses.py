@@ -14,7 +14,7 @@ from curriculum import Curriculum
 from data import Batches
 from files.errors import DataError
 from files.records import Pairs
-from test_plume import assert_close, FINAL, GATED, gradients, log, make_model, weights, whole
+from test_plume import assert_close, by_hand, FINAL, GATED, gradients, log, make_model, weights, whole
 from tests.processes import run_ranks
 
 
@@ -29,21 +29,6 @@ def test_chunked_cross_entropy_equals_the_plain_one():
     assert_close(grads[0], expected[0], "dh", 1e-6)
     assert_close(grads[1], expected[1], "dW", 1e-6)
     assert plume_model.cross_entropy(h[:0], w, y[:0]).shape == (0,)
-
-
-def contrast_by_hand(query, candidates, names):
-    """Symmetric InfoNCE at scale 10.  candidates: for each query its own, the target first; names: theirs."""
-    total = 0
-    for i, q in enumerate(query):
-        own = candidates[i][0]
-        others = [c for row, called in zip(candidates, names) for c, name in zip(row, called)
-                  if name != names[i][0]]
-        logits = 10 * torch.stack([q @ c for c in [own, *others]])
-        total = total + logits.logsumexp(0) - logits[0]
-        queries = [other for j, other in enumerate(query) if j != i and names[j][0] != names[i][0]]
-        logits = 10 * torch.stack([own @ other for other in [q, *queries]])
-        total = total + logits.logsumexp(0) - logits[0]
-    return total / 2 / len(query)
 
 
 def test_hard_negatives_are_candidates_of_every_query_but_those_whose_target_they_are(world):
@@ -61,7 +46,7 @@ def test_hard_negatives_are_candidates_of_every_query_but_those_whose_target_the
         query, target, negative = out["per_pair"][loss].split([5, 5, 6])
         own = iter(negative)
         candidates = [[target[i], *(next(own) for _ in called[1:])] for i, called in enumerate(names)]
-        assert_close(parts[loss], contrast_by_hand(query, candidates, names), loss, 1e-9)
+        assert_close(parts[loss], by_hand(query, candidates, names, 10), loss, 1e-9)
     router = out["per_pair"]["router"].mean(0)
     assert_close(parts["bal"], balance_loss(router), "balance", 1e-12)
 
@@ -72,11 +57,11 @@ def test_matryoshka_is_the_same_loss_on_the_first_components(world):
     out = m(batch, 8)
     plain, cut = (train.losses(out, batch, train.Config(matryoshka=sizes)) for sizes in ("", "16,100"))
     names = [[side.key() for side in pairs[i][1:]] for i in (0, 3)]
-    by_hand = 0
+    expected = 0
     for size in (16, 100):
         query, target = F.normalize(out["per_pair"]["gen"][:, :size], dim=-1).split(2)
-        by_hand = by_hand + contrast_by_hand(query, target[:, None], names) / 2
-    assert_close(cut["matryoshka"], by_hand, "InfoNCE of cut embeddings", 1e-9)
+        expected = expected + by_hand(query, target[:, None], names, 10) / 2
+    assert_close(cut["matryoshka"], expected, "InfoNCE of cut embeddings", 1e-9)
     assert_close(cut["loss"], plain["loss"] + cut["matryoshka"], "sum", 1e-9)
 
 

@@ -1,7 +1,9 @@
 """A checkpoint folder is a model of sentence-transformers: the same vectors, its losses, its files."""
 
+import copy
 import json
 import pickle
+import shutil
 import sys
 from pathlib import Path
 
@@ -10,16 +12,24 @@ import pytest
 import torch
 
 from data import collate
+from engine.stream import encoding
 from files.errors import DataError
 from files.items import Side
+from hub.isolated import NAMES as OURS
 from model import Plume
 from test_plume import assert_close, gradients, HERE, mixed_items, rendered
 from tests.samples import NAMES
+from tests.test_house import copy_code, run
 
-needs = "needs sentence-transformers: pip install sentence-transformers"
-st = pytest.importorskip("sentence_transformers", minversion="6.2", reason=needs)
+st = pytest.importorskip("sentence_transformers", "6.2", reason="needs: pip install sentence-transformers")
 
 from sentence_transformers.sentence_transformer import losses
+
+
+def forget(monkeypatch, *names):
+    """As if Python had not imported these modules and packages."""
+    for name in [name for name in sys.modules if name.split(".")[0] in names]:
+        monkeypatch.delitem(sys.modules, name)
 
 
 @pytest.fixture
@@ -28,8 +38,7 @@ def load(monkeypatch, tmp_path):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
     monkeypatch.setattr(sys, "path", [str(tmp_path / "modules"), *sys.path])
-    for name in [name for name in sys.modules if name.startswith("transformers_modules")]:
-        monkeypatch.delitem(sys.modules, name)
+    forget(monkeypatch, "transformers_modules")
 
     def load(folder, **settings):
         return st.SentenceTransformer(str(folder), trust_remote_code=True, device="cpu", **settings)
@@ -45,7 +54,7 @@ def plume(small):
 def test_the_same_batches_give_the_same_bits_and_others_the_same_numbers(load, small, plume, world):
     m, items = load(small), mixed_items(world)
     assert np.array_equal(m.encode(items, batch_size=1), plume.encode(items, batch_size=1))
-    (together,) = plume.encoding(items, batch_size=len(items), sort=False)
+    (together,) = encoding(plume, items, batch_size=len(items), sort=False)
     with torch.no_grad():
         assert np.array_equal(m(m.preprocess(items))["sentence_embedding"], together)
     many = items * 7
@@ -76,29 +85,24 @@ def test_a_turn_of_the_user_is_the_item_with_its_media_in_the_same_places(load, 
         m.encode([[dict(role="system", content="x"), dict(role="user", content="y")]])
 
 
-def test_what_it_offers_and_what_it_refuses(load, small, plume, monkeypatch):
+def test_what_it_offers_and_what_it_refuses(load, small):
     m = load(small)
     assert m.modalities == ["text", "image", "video", "message"] and m.similarity_fn_name == "cosine"
     assert (m.get_embedding_dimension(), m.max_seq_length) == (128, 512)
     vectors = m.encode(NAMES, convert_to_tensor=True)
     assert_close(m.similarity(vectors, vectors), vectors @ vectors.T, "cosine", 1e-6)
     assert_close(m.encode(NAMES, truncate_dim=8), vectors[:, :8], "cut", 1e-6)
-    for given, error, why in (
-        (dict(mode="sinlge"), ValueError, "Did you mean 'single'"),
-        (dict(steps=99), ValueError, "steps 99"),
-        (dict(stps=9), ValueError, "stps"),
+    folder = str(small)  # for encode a text as any other
+    for call, given, error, why in (
+        (m.encode, dict(mode="sinlge"), ValueError, "Did you mean 'single'"),
+        (m.encode, dict(stps=9), ValueError, "stps"),
+        (load, dict(model_kwargs=dict(device_map="auto")), ValueError, "device_map: not known here"),
+        (load, dict(processor_kwargs=dict(max_pixels=9)), ValueError, "max_pixels: not known here"),
     ):
         with pytest.raises(error, match=why):
-            m.encode(NAMES, **given)
-    with pytest.raises(DataError, match="gone.png.*does not exist"):
-        m.encode(["red", {"image": "gone.png"}])
-    with pytest.raises(DataError, match="needs 'float32' or 'bfloat16'"):
-        load(small, model_kwargs=dict(dtype="float16"))
+            call(folder, **given)
     assert load(small, model_kwargs=dict(dtype="bfloat16")).dtype == torch.bfloat16
     assert load(small, config_kwargs=dict(latent_steps=3))[0].plume.settings["latent_steps"] == 3
-    for given in (dict(processor_kwargs=dict(max_pixels=9)), dict(model_kwargs=dict(device_map="auto"))):
-        with pytest.raises(ValueError, match="(max_pixels|device_map): not known here"):
-            load(small, **given)
     m.gradient_checkpointing_enable()
     assert m[0].plume.checkpointing
     m[0].plume.lm.norm.weight.data[3] = torch.nan
@@ -106,7 +110,8 @@ def test_what_it_offers_and_what_it_refuses(load, small, plume, monkeypatch):
         m.encode(["red"])
 
 
-def test_saved_and_loaded_again_it_is_the_same_and_a_checkpoint_of_plume(load, small, world, tmp_path):
+def test_saved_and_loaded_again_it_is_the_same_and_a_checkpoint_of_plume(
+        load, small, world, tmp_path, monkeypatch):
     m, items = load(small, prompts=dict(query="Find: "), truncate_dim=64), mixed_items(world)
     m.save_pretrained(str(tmp_path / "saved"))
     again = load(tmp_path / "saved")
@@ -118,8 +123,12 @@ def test_saved_and_loaded_again_it_is_the_same_and_a_checkpoint_of_plume(load, s
     config.write_text(json.dumps(dict(modalities=["text"])))
     with pytest.raises(ValueError, match="image"):
         load(tmp_path / "saved").encode([items[2]])
-    sent = pickle.loads(pickle.dumps(m))  # as to a process of a pool
-    assert np.array_equal(sent.encode(items), m.encode(items))
+    vectors, sent = m.encode(items), pickle.dumps(m)
+    assert np.array_equal(copy.deepcopy(m).encode(items), vectors) and isinstance(m[0].plume, Plume)
+    forget(monkeypatch, "transformers_modules", *OURS)
+    opened = pickle.loads(sent)  # as in a process of its own
+    assert type(opened[0].plume) is type(opened[0]).Plume is sys.modules["model"].Plume
+    assert np.array_equal(opened.encode(items), vectors)
 
 
 def triplets(world):
@@ -130,20 +139,15 @@ def triplets(world):
 
 def test_its_losses_have_the_gradients_of_our_embeddings(load, small, plume, world):
     m, columns = load(small), triplets(world)
-
-    def embed(items):
-        batch = collate(rendered(plume, items), plume.processor)
-        return plume.embed(batch)[0]
-
-    anchor, positive, negative = (embed(column) for column in columns)
+    batches = [collate(rendered(plume, column), plume.processor) for column in columns]
+    anchor, positive, negative = (plume.embed(batch)[0] for batch in batches)
     logits = 20 * anchor @ torch.cat([positive, negative]).T  # the loss by hand: its scale is 20
     by_hand = torch.nn.functional.cross_entropy(logits, torch.arange(len(NAMES)))
     by_hand.backward()
     wanted = gradients(plume)
     assert wanted["backbone.model.visual.patch_embed.proj.weight"].any() and wanted["adapter.w2"].any()
-    plain = losses.MultipleNegativesRankingLoss(m)
-    in_pieces = losses.CachedMultipleNegativesRankingLoss(m, mini_batch_size=5)  # GradCache cuts the batch
-    for loss in (plain, in_pieces):
+    cached = losses.CachedMultipleNegativesRankingLoss(m, mini_batch_size=5)  # GradCache cuts the batch
+    for loss in (losses.MultipleNegativesRankingLoss(m), cached):
         m.zero_grad()
         value = loss([m.preprocess(column) for column in columns], None)
         value.backward()
@@ -161,9 +165,8 @@ def test_training_through_its_trainer_makes_the_loss_fall(load, small, world, tm
     args = st.SentenceTransformerTrainingArguments(
         output_dir=str(tmp_path / "out"), max_steps=6, per_device_train_batch_size=12, learning_rate=1e-3,
         report_to=[], logging_steps=1, use_cpu=True, save_strategy="no", disable_tqdm=True)
-    trainer = st.SentenceTransformerTrainer(
-        model=m, args=args, train_dataset=datasets.Dataset.from_dict(columns),
-        loss=losses.MultipleNegativesRankingLoss(m))
+    columns, loss = datasets.Dataset.from_dict(columns), losses.MultipleNegativesRankingLoss(m)
+    trainer = st.SentenceTransformerTrainer(model=m, args=args, train_dataset=columns, loss=loss)
     trainer.train()
     fell = [row["loss"] for row in trainer.state.log_history if "loss" in row]
     assert fell[-1] < 0.75 * fell[0], fell
@@ -172,18 +175,54 @@ def test_training_through_its_trainer_makes_the_loss_fall(load, small, world, tm
     assert all("step" in name for name in still), still
 
 
-def test_plumes_code_is_found_by_its_environment_variable_and_missing_it_is_said(load, small, monkeypatch):
-    load(small)
-    module = next(m for name, m in sys.modules.items() if name.endswith("plume_st"))
+PROGRAM = """
+import sys
+import model
+from sentence_transformers import SentenceTransformer
+
+if __name__ == "__main__":
+    m = SentenceTransformer(sys.argv[1], trust_remote_code=True, device="cpu")
+    import data
+    assert model.mine and data.mine and not {"latent", "engine", "hub.card"} & set(sys.modules)
+    pool = m.start_multi_process_pool(["cpu"])
+    print([m.encode(["red", "blue"], pool=p).tolist() for p in (None, pool)])
+    try:
+        m.encode([{"image": "gone.png"}], pool=pool)
+    except ValueError as e:
+        print(type(e).__name__, e)
+    m.stop_multi_process_pool(pool)
+"""
+
+
+def test_a_program_keeps_its_own_modules_and_so_do_its_workers(small, plume, tmp_path):
+    for name, text in (("model.py", "mine = 1"), ("data.py", "mine = 1"), ("program.py", PROGRAM)):
+        (tmp_path / name).write_text(text)
+    environment = dict(PLUME_HOME=str(HERE), HF_HUB_OFFLINE="1", HF_MODULES_CACHE=str(tmp_path / "modules"))
+    *_, vectors, error = run(tmp_path, "program.py", small, **environment).splitlines()
+    assert_close(json.loads(vectors), [plume.encode(["red", "blue"]).tolist()] * 2, "in a program", 1e-6)
+    assert error.startswith("DataError item") and "'gone.png' does not exist" in error
+
+
+def test_plumes_folder_is_that_of_its_variable_and_missing_it_is_said(load, small, monkeypatch, tmp_path):
     monkeypatch.chdir("/")
     monkeypatch.setattr(sys, "path", [p for p in sys.path if Path(p).resolve() != HERE])
-    for name in ("model", "data", "latent", "adapter", "curriculum"):
-        monkeypatch.delitem(sys.modules, name)
-    monkeypatch.delenv("PLUME_HOME", raising=False)
-    with pytest.raises(ModuleNotFoundError, match="set the environment variable PLUME_HOME .*is None"):
-        module.plume()
+    for home, state in (("", "not set"), (str(tmp_path), f"'{tmp_path}', where there is no hub")):
+        monkeypatch.setenv("PLUME_HOME", home)
+        with pytest.raises(ModuleNotFoundError, match=f"set the environment variable PLUME_HOME.*is {state}"):
+            load(small)
+    other = copy_code(tmp_path / "other")
+    monkeypatch.setenv("PLUME_HOME", str(other))
+    m = load(small)
+    assert sys.modules[type(m[0].plume).__module__].__file__ == str(other / "model.py")
     monkeypatch.setenv("PLUME_HOME", str(HERE))
-    assert module.plume().__file__ == str(HERE / "model.py")
-    monkeypatch.setitem(sys.modules, "model", json)
-    with pytest.raises(ImportError, match="json/__init__.py is another module 'model'"):
-        module.plume()
+    with pytest.raises(ImportError, match="PLUME_HOME is .* now, .*other'; start Python anew"):
+        load(small)
+
+
+def test_a_checkpoint_with_the_file_of_an_older_version_is_to_be_written_again(load, small, tmp_path):
+    folder = shutil.copytree(small, tmp_path / "old")
+    (folder / "plume_st.py").write_text("from model import Plume, told_of_file_names")
+    with pytest.raises(ImportError, match="of an older PLUME; write the checkpoint again: .*save_pretrained"):
+        load(folder)
+    Plume.from_pretrained(folder, "cpu").save_pretrained(folder)
+    assert isinstance(load(folder)[0].plume, Plume)

@@ -24,14 +24,12 @@ import torch
 from tqdm import tqdm
 
 import train
-from engine import train_flags
-from engine import lock
-from engine import resume
-from hub import folders
+from engine import lock, resume, train_flags
 from engine.flags import command, parse_flags
 from files.errors import DataError, reason
-from files.writing import writable, writing
+from files.writing import writable, write_json
 from tasks.turtle import World
+from hub import folders
 
 WORLDS = {"plain": False, "rule books": True}  # --rules
 # setting: its flags, and the paper's score for it (table of ablations, column All)
@@ -68,7 +66,7 @@ ENOUGH = 3  # seeds of a setting that all stay below --until; it gets no more of
 NOT_HERE = {  # flags of train.py
     "data", "init", "seed", "resume", "workers", "preset", "rules", "codes", "adaptive", "adapter",
     "freeze_backbone"}
-ROW = {"setting", "world", "seed", "steps", "hit", "seconds"}  # of the results
+ROW = ("setting", "world", "seed", "steps", "hit", "seconds")  # of the results
 
 
 @dataclass
@@ -79,72 +77,58 @@ class Config(train.Config):
 
 
 class Runs:
-    """The runs of one command, each in a process of its own.  A job is (setting, world, seed).
-
-    rows: the results, those of earlier commands, too; `run` adds to them.
-    """
+    """The runs of one command, each in a process of its own; `run` adds to the results, `rows`."""
 
     def __init__(self, base, rows):
         self.base, self.rows, self.processes, self.stopping = base, rows, [], False
 
     def config(self, setting, world, seed):
         flags, _ = ABLATIONS[setting]
-        out = self.out(setting, world, seed)
+        name = re.sub(r"\W+", "_", f"{setting} {world} {seed}")
+        out = os.path.join(self.base.out, "ablations", name)
         return replace(self.base, **flags, rules=WORLDS[world], seed=seed, out=out, workers=0)
 
-    def out(self, *job):
-        return os.path.join(self.base.out, "ablations", re.sub(r"\W+", "_", " ".join(map(str, job))))
-
     def run(self, setting, world, seed):
-        """Trains, or goes on, where there is need, and adds a row to the results.
-
-        Raises DataError for a run that did not end well, or has other flags.
-        """
+        """Trains, or goes on, where there is need; DataError for a run that failed or has other flags."""
         if self.stopping or hopeless(outcomes_of(self.rows, setting, world)):
             return
-        out, usual = self.out(setting, world, seed), asdict(train.Config())
+        cfg, usual = asdict(self.config(setting, world, seed)), asdict(train.Config())
+        out = cfg["out"]
         os.makedirs(out, exist_ok=True)
-        cfg = asdict(self.config(setting, world, seed))
         flags = [f"--{name}={value}" for name, value in cfg.items() if value != usual[name]]
         rows, steps = [], None
         if folders.checkpoints_in(out):
             flags.append("--resume")
-            state = resume.read_state(os.path.join(folders.checkpoint_in(out), "train_state.pt"))
+            state = resume.read_state(folders.newest_checkpoint(out))
             if changed := resume.changes(state["config"], cfg, usual):
                 raise DataError(f"{out} holds a run of other flags ({changed}): choose another --out")
             rows, steps = self.logged(out, state["step"])
         if steps is None and len(rows) < self.base.steps:
-            self.start(out, "train.py", *flags)
+            self.start(out, flags)
             if self.stopping:
                 return
             rows, steps = self.logged(out)
         hit = [row["hit"] for row in rows if "hit" in row][-1]
         seconds = round(sum(row["ms"] for row in rows) / 1e3)
-        self.rows.append(
-            dict(setting=setting, world=world, seed=seed, steps=steps, hit=hit, seconds=seconds))
+        self.rows.append(dict(zip(ROW, (setting, world, seed, steps, hit, seconds))))
 
     def logged(self, out, done=0):
-        """-> rows of a run's log, and the steps after which it had come so far, or None.
-
-        Raises DataError for a log that is broken, or has less than the `done` steps of the run's checkpoint.
-        """
-        path, rows, broken = os.path.join(out, "log.jsonl"), [], ""
+        """-> the rows of a run's log, `done` of them at least; the steps until it came so far, or None"""
+        path, rows, broken = os.path.join(out, folders.LOG), [], ""
         try:
-            if os.path.exists(path):
-                with open(path) as f:
-                    rows = [json.loads(line) for line in f if line.endswith("\n")]
-        except ValueError as e:
+            with open(path) as f:
+                rows = [json.loads(line) for line in f if line.endswith("\n")]
+        except (OSError, ValueError) as e:
             broken = f": {reason(e)}"
         if broken or len(rows) < done:
             raise DataError(f"{path}: not the whole log of this run{broken}; remove {out}, and the same "
                             "command runs it anew")
-        there = [row["step"] + 1 for row in rows if row.get("hit", 0) >= self.base.until]
-        return rows, there[0] if there else None
+        there = (row["step"] + 1 for row in rows if row.get("hit", 0) >= self.base.until)
+        return rows, next(there, None)
 
-    def start(self, out, script, *flags):
-        """Runs a script of the folder above to its end, on one core."""
-        folder = os.path.dirname(os.path.abspath(train.__file__))
-        command = [sys.executable, os.path.join(folder, script), *flags]
+    def start(self, out, flags):
+        """Runs train.py to its end, on one core."""
+        command = [sys.executable, os.path.abspath(train.__file__), *flags]
         environment = dict(os.environ, OMP_NUM_THREADS="1")
         with open(os.path.join(out, "output.txt"), "a") as log:
             process = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
@@ -176,7 +160,7 @@ def results_so_far(path, base):
         with open(path) as f:
             then = json.load(f)
         then["config"] = {name: usual[name] for name in config} | then["config"]  # flags since then
-        if not isinstance(then["runs"], list) or not all(run.keys() == ROW for run in then["runs"]):
+        if not isinstance(then["runs"], list) or not all(run.keys() == set(ROW) for run in then["runs"]):
             raise LookupError("its runs are others")
         then["settings"] = settings | then["settings"]
     except (ValueError, LookupError, TypeError, AttributeError) as e:
@@ -189,10 +173,7 @@ def results_so_far(path, base):
 
 
 def outcomes_of(runs, setting, world):
-    """-> (steps, 0) of each seed that came so far, (infinity, share of queries that it misses) of the others.
-
-    The best first.
-    """
+    """-> (steps, 0) of a seed that came so far, (infinity, share of queries missed) of another; best first"""
     mine = [run for run in runs if run["setting"] == setting and run["world"] == world]
     return sorted((run["steps"], 0) if run["steps"] else (math.inf, 1 - run["hit"]) for run in mine)
 
@@ -208,9 +189,7 @@ def as_text(outcomes, most):
         return "-"
     seeds = outcomes[0], statistics.median_low(outcomes), outcomes[-1]
     low, middle, high = (f"{steps:.0f}" if steps <= most else f"> {most}" for steps, _ in seeds)
-    if low == high:
-        return low
-    return f"{middle} ({low} .. {high})"
+    return low if low == high else f"{middle} ({low} .. {high})"
 
 
 def whole_of(setting):
@@ -224,9 +203,7 @@ def verdict(outcomes, whole):
         return ""
     if outcomes[0] > whole[-1]:
         return "worse"
-    if outcomes[-1] < whole[0]:
-        return "better"
-    return ""
+    return "better" if outcomes[-1] < whole[0] else ""
 
 
 def show(runs, most):
@@ -246,9 +223,7 @@ def show(runs, most):
 
 
 def check_flags(cfg, given):
-    """Raises DataError for flags that make no sense."""
-    wrong = sorted(given & NOT_HERE)
-    if wrong:
+    if wrong := sorted(given & NOT_HERE):
         raise DataError("ablations run turtle world from scratch, plain and with rule books, and set adapter "
                         f"and seeds themselves: leave out --{' --'.join(wrong)}")
     if cfg.seeds < 1 or not cfg.json or not writable(cfg.json):
@@ -273,16 +248,13 @@ def main(argv):
     todo = [(name, world, seed) for seed, world, name in jobs if (name, world, seed) not in done]
 
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
-    bar = tqdm(total=len(todo), desc="ablations", unit="run")
     alone = lock.exclusive_lock(replace(base, out=os.path.join(base.out, "ablations"), resume=True))
-    with alone, ThreadPoolExecutor(os.cpu_count()) as pool, bar:
+    with alone, ThreadPoolExecutor(os.cpu_count()) as pool:
         try:
             jobs = [pool.submit(runs.run, *job) for job in todo]
-            for future in as_completed(jobs):
+            for future in tqdm(as_completed(jobs), "ablations", len(jobs), unit="run"):
                 future.result()
-                with writing(cfg.json) as f:
-                    json.dump(results, f, indent=1)
-                bar.update()
+                write_json(cfg.json, results)
         except KeyboardInterrupt:
             print("stopped; the same command goes on")
             return 130

@@ -27,7 +27,8 @@ from tqdm import tqdm
 
 from engine.flags import command, parse_flags
 from files.errors import DataError, nearest, quote, reason
-from files.records import parse_json, parse_side, spans_of
+from files.items import listed, parse_side
+from files.jsonl import parse_json, spans_of
 from files.writing import writable, writing
 
 
@@ -50,14 +51,8 @@ def rows_of(path):
         from pyarrow.parquet import ParquetFile
     except ImportError:
         raise DataError(f"{path}: reading parquet needs a package: pip install pyarrow") from None
-    n = 0
-    for batch in ParquetFile(path).iter_batches(256):
-        for row in batch.to_pylist():
-            n += 1
-            yield n, row
-
-
-# ------------------------------------------------------------------------------------------- kinds of rows
+    batches = ParquetFile(path).iter_batches(256)
+    yield from enumerate((row for batch in batches for row in batch.to_pylist()), 1)
 
 
 def triplet(row, media):
@@ -65,11 +60,8 @@ def triplet(row, media):
     anchor = "anchor" if "anchor" in row else "query"
     negatives = [key for key in row if re.fullmatch(r"negative(_\d+)?", key)]
     only(row, (anchor, "positive", *negatives))
-    given = []
-    for key in negatives:
-        given += row[key] if isinstance(row[key], list) else [row[key]]
-    sides = [side_of(row[key], media) for key in (anchor, "positive")]
-    return *sides, [side_of(value, media) for value in given if value is not None]
+    given = [value for key in negatives for value in listed(row[key]) if value is not None]
+    return side_of(row[anchor], media), side_of(row["positive"], media), [side_of(v, media) for v in given]
 
 
 def side_of(value, media):
@@ -77,11 +69,8 @@ def side_of(value, media):
     if isinstance(value, dict) and value.keys() == {"bytes", "path"}:
         return dict(image=media(value))
     if isinstance(value, dict):
-        item = {key: part for key, part in value.items() if part is not None}
-        for kind in ("image", "video"):
-            if kind in item:
-                item[kind] = media(item[kind])
-        return item
+        return {key: media(part) if key in ("image", "video") else part
+                for key, part in value.items() if part is not None}
     if not isinstance(value, str):
         raise DataError(f"needs a string, a picture or an item, got {quote(value)}")
     return value
@@ -107,11 +96,10 @@ def swift_messages(row, media):
 
 def spoken(messages, images, videos, media):
     """The user's message, with its media, as a side."""
-    turns = [turn for turn in messages if turn.get("role") == "user"]
-    if len(turns) != len(messages) or len(turns) != 1:
-        roles = [turn.get("role") for turn in messages]
+    roles = [turn.get("role") for turn in messages]
+    if roles != ["user"]:
         raise DataError(f"needs one message of the user, got {roles}")
-    return with_media(turns[0]["content"], images or [], videos or [], media)
+    return with_media(messages[0]["content"], images or [], videos or [], media)
 
 
 def with_media(text, images, videos, media):
@@ -135,8 +123,7 @@ def with_media(text, images, videos, media):
 def swift_queries(row, media):
     """query, response, rejected_response; images in the order of the markers -> query, target, negatives"""
     only(row, ("query", "response", "rejected_response", "images"))
-    rejected = row.get("rejected_response") or []
-    texts = [row["query"], row["response"], *([rejected] if isinstance(rejected, str) else rejected)]
+    texts = [row["query"], row["response"], *listed(row.get("rejected_response") or None)]
     images, sides = list(row.get("images") or []), []
     for text in texts:
         n = text.count("<image>")
@@ -152,10 +139,9 @@ def vlm2vec(row, media):
     only(row, ("qry", "qry_image_path", "pos_text", "pos_image_path", "neg_text", "neg_image_path"))
     query = marked(row["qry"], row.get("qry_image_path"), media)
     target = marked(row.get("pos_text"), row.get("pos_image_path"), media)
-    texts, paths = row.get("neg_text") or "", row.get("neg_image_path") or ""
-    if not isinstance(texts, list):
-        texts, paths = [texts], [paths]
-    negatives = zip(texts, paths or [""] * len(texts), strict=True)
+    texts = listed(row.get("neg_text") or "")
+    paths = listed(row.get("neg_image_path") or [""] * len(texts))
+    negatives = zip(texts, paths, strict=True)
     return query, target, [marked(*both, media) for both in negatives if any(both)]
 
 
@@ -176,9 +162,6 @@ def only(row, known):
     for key, value in row.items():
         if key not in known and value is not None:
             raise DataError(f"unknown key {quote(key)}.{nearest(key, known)}")
-
-
-# --------------------------------------------------------------------------------------------------- media
 
 
 class Media:
@@ -212,24 +195,13 @@ class Media:
         return path
 
 
-# ------------------------------------------------------------------------------------------------- command
-
-
 def record_of(row, media):
     """-> {"qry", "pos", "neg"?} of a row of any kind"""
-    for key, kind in KINDS.items():
-        if key in row:
-            try:
-                query, target, negatives = kind(row, media)
-            except DataError:
-                raise
-            except (KeyError, TypeError, AttributeError, ValueError) as e:
-                raise DataError(f"not as --help describes it: {reason(e)}") from e
-            record = dict(qry=query, pos=target)
-            if negatives:
-                record["neg"] = negatives
-            return record
-    raise DataError(f"of no known kind: none of the keys {', '.join(KINDS)} is there; see --help")
+    kind = next((kind for key, kind in KINDS.items() if key in row), None)
+    if kind is None:
+        raise DataError(f"of no known kind: none of the keys {', '.join(KINDS)} is there; see --help")
+    query, target, negatives = kind(row, media)
+    return dict(qry=query, pos=target) | (dict(neg=negatives) if negatives else {})
 
 
 def main(argv):
@@ -242,7 +214,7 @@ def main(argv):
     source = cfg.media or os.path.dirname(os.path.abspath(cfg.data))
     media = Media(os.path.abspath(source), root, f"{os.path.abspath(stem)}_media")
     name = cfg.name or os.path.splitext(os.path.basename(cfg.data))[0]
-    count, negatives = 0, 0
+    n = negatives = 0
     with writing(cfg.out) as f:
         for n, row in tqdm(rows_of(cfg.data), "rows", unit="row"):
             try:
@@ -251,10 +223,11 @@ def main(argv):
                     parse_side(side, root, quote(side))
             except DataError as e:
                 raise DataError(f"{cfg.data}: row {n}: {e}") from e
+            except (KeyError, TypeError, AttributeError, ValueError) as e:
+                raise DataError(f"{cfg.data}: row {n}: not as --help describes it: {reason(e)}") from e
             f.write(json.dumps(dict(dataset_name=name, **record)) + "\n")
-            count += 1
             negatives += len(record.get("neg", []))
-    print(f"{count} pairs with {negatives} hard negatives in {cfg.out}")
+    print(f"{n} pairs with {negatives} hard negatives in {cfg.out}")
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@
 
 import os
 import time
-import weakref
 from contextlib import nullcontext
 from dataclasses import replace
 from unittest import mock
@@ -14,85 +13,25 @@ from unittest import mock
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from tqdm import tqdm
 
 import train
-from engine import train_flags
-from engine import log
-from engine import ranks
 from data import Batches, to_device
 from engine.flags import command, parse_flags
 from engine.ranks import pick_device
 from files.errors import DataError
+from hub.weights import count_parameters
+from tools.counts import bytes_counter
+from engine import log, train_flags
 
 GIB = 2**30
 
 
-class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of all tensors made inside: `now` those still alive, `peak` the most at one time."""
-
-    def __init__(self):
-        super().__init__()
-        self.now, self.peak, self.known = 0, 0, set()
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        given = {id(s) for s in storages((args, kwargs))}  # a view of these is no new memory
-        out = function(*args, **(kwargs or {}))
-        for s in storages(out):
-            if id(s) not in given | self.known:
-                self.known.add(id(s))
-                self.now += s.nbytes()
-                self.peak = max(self.peak, self.now)
-                weakref.finalize(s, self.free, id(s), s.nbytes())
-        return out
-
-    def free(self, key, size):
-        self.known.discard(key)
-        self.now -= size
-
-
-def storages(tree):
-    return [x.untyped_storage() for x in tree_leaves(tree) if isinstance(x, torch.Tensor)]
-
-
-class CudaBytes:
-    """The same as CUDA's allocator counts them."""
-
-    def __enter__(self):
-        torch.cuda.reset_peak_memory_stats()
-        self.before = torch.cuda.memory_allocated()
-        return self
-
-    def __exit__(self, *error):
-        pass
-
-    @property
-    def now(self):
-        return torch.cuda.memory_allocated() - self.before
-
-    @property
-    def peak(self):
-        return torch.cuda.max_memory_allocated() - self.before
-
-
-class FusedAttention(torch.autograd.Function):
-    """What a GPU's attention kernel keeps, and no arithmetic: on the device meta."""
-
-    @staticmethod
-    def forward(ctx, q, k, v):
-        out = torch.empty_like(q)
-        ctx.save_for_backward(q, k, v, out)
-        return out
-
-    @staticmethod
-    def backward(ctx, grad):
-        return tuple(torch.empty_like(x) for x in ctx.saved_tensors[:3])
-
-
-def fused_attention(q, k, v, **keywords):
-    return FusedAttention.apply(q, k, v)
+def fused_attention(q, k, v, **more):
+    """A kernel that keeps what a GPU's keeps; of itself torch takes one on "meta" that keeps all weights."""
+    out, _ = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v)
+    return out
 
 
 def heaviest(cfg, pairs, batches, stage):
@@ -111,10 +50,9 @@ def heaviest(cfg, pairs, batches, stage):
 
 def dry_run(cfg, model, pairs, curriculum, autocast, dtype):
     """What a rank needs: bytes of weights, gradients, moments, and what a micro-batch adds in every stage."""
-    meta, cuda = model.device.type == "meta", model.device.type == "cuda"
+    meta = model.device.type == "meta"
     batches = Batches(pairs, model.processor, curriculum, cfg.skip_bad)
-    every = ranks.size(model.parameters())
-    trained = ranks.size([p for p in model.parameters() if p.requires_grad])
+    every, trained = count_parameters(model), count_parameters(model, trained=True)
     print(f"weights {4 * every / GIB:,.3f} GiB, gradients {4 * trained / GIB:,.3f} GiB, AdamW's moments "
           f"{8 * trained / GIB:,.3f} GiB, all float32")
     heavy = heaviest(cfg, pairs, batches, curriculum.stages[0])
@@ -132,7 +70,7 @@ def dry_run(cfg, model, pairs, curriculum, autocast, dtype):
         tokens = part["lengths"].max().item()
         patches = 0 if part["pixels"] is None else len(part["pixels"])
         part, begun = to_device(part, model.device), time.perf_counter()
-        with attention, CudaBytes() if cuda else LiveBytes() as live:
+        with attention, bytes_counter(model.device) as live:
             with autocast:
                 out = model(part, stage.latent_steps)
             kept = live.now
@@ -143,16 +81,14 @@ def dry_run(cfg, model, pairs, curriculum, autocast, dtype):
         print(f"{stage.index:5d}  {stage.latent_steps:12d}  {tokens:16d}  {patches:7d}  {kept / GIB:9.3f}  "
               f"{live.peak / GIB:9.3f}", took)
 
-    half = dtype == torch.bfloat16
     state = 4 * every + 12 * trained
-    if meta and half:
+    if meta and dtype == torch.bfloat16:
         print("hidden states counted in bfloat16, as with --fsdp; without it float32, about twice as much")
     else:
         print(f"together {(state + most) / GIB:,.2f} GiB a rank")
-    gathered = (2 if half else 4) * (every + trained)
+    gathered = dtype.itemsize * (every + trained)
     print("together with --fsdp on 8 ranks, which gather weights and gradients in a step: "
           f"{(state / 8 + gathered + most) / GIB:,.2f} GiB a rank")
-    return 0
 
 
 def main(argv):
@@ -166,12 +102,12 @@ def main(argv):
     torch.manual_seed(cfg.seed)
     device, dtype = pick_device(cfg.device or None, cfg.dtype or None)
     pairs = train.read_pairs(cfg)
-    schedule, _ = train.plan(cfg, pairs)
+    schedule, _ = train.make_schedule(cfg, pairs)
     model = train.build_model(cfg, given, pairs, device)
     log.announce(cfg, pairs, schedule, model, curriculum)
     mixed = dtype != torch.float32 and not cfg.fsdp and device.type != "meta"
     autocast = torch.autocast(device.type, dtype) if mixed else nullcontext()
-    return dry_run(cfg, model, pairs, curriculum, autocast, dtype)
+    dry_run(cfg, model, pairs, curriculum, autocast, dtype)
 
 
 if __name__ == "__main__":

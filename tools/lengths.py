@@ -1,5 +1,6 @@
 """Accuracy and time by the length of the program, in turtle world: what it buys to think as long as it takes.
 
+    pip install matplotlib
     python -m tools.lengths --moves 2-12 --ckpt out/adaptive/checkpoint out/k12/checkpoint --png lengths.png
 
 Of every checkpoint: latent with all its steps, and auto when it says when it is done; of the first also
@@ -15,18 +16,17 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 from engine.flags import command, parse_flags
-from eval import first_rank, rank_relevant
+from eval import keep_queries, per_query_scores
 from files.errors import DataError
-from files.writing import writable, write_json, writing
+from files.writing import write_json
 from tasks.find import find_tasks, load_model
 from tasks.turtle import lengths_of, moves_lost, World
+from tools.plots import check_files, new_figure, save_figure
 
 MIXED = "mixed"  # in place of a length: queries of all lengths in one batch
-COLOURS = ("#d62728", "#2ca02c", "#1f77b4", "#ff7f0e", "#9467bd", "#8c564b", "#17becf", "#7f7f7f")
 
 
 @dataclass
@@ -64,18 +64,14 @@ def measure(model, mode, tasks, corpora, mine, how):
     took, spent, hits = dict(seconds=0.0, tokens=0), {}, []
     vectors = torch.from_numpy(model.encode(queries, mode, took=took, spent=spent, **how))
     for task, corpus, part in zip(tasks, corpora, vectors.split(len(mine))):
-        relevant = [task.relevant[i] for i in mine]
-        ranks = rank_relevant(part, corpus, relevant, [task.candidates[i] for i in mine])
-        hits += [first_rank(of_query) == 1 for of_query in ranks]
+        _, scores = per_query_scores(keep_queries(task, mine), (part, corpus))
+        hits += scores["hit@1"].tolist()
     return dict(hit=float(np.mean(hits)), ms=1e3 * took["seconds"] / len(queries),
                 steps=float(np.mean(spent["steps"])), tokens=float(np.mean(spent["tokens"])))
 
 
 def compare(ways, tasks, rows, cfg):
-    """rows: {length or MIXED: numbers of a task's queries}
-
-    -> {label: [what `measure` gives, with the length, and the median time of all rounds]}
-    """
+    """rows: {length or MIXED: numbers of queries} -> {label: what `measure` gives of each, median time}"""
     how = dict(batch_size=cfg.batch_size, limit=cfg.limit, done=cfg.done)
     corpora = {label: [torch.from_numpy(model.encode(task.corpus, mode, **how)) for task in tasks]
                for label, model, mode in ways}
@@ -108,33 +104,18 @@ def as_text(found, lengths):
 
 def draw(found, lengths, path):
     """Two plots side by side over the number of moves: hit@1, and milliseconds a query."""
-    image = Image.new("RGB", (1200, 560), "white")
-    pen, font, small = ImageDraw.Draw(image), ImageFont.load_default(20), ImageFont.load_default(16)
-    slowest = math.ceil(max(row["ms"] for rows in found.values() for row in rows))
-    plots = ((70, "hit", "hit@1", 1.0, "{:.0%}"), (670, "ms", "milliseconds per query", slowest, "{:.1f}"))
-    top, bottom, width = 60, 400, 480
-    for left, key, title, most, form in plots:
-        pen.text((left, 18), title, fill="black", font=font)
-        for part in range(6):
-            y = bottom - (bottom - top) * part / 5
-            pen.line((left, y, left + width, y), fill="#dddddd")
-            pen.text((left - 8, y), form.format(most * part / 5), fill="black", font=small, anchor="rm")
-        xs = np.linspace(left + 10, left + width - 10, len(lengths))
-        for x, n in zip(xs, lengths):
-            pen.text((x, bottom + 8), str(n), fill="black", font=small, anchor="mt")
-        pen.text((left + width / 2, bottom + 32), "moves", fill="black", font=small, anchor="mt")
-        for n, (colour, (*rows, _)) in enumerate(zip(COLOURS, found.values())):  # without MIXED
-            r = 2 + len(found) - n  # equal ones stay visible as rings
-            points = [(x, bottom - (bottom - top) * row[key] / most) for x, row in zip(xs, rows)]
-            pen.line(points, fill=colour, width=3)
-            for x, y in points:
-                pen.ellipse((x - r, y - r, x + r, y + r), fill=colour)
-    for n, (colour, label) in enumerate(zip(COLOURS, found)):
-        x, y = 70 + n % 4 * 280, 470 + n // 4 * 34
-        pen.line((x, y, x + 30, y), fill=colour, width=4)
-        pen.text((x + 40, y), label, fill="black", font=small, anchor="lm")
-    with writing(path, "wb") as f:
-        image.save(f, "PNG")
+    figure, panels = new_figure(1200, 560, 2)
+    named = ("hit", "hit@1", "{x:.0%}"), ("ms", "milliseconds per query", "{x:g}")
+    for axes, (key, label, form) in zip(panels, named):
+        for n, (way, (*rows, _)) in enumerate(found.items()):  # without MIXED
+            axes.plot(lengths, [row[key] for row in rows], "o-", label=way if key == "hit" else None,
+                      markersize=4 + 1.5 * (len(found) - n), clip_on=False)  # equal ones are seen as rings
+        axes.set(xlabel="moves", xticks=lengths, ylabel=label)
+        axes.set_ylim(bottom=0)
+        axes.yaxis.set_major_formatter(form)
+        axes.grid(axis="y", color="#dddddd")
+    figure.legend(loc="outside lower center", ncols=4)
+    save_figure(figure, path)
 
 
 def main(argv):
@@ -142,14 +123,11 @@ def main(argv):
     lengths = lengths_of(cfg.moves)
     if len(lengths) < 2:
         raise DataError(f"--moves {cfg.moves}: needs the fewest and the most, as 2-12")
-    if not cfg.png.endswith(".png") or not writable(cfg.png) or not writable(cfg.json):
-        raise DataError(f"--png {cfg.png!r} must end in .png, and --json {cfg.json!r} and it be in folders "
-                        "that exist")
-    if min(cfg.rounds, cfg.batch_size, cfg.limit) < 1 or len(cfg.ckpt) > len(COLOURS) // 2:
-        raise DataError(f"--rounds, --batch_size and --limit must be at least 1; {len(COLOURS) // 2} "
-                        "checkpoints at most")
+    if min(cfg.rounds, cfg.batch_size, cfg.limit) < 1 or len(cfg.ckpt) > 4:  # there are ten colours
+        raise DataError("--rounds, --batch_size and --limit must be at least 1; 4 checkpoints at most")
     if not 0 <= cfg.done <= 1:
         raise DataError(f"--done {cfg.done}: needs a probability, 0 .. 1")
+    check_files("png", cfg.png, cfg.json)
     models = {}
     for path in cfg.ckpt:
         name = os.path.normpath(path).removesuffix("/checkpoint").split("/")[-1]
@@ -169,9 +147,9 @@ def main(argv):
     some = [i for mine in rows.values() for i in mine[: math.ceil(each / len(rows))]]
     rows[MIXED] = np.random.default_rng(0).permutation(some).tolist()
     found = compare(ways, tasks, rows, cfg)
-    count = each * len(tasks)
-    print(f"{count} queries of each length, {len(some) * len(tasks)} mixed, in batches of {cfg.batch_size}, "
-          f"{processor.limits.num_frames} frames of a clip, {cfg.rounds} rounds, {time.time() - begun:.0f} s")
+    print(f"{each * len(tasks)} queries of each length, {len(some) * len(tasks)} mixed, in batches of "
+          f"{cfg.batch_size}, {processor.limits.num_frames} frames of a clip, {cfg.rounds} rounds, "
+          f"{time.time() - begun:.0f} s")
     print(as_text(found, lengths))
     draw(found, lengths, cfg.png)
     print(f"accuracy and time by length: {cfg.png}")

@@ -10,7 +10,7 @@ import time
 from dataclasses import dataclass
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
@@ -27,6 +27,7 @@ from tasks.turtle import World
 
 TEXT_WIDTH = 700  # pixels of the sheet for texts; the pictures stand to the right of them
 LINE_HEIGHT = 26
+GAP = Image.new("RGB", (34, 0))  # between the pictures of two sides
 
 
 @dataclass
@@ -37,26 +38,26 @@ class Config:
     bench: bool = False  # pictures, clips and pairs a second that the workers make ready for the model
     workers: int = 2  # processes, as train.py has on each rank
     count: int = 512  # pairs drawn at random
-    max_pixels: int = 0  # a picture is scaled down to this area; 0: Qwen2-VL's
-    video_max_pixels: int = 0  # the same for each frame of a clip
-    num_frames: int = 0  # frames sampled from a clip
+    max_pixels: int = 28 * 28 * 1280  # a picture is scaled down to this area
+    video_max_pixels: int = 28 * 28 * 32  # the same for each frame of a clip
+    num_frames: int = 8  # frames sampled from a clip
     # both
     data: str = ""  # JSONL of training pairs; default: turtle world
     media: str = ""  # folder that media paths are relative to; default: the folder of --data
 
 
-def contact_sheet(pairs, num_frames=8):
+def contact_sheet(pairs):
     """One example of each data set as a picture: what is shown on both sides, and what is learnt to write."""
     rows = []  # (lines, pictures)
     for number, name in enumerate(pairs.names):
         first = int(np.flatnonzero(pairs.dataset == number)[0])
         query, target = pairs[first][:2]
         lines = [name, *lines_of("query", query), *lines_of("target", target)]
-        gap = [None]
-        pictures = pictures_of(query, num_frames) + gap + pictures_of(target, num_frames) + gap
+        pictures = [*pictures_of(query), GAP, *pictures_of(target), GAP]
         rows.append(([line[:110] for line in lines], pictures))
-    widths = [sum(map(width_of, pictures)) for _, pictures in rows]
-    heights = [height_of(*row) for row in rows]
+    widths = [sum(picture.width + 6 for picture in pictures) for _, pictures in rows]
+    heights = [36 + max(LINE_HEIGHT * len(lines), *(picture.height for picture in pictures))
+               for lines, pictures in rows]
     sheet = Image.new("RGB", (TEXT_WIDTH + max(widths), sum(heights)), "white")
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(18)
     top = 0
@@ -66,9 +67,8 @@ def contact_sheet(pairs, num_frames=8):
             draw.text((16, top + 16 + LINE_HEIGHT * i), line, fill=colour, font=font)
         left = TEXT_WIDTH
         for picture in pictures:
-            if picture is not None:
-                sheet.paste(picture, (left, top + 16))
-            left += width_of(picture)
+            sheet.paste(picture, (left, top + 16))
+            left += picture.width + 6
         top += height
         draw.line((0, top - 1, sheet.width, top - 1), fill="#cccccc")
     return sheet
@@ -76,12 +76,7 @@ def contact_sheet(pairs, num_frames=8):
 
 def lines_of(label, side):
     """What a side says, with <image> and <video> where they stand, and what its model learns to write."""
-    words = ""
-    for kind, value in side.parts:
-        if kind == "text":
-            words += value
-        elif kind != "disc":
-            words += f"<{kind}>"
+    words = "".join(value if kind == "text" else f"<{kind}>" for kind, value in side.parts if kind != "disc")
     lines = [f"{label}:  {' '.join(words.split())}"]
     for what, text in (("rationale", side.rationale), ("answer", side.answer)):
         if text:
@@ -89,58 +84,35 @@ def lines_of(label, side):
     return lines
 
 
-def pictures_of(side, num_frames):
-    """The pictures and frames of a side, enlarged."""
+def pictures_of(side):
+    """The pictures and 8 frames of the clips of a side, three times as large, but at most 240 pixels wide and high."""
     images = []
     for kind, value in side.parts:
         if kind == "image":
             images.append(load_image(value))
         elif kind == "video":
-            images += load_frames(value, num_frames)
-    return [enlarged(image) for image in images]
+            images += load_frames(value, 8)
+    return [ImageOps.scale(image, min(3, 240 / max(image.size)), Image.NEAREST) for image in images]
 
 
-def enlarged(image):
-    """Three times as large, but at most 240 pixels wide and high."""
-    zoom = min(3, 240 / max(image.size))
-    size = (round(image.width * zoom), round(image.height * zoom))
-    return image.resize(size, Image.NEAREST)
-
-
-def width_of(picture):
-    """What a picture, or None for a gap, takes of a row."""
-    return 40 if picture is None else picture.width + 6
-
-
-def height_of(lines, pictures):
-    """What a row of the sheet takes, with the space around it."""
-    heights = [picture.height for picture in pictures if picture is not None]
-    return max([LINE_HEIGHT * len(lines), *heights]) + 36
-
-
-def bench(pairs, processor, workers, count):
-    """Prints what the workers can give a second.
-
-    Of the drawn pairs: their pictures and clips each for itself, and the pairs as training batches of 4.
-    """
-    if workers < 0 or count < 8:
-        raise DataError(f"--workers {workers}, --count {count}: needs at least 0 workers and 8 pairs")
-    drawn = np.random.default_rng(0).permutation(len(pairs))[:count]
-    media = {"image": [], "video": []}
-    for i in drawn:
-        for side in pairs[i]:
-            for kind, value in side.parts:
-                if kind in media:
-                    media[kind].append(value)
-    print(f"{len(drawn)} pairs of {len(pairs.names)} data sets, {workers} workers, {os.cpu_count()} cores")
+def bench(pairs, cfg):
+    """Prints what the workers give a second: pictures and clips for themselves, pairs in batches of 4."""
+    if cfg.workers < 0 or cfg.count < 8:
+        raise DataError(f"--workers {cfg.workers}, --count {cfg.count}: needs at least 0 workers and 8 pairs")
+    limits = Limits(
+        max_pixels=cfg.max_pixels, video_max_pixels=cfg.video_max_pixels, num_frames=cfg.num_frames)
+    processor = Processor(train_tokenizer(pairs.texts()), "", limits)
+    drawn = np.random.default_rng(0).permutation(len(pairs))[: cfg.count]
+    parts = [part for i in drawn for side in pairs[i] for part in side.parts]
+    print(f"{len(drawn)} pairs of {len(pairs.names)} data sets, {cfg.workers} workers, {os.cpu_count()} cores")
     for name, kind in (("pictures", "image"), ("clips", "video")):
+        media = [value for of_kind, value in parts if of_kind == kind]
         read_one = functools.partial(processor.media, kind)
-        measure(name, 1, DataLoader(media[kind], batch_size=None, num_workers=workers, collate_fn=read_one))
+        measure(name, 1, DataLoader(media, batch_size=None, num_workers=cfg.workers, collate_fn=read_one))
     curriculum, size = Curriculum(), 4
-    whole = len(drawn) // size * size
-    jobs = [(0, curriculum.stages[0], drawn[i : i + size]) for i in range(0, whole, size)]
+    jobs = [(0, curriculum.stages[0], drawn[i : i + size]) for i in range(0, len(drawn) - size + 1, size)]
     batches = Batches(pairs, processor, curriculum)
-    measure("pairs", size, DataLoader(batches, batch_size=None, num_workers=workers, sampler=jobs))
+    measure("pairs", size, DataLoader(batches, batch_size=None, num_workers=cfg.workers, sampler=jobs))
 
 
 def measure(name, size, loader):
@@ -148,11 +120,10 @@ def measure(name, size, loader):
     if len(loader) < 2:
         print(f"{name:8}  fewer than 2")
         return
-    begun = None
-    for _ in tqdm(loader, desc=name, leave=False):
-        if begun is None:  # behind the first: workers have started
-            begun = time.perf_counter()
-    rate = (len(loader) - 1) * size / (time.perf_counter() - begun)
+    items = iter(tqdm(loader, desc=name, leave=False))
+    next(items)  # workers have started
+    begun = time.perf_counter()
+    rate = sum(size for _ in items) / (time.perf_counter() - begun)
     print(f"{name:8}  {rate:9,.1f} a second  ({len(loader) * size} read)")
 
 
@@ -162,11 +133,7 @@ def main(argv):
         raise DataError("name a picture to write with --show sheet.png, or measure with --bench")
     pairs = Pairs(cfg.data, cfg.media or None) if cfg.data else World()
     if cfg.bench:
-        sizes = dict(
-            max_pixels=cfg.max_pixels, video_max_pixels=cfg.video_max_pixels, num_frames=cfg.num_frames)
-        limits = Limits(**{name: size for name, size in sizes.items() if size})
-        processor = Processor(train_tokenizer(pairs.texts()), "", limits)
-        return bench(pairs, processor, cfg.workers, cfg.count)
+        return bench(pairs, cfg)
     sheet = contact_sheet(pairs)
     with writing(cfg.show, "wb") as f:
         sheet.save(f, "PNG")

@@ -22,7 +22,7 @@ from curriculum import Curriculum
 from engine.flags import command, parse_flags
 from engine.kept import Embedder, fingerprint
 from engine.stream import MODES
-from eval import interval, only, per_query_scores, spread
+from eval import evenly_spaced, interval, keep_queries, per_query_scores
 from files.errors import closest, DataError
 from files.writing import writable, write_json
 from tasks.find import find_tasks, load_model, select
@@ -179,11 +179,11 @@ def tasks_of(cfg, processor):
     ids, tasks, known, total = set(filter(None, cfg.ids.split(","))), [], {}, 0
     for task_name in select(names, cfg.task, cfg.data or "turtle world"):
         task = make(task_name)
-        rows = set(spread(len(task.queries), cfg.queries))
+        rows = set(evenly_spaced(len(task.queries), cfg.queries))
         rows |= {i for i, name in enumerate(task.query_ids) if name in ids}
         known |= dict.fromkeys(task.query_ids)
         total += len(task.queries)
-        tasks.append(only(task, sorted(rows)))
+        tasks.append(keep_queries(task, sorted(rows)))
     for name in sorted(ids - known.keys()):
         raise DataError(f"--ids {name!r}: no query has this id.{closest(name, known)}")
     return tasks, total, ids
@@ -257,14 +257,11 @@ def main(argv):
     model = load_model(cfg.ckpt, cfg.device, cfg.dtype)
     tasks, total, ids = tasks_of(cfg, model.processor)
     result, shown = probe(model, tasks, total, ids, cfg)
-    K, device, seconds = result["steps"], result["device"], result["seconds"]
-    print(f"{cfg.ckpt}: {len(tasks)} tasks, K = {K}, {device}, {seconds:.0f} s")
-    for note in result["notes"]:
-        print(note)
-    print(text_table(result))
+    how = f"K = {result['steps']}, {result['device']}, {result['seconds']:.0f} s"
+    print(f"{cfg.ckpt}: {len(tasks)} tasks, {how}")
+    print(*result["notes"], text_table(result), sep="\n")
     if ids:
-        for found in result["trajectories"]:
-            print(as_text(found))
+        print(*map(as_text, result["trajectories"]), sep="\n")
     if cfg.json:
         write_json(cfg.json, result)
     if cfg.html:

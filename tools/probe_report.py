@@ -10,13 +10,15 @@ import base64
 import io
 from html import escape
 
-from PIL import Image
+import numpy as np
+from PIL import Image, ImageOps
 from tqdm import tqdm
 
 from files.clips import load_frames
 from files.pictures import load_image
 from files.writing import writing
-from tasks.turtle import draw_board, state_word, STATES
+from tasks.turtle import state_word, STATES
+from tasks.turtle_pictures import draw_board
 
 LARGEST = 8 << 20  # bytes of cards; with the tables the file stays under 10 MB
 LISTS = {  # what the lists of queries are -> heading, what to see there
@@ -34,15 +36,14 @@ STYLE = """
 body { margin: 0 auto; padding: 1rem; max-width: 80rem; background: var(--ground); color: var(--text);
   font: 16px/1.5 system-ui, sans-serif; }
 h1 { font-size: 1.6rem; margin: .5rem 0; } h2 { font-size: 1.25rem; margin: 2rem 0 .5rem; }
-h3 { font-size: 1rem; margin: 0 0 .5rem; overflow-wrap: anywhere; }
+h3 { font-size: 1rem; margin: 0 0 .5rem; } h3, article p, .row li { overflow-wrap: anywhere; }
 p, ul { margin: .3rem 0; max-width: 48rem; } .soft { color: var(--soft); }
 a { color: inherit; } nav a { display: inline-block; margin-right: 1rem; padding: .3rem 0; }
 :focus-visible { outline: 3px solid var(--heat); outline-offset: 2px; }
-.scroll { overflow-x: auto; margin: .5rem 0; }
+.scroll { overflow-x: auto; margin: .5rem 0; } summary { cursor: pointer; padding: .3rem 0; }
 table { border-collapse: collapse; font-size: .875rem; font-variant-numeric: tabular-nums; }
 th, td { padding: .2rem .6rem; border-bottom: 1px solid var(--line); text-align: left; white-space: nowrap; }
-th { font-weight: 600; } td.number { text-align: right; }
-td.heat { text-align: center;
+th { font-weight: 600; } td.number { text-align: right; } td.heat { text-align: center;
   background: color-mix(in srgb, var(--heat) calc(var(--v) * 100%), transparent); }
 td.bar { min-width: 7rem;
   background: linear-gradient(90deg, var(--heat) calc(var(--v) * 100%), transparent 0); }
@@ -50,17 +51,13 @@ td.bar { min-width: 7rem;
 @media (max-width: 40rem) { .causality table { font-size: .75rem; }
   .causality :is(th, td) { white-space: normal; padding: .2rem .3rem; }
   .causality td.bar { min-width: 3.5rem; } .causality td.between { white-space: nowrap; } }
-summary { cursor: pointer; padding: .3rem 0; }
 .cards { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fill, minmax(min(100%, 36rem), 1fr)); }
 article { background: var(--card); border: 1px solid var(--line); border-radius: .5rem; padding: 1rem;
-  min-width: 0; }
-article :is(th, td) { padding: .2rem .4rem; }
-article p { overflow-wrap: anywhere; }
+  min-width: 0; } article :is(th, td) { padding: .2rem .4rem; }
 img { max-width: 100%; height: auto; vertical-align: top; border-radius: 2px; }
 img.small { image-rendering: pixelated; }
 .row { display: flex; flex-wrap: wrap; gap: .6rem; list-style: none; padding: 0; margin: .4rem 0; }
-.row li { font-size: .8rem; max-width: 9.5rem; overflow-wrap: anywhere; padding: .25rem;
-  border: 2px solid transparent; }
+.row li { font-size: .8rem; max-width: 9.5rem; padding: .25rem; border: 2px solid transparent; }
 .row li.is-right { border-color: var(--right); border-radius: .3rem; }
 .right { color: var(--right); font-weight: 600; } .wrong { color: var(--wrong); font-weight: 600; }
 """
@@ -71,18 +68,17 @@ img.small { image-rendering: pixelated; }
 
 def picture(image, alt, largest):
     """A Pillow image -> an <img>: small ones enlarged with hard edges, large ones scaled down to a JPEG."""
-    file, small = io.BytesIO(), max(image.size) <= 64
-    if small or image.width <= 64:
+    file = io.BytesIO()
+    if image.width <= 64:
         image.save(file, "PNG")
-        kind, zoom = "png", min(3, largest / max(image.size))
+        kind, zoom, look = "png", min(3, largest / max(image.size)), ' class="small"'
     else:
         image = image.copy()
         image.thumbnail((largest, largest) if image.height >= image.width / 2 else (4 * largest, largest))
         image.save(file, "JPEG", quality=80)
-        kind, zoom = "jpeg", 1
+        kind, zoom, look = "jpeg", 1, ""
     width, height = max(1, round(image.width * zoom)), max(1, round(image.height * zoom))
     data = base64.b64encode(file.getvalue()).decode()
-    look = ' class="small"' if kind == "png" else ""
     return (f'<img{look} alt="{escape(alt)}" width="{width}" height="{height}" '
             f'src="data:image/{kind};base64,{data}">')
 
@@ -91,12 +87,7 @@ def strip(frames):
     """Frames of a clip side by side, of one height."""
     height = min(frames[0].height, 96)
     frames = [f.resize((max(1, round(f.width * height / f.height)), height)) for f in frames]
-    out = Image.new("RGB", (sum(f.width + 2 for f in frames), height), "white")
-    left = 0
-    for frame in frames:
-        out.paste(frame, (left, 0))
-        left += frame.width + 2
-    return out
+    return Image.fromarray(np.hstack([ImageOps.expand(f, (0, 0, 2, 0), "white") for f in frames]))
 
 
 def media_of(side, alt, largest, most_frames):
@@ -178,8 +169,6 @@ def heat_maps(result):
     if agreement:
         out += ["<div><p>Share of queries whose state in front of this step says the rationale's word.</p>",
                 table(["task", *steps], agreement, "agreement by step"), "</div>"]
-    else:
-        out.append("<p>No query comes with a rationale: whether the steps say it is not known.</p>")
     return "\n".join(out) + "</div></section>"
 
 
@@ -235,26 +224,19 @@ def card(found, query, candidates, turtle):
     return "\n".join(out)
 
 
-def galleries(shown, turtle):
-    """{name of a list: its cards}, and how many are left out because the file would be too large."""
-    cards, size, left_out = {}, 0, 0
-    for found, query, candidates in tqdm(shown, "cards", leave=False):
-        if size < LARGEST:
-            text = card(found, query, candidates, turtle)
-            size += len(text)
-            cards.setdefault(found["list"], []).append(text)
-        else:
-            left_out += 1
-    return cards, left_out
-
-
 def write_report(path, result, shown):
     """Writes the file -> a line that says what is in it.
 
     result: what --json writes; shown: a (trajectory, query Side, Sides of the candidates found) a query.
     """
-    turtle = not result["data"]
-    cards, left_out = galleries(shown, turtle)
+    cards, size, left_out = {}, 0, 0  # {name of a list: its cards}
+    for found, query, candidates in tqdm(shown, "cards", leave=False):
+        if size < LARGEST:
+            text = card(found, query, candidates, turtle=not result["data"])
+            size += len(text)
+            cards.setdefault(found["list"], []).append(text)
+        else:
+            left_out += 1
     total = sum(task["queries"] for task in result["tasks"].values())
     largest = max(task["candidates"] for task in result["tasks"].values())
     count = (f"{len(shown) - left_out} of {total:,} queries, each with the first 5 of up to {largest:,} "

@@ -64,9 +64,7 @@ def label(side, most=80):
     text = " ".join(value for kind, value in side.parts if kind == "text" and value).strip()
     files = [str(value) for kind, value in side.parts
              if kind in ("image", "video") and isinstance(value, (str, Part))]
-    text = text or side.answer.strip()
-    if not text:
-        text = os.path.basename(files[0]) if files else side.where
+    text = text or side.answer.strip() or (os.path.basename(files[0]) if files else side.where)
     return text if len(text) <= most else f"{text[: most - 3]}..."
 
 
@@ -95,9 +93,8 @@ def trajectory(model, task, i, vectors, corpus, thoughts, ranks):
     found = [row for row, _ in first(TRAINED, 5)]
     retrieved = [dict(label=label(task.corpus[row]), right=row in task.relevant[i]) for row in found]
     firsts = {name: first_rank(ranks[name][i]) for name in (TRAINED, "single")}
-    query = label(task.queries[i], 400)
-    return dict(task=task.name, id=task.query_ids[i], query=query, ranks=firsts, steps=steps,
-                retrieved=retrieved), [task.corpus[row] for row in found]
+    return dict(task=task.name, id=task.query_ids[i], query=label(task.queries[i], 400), ranks=firsts,
+                steps=steps, retrieved=retrieved), [task.corpus[row] for row in found]
 
 
 def chosen(ids, query_ids, ranks, show):

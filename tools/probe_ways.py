@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import operator
 from typing import Callable, NamedTuple
 
 import torch
@@ -36,8 +37,7 @@ class Queries:
 
         adapter: called in place of the model's; hook: see `latent.rollout`; shift: positions to leave out.
         """
-        cache = copy.copy(self.cache)
-        cache.slots = [(k[:, :, :0], v[:, :, :0]) for k, v in cache.prefix]
+        cache = self.cache.of(range(len(self.pos)))  # all rows
         latents, suffix, router = steps_and_suffix(
             self.model.lm, adapter or self.model.adapter, steps, self.anchor, self.start, self.pos + shift,
             self.suffix, cache, hook=hook)
@@ -54,12 +54,14 @@ class Way(NamedTuple):
 def ways_of(model):
     """{name of a row: Way}, as far as the checkpoint has what a row changes."""
     adapter, K = model.adapter, model.settings["latent_steps"]
-    ways = {TRAINED: Way("", trained)}
+    ways = {TRAINED: Way("", operator.attrgetter("trained"))}
     for k in range(K):
         subject = "the steps are" if k == 0 else f"the steps behind {k} are"
         ways[f"K = {k}"] = Way(subject, functools.partial(fewer_steps, k))
     for name, change in INPUTS.items():
         ways[f"inputs {name}"] = Way("the thoughts are", functools.partial(other_inputs, change))
+    # the suffix sees the prefix alone, from its place behind the latents: they have no other effect
+    hidden = functools.partial(fewer_steps, 0, shift=K)
     ways["latents hidden from the suffix"] = Way("the thoughts are", hidden)
     if adapter.kind != "none":
         ways["adapter left out"] = Way("the adapter is", functools.partial(other_adapter, left_out))
@@ -77,27 +79,14 @@ def ways_of(model):
     return ways
 
 
-def trained(queries):
-    return queries.trained
-
-
-def fewer_steps(k, queries):
-    return queries.roll(k)[0]
+def fewer_steps(k, queries, shift=0):
+    return queries.roll(k, shift=shift)[0]
 
 
 def other_inputs(change, queries):
     """change: inputs (K, B, D) as trained -> those that the steps get instead."""
     inputs = change(torch.stack(queries.inputs))
-
-    def hook(k, _):
-        return inputs[k]
-
-    return queries.roll(queries.steps, hook=hook)[0]
-
-
-def hidden(queries):
-    """The suffix sees the prefix alone, from its place behind the latents: they have no other effect."""
-    return queries.roll(0, shift=queries.steps)[0]
+    return queries.roll(queries.steps, hook=lambda k, _: inputs[k])[0]
 
 
 def other_adapter(adapter, queries):
@@ -110,26 +99,19 @@ def left_out(z, step, anchor):
 
 
 def other_anchor(change, queries):
-    def adapter(z, step, anchor):
-        return queries.model.adapter(z, step, change(anchor))
-
-    return other_adapter(adapter, queries)
+    return other_adapter(lambda z, step, anchor: queries.model.adapter(z, step, change(anchor)), queries)
 
 
 def routed(logits, queries):
     """All rows get these logits (E,) of the router, and all experts take part."""
-    adapter = queries.model.adapter
+    adapter = copy.copy(queries.model.adapter)  # over the same weights
+    adapter.top_k = adapter.experts
 
     def constant(router, inputs, output):
         return logits.to(output).expand_as(output)
 
-    top_k, handle = adapter.top_k, adapter.router.register_forward_hook(constant)
-    adapter.top_k = adapter.experts
-    try:
-        return queries.roll(queries.steps)[0]
-    finally:
-        adapter.top_k = top_k
-        handle.remove()
+    with adapter.router.register_forward_hook(constant):
+        return other_adapter(adapter, queries)
 
 
 def of_another_query(x):
@@ -147,5 +129,4 @@ def noise(x):
 
 
 INPUTS = {"zero": torch.zeros_like, "of another query": of_another_query, "mean": batch_mean, "noise": noise}
-# these say nothing with one query
-NEEDS_OTHERS = ("inputs of another query", "inputs mean", "anchor shuffled")
+NEEDS_OTHERS = ("inputs of another query", "inputs mean", "anchor shuffled")  # of one they say nothing

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from tools import dry_run
-from tools.dry_run import LiveBytes
+from tests.processes import call
+from tools.counts import LiveBytes
 
 ROW = re.compile(r" +\d+ +\d+ +\d+ +\d+ +[\d,.]+ +[\d.]+")  # of the table
 
@@ -18,25 +18,20 @@ def table(printed):
     return np.array(lines, float)
 
 
-def test_dry_run_tells_what_a_run_would_take_and_writes_nothing(world, tmp_path, capsys):
-    flags = ["--data", str(world / "train.jsonl"), "--out", str(tmp_path / "none"), "--micro_batch=3",
-             "--segments=2", "--latent_positions=mrope"]
-
-    def dry(*more):
-        dry_run.main([*flags, *more])
-        return capsys.readouterr().out
-
-    printed = dry("--device=cpu")
-    assert "24 pairs in 2 data sets: t2i 12 (" in printed and "entered by step" in printed  # as a run begins
-    plain, recomputed = table(printed), table(dry("--device=cpu", "--checkpointing"))
-    shapes = table(dry("--device=meta"))
+def test_dry_run_tells_what_a_run_would_take_and_writes_nothing(world, tmp_path):
+    flags = ["--data", world / "train.jsonl", "--out", tmp_path / "none", "--micro_batch=3", "--segments=2",
+             "--latent_positions=mrope"]
+    cpu, *others = [call("tools.dry_run", *flags, *more).stdout for more in (
+        ["--device=cpu"], ["--device=cpu", "--checkpointing"], ["--device=meta"])]
+    assert "24 pairs in 2 data sets: t2i 12 (" in cpu and "entered by step" in cpu  # as a run begins
+    plain, recomputed, shapes = map(table, (cpu, *others))
     assert plain[:, :2].tolist() == [[0, 0], [1, 1], [2, 2], [2, 2]] and not (tmp_path / "none").exists()
     assert (recomputed[:, 4] < 0.6 * plain[:, 4]).all() and (plain[:, 4] <= plain[:, 5]).all()
     assert shapes[:, :4].tolist() == plain[:, :4].tolist()
     # GiB are printed to three digits
     assert np.allclose(shapes[:, 4], plain[:, 4], rtol=0.05, atol=1.1e-3), (shapes, plain)
-    count = int(re.search(r"([\d,]+) parameters", printed)[1].replace(",", ""))
-    size = float(re.search(r"weights ([\d.]+) GiB, gradients \1 GiB", printed)[1])
+    count = int(re.search(r"([\d,]+) parameters", cpu)[1].replace(",", ""))
+    size = float(re.search(r"weights ([\d.]+) GiB, gradients \1 GiB", cpu)[1])
     assert size == pytest.approx(4 * count / 2**30, abs=6e-4)
 
 

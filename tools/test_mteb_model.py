@@ -5,7 +5,6 @@ import pytest
 
 from model import Plume
 from tests.samples import NAMES
-from tools.mteb_model import PlumeEncoder
 
 mteb = pytest.importorskip("mteb", reason="needs mteb: pip install mteb")
 datasets = pytest.importorskip("datasets", reason="needs datasets: pip install datasets")
@@ -13,6 +12,7 @@ datasets = pytest.importorskip("datasets", reason="needs datasets: pip install d
 from mteb.abstasks.retrieval import AbsTaskRetrieval
 from mteb.abstasks.task_metadata import TaskMetadata
 
+from tools.mteb_model import PlumeEncoder
 
 NO_DATA_SET = dict(path="nobody/nothing", revision="1")
 

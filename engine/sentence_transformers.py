@@ -1,0 +1,140 @@
+"""A checkpoint as the one module of a SentenceTransformer: items in, unit vectors out.
+
+    model = SentenceTransformer("out/checkpoint", trust_remote_code=True)
+    vectors = model.encode(["a red car", {"image": "car.jpg"}, {"text": "why?", "video": "clip.mp4"}])
+
+Items are those of `Plume.encode`, or a turn {"role": "user", "content": ...}; `mode` and `steps` go to
+`encode`, too.  hub/plume_st.py, which stands in the checkpoint, finds this file and fills in Plume.
+"""
+
+import importlib
+import os
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+from sentence_transformers.base.modules import InputModule
+
+from data import collate, padded, to_device
+from engine.stream import check_embeddings, check_mode, warn_of_file_names
+from files.errors import DataError, quote
+from files.items import parse_item, Side
+from hub.isolated import HOME
+from hub.layouts import write_checkpoint
+
+MODALITIES = ("text", "image", "video", "message")
+
+
+class PlumeEmbedder(InputModule):
+    """Everything from an item to its unit vector."""
+
+    Plume = None  # the class of model.py, which imports engine/
+    config_file_name = "sentence_bert_config.json"
+    config_keys = ["modalities"]
+    forward_kwargs = {"mode", "steps"}
+    modalities = MODALITIES
+
+    def __init__(self, model, modalities=MODALITIES):
+        super().__init__()
+        self.plume, self.modalities = model, list(modalities)
+
+    @classmethod
+    def load(cls, model_name_or_path, subfolder="", token=None, cache_folder=None, revision=None,
+             local_files_only=False, model_kwargs=None, config_kwargs=None, processor_kwargs=None,
+             backend="torch", **unused):
+        """A checkpoint folder or its name on the hub.
+
+        model_kwargs: a "dtype"; config_kwargs: settings in place of those in the checkpoint's plume block.
+        """
+        model_kwargs = dict(model_kwargs or {})
+        dtype = model_kwargs.pop("dtype", model_kwargs.pop("torch_dtype", None))
+        refused = [*model_kwargs, *(processor_kwargs or ())]
+        if backend != "torch":
+            refused.append(f"backend {backend!r}")
+        if refused:
+            raise ValueError(f"{', '.join(refused)}: not known here; model_kwargs may have a 'dtype', "
+                             "config_kwargs what the plume block of config.json has")
+        home = os.environ.get("PLUME_HOME")
+        if home and Path(home).resolve() != HOME:
+            raise ImportError(f"PLUME_HOME is {home!r} now, and for this checkpoint Python has imported the "
+                              f"PLUME in {str(HOME)!r}; start Python anew")
+        hub = dict(subfolder=subfolder, token=token, cache_folder=cache_folder, revision=revision,
+                   local_files_only=local_files_only)
+        folder = cls.load_dir_path(model_name_or_path, **hub)
+        dtype = None if dtype == "auto" else dtype
+        model = cls.Plume.from_pretrained(folder, dtype=dtype, **config_kwargs or {})
+        return cls(model, **cls.load_config(model_name_or_path, **hub))
+
+    def save(self, output_path, *unused, **also_unused):
+        write_checkpoint(self.plume, output_path)
+        self.save_config(output_path)
+
+    def __reduce_ex__(self, protocol):
+        """Where our modules have their plain names, a process that gets the pickle imports them so, too."""
+        Plume = type(self.plume)
+        if Plume.__module__ != "model":
+            return super().__reduce_ex__(protocol)
+        return make_empty, (Plume, type(self).__module__), self.__dict__
+
+    def preprocess(self, inputs, prompt=None, **unused):
+        """Items -> their rendered samples.  `rows` says which: GradCache cuts tensors along the batch."""
+        items = list(warn_of_file_names(inputs))
+        with ThreadPoolExecutor(4) as pool:
+            samples = list(pool.map(self.read, items, [prompt] * len(items)))
+        ids = padded([sample["ids"] for sample in samples], 0)
+        return dict(input_ids=ids, rows=torch.arange(len(samples)), samples=samples)
+
+    def read(self, item, prompt):
+        where = f"item {quote(item)}"
+        side = Side(parts_of(item, where), where=where)
+        if prompt:  # in front of the text, behind pictures that stand in front of it
+            kinds = [kind for kind, _ in side.parts]
+            side.parts.insert(kinds.index("text") if "text" in kinds else len(kinds), ("text", prompt))
+        return dict(self.plume.processor.render(side), where=where)
+
+    def forward(self, features, mode="latent", steps=None):
+        check_mode(mode, steps)
+        samples = [features["samples"][row] for row in features["rows"].tolist()]
+        batch = to_device(collate(samples, self.plume.processor), self.plume.device)
+        vectors, _ = self.plume.embed(batch, mode, steps)  # (B, D)
+        if not torch.is_grad_enabled():
+            check_embeddings(self.plume, samples, vectors.cpu().numpy())
+        return features | dict(sentence_embedding=vectors)
+
+    def get_embedding_dimension(self):
+        return self.plume.lm.config.hidden_size
+
+    def gradient_checkpointing_enable(self, *unused, **also_unused):
+        self.plume.checkpointing = True
+
+    @property
+    def max_seq_length(self):
+        """In tokens, with pictures; what is longer is an error and not cut, so it cannot be set."""
+        return self.plume.processor.limits.max_len
+
+    @property
+    def tokenizer(self):
+        return self.plume.processor.tokenizer
+
+
+def make_empty(Plume, module):
+    """An embedder for what a pickle holds; Plume comes first, so that its module is imported by then."""
+    cls = importlib.import_module(module).PlumeEmbedder
+    return cls.__new__(cls)
+
+
+def parts_of(item, where):
+    """An item of `Plume.encode`, or a turn of the user in sentence-transformers' form -> parts of a Side."""
+    turns = item if isinstance(item, list) else [item]
+    if not all(isinstance(turn, dict) and "role" in turn for turn in turns):
+        return parse_item(item, where=where).parts
+    if len(turns) != 1 or turns[0]["role"] != "user":
+        raise DataError(f"{where}: PLUME embeds one turn of the user; other turns and system texts are not "
+                        "read")
+    content, parts = turns[0].get("content"), []
+    if isinstance(content, str):
+        return parse_item(content, where=where).parts
+    for piece in content:
+        kind = piece.get("type")
+        parts += parse_item({kind: piece.get(kind)}, where=where).parts
+    return parts
