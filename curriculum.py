@@ -27,6 +27,10 @@ import random
 import re
 from dataclasses import dataclass, replace
 
+# A sentence with the blank in front of it, and a word with its own.
+SENTENCE = re.compile(r".+?(?:[.!?;]+(?=\s|\Z)|[。！？；]+|\Z)", re.S)
+WORD = re.compile(r"\s*\S+")
+
 
 @dataclass(frozen=True)
 class Stage:
@@ -170,7 +174,7 @@ class Progress:
         return stage
 
     def observe(self, step, gate_loss):
-        """gate_loss: loss on the first token behind the latents in this step, averaged over ranks."""
+        """gate_loss: loss on the first token that can be wrong in this step, averaged over ranks."""
         here = self.place(step)
         if self.replayed(step) != here:
             return
@@ -187,11 +191,6 @@ class Progress:
     def load(self, state):
         self.entry, self.recent = list(state["entry"]), list(state["recent"])
         self.observed = state["observed"]
-
-
-# A sentence with the blank in front of it, and a word with its own.
-SENTENCE = re.compile(r".+?(?:[.!?;]+(?=\s|\Z)|[。！？；]+|\Z)", re.S)
-WORD = re.compile(r"\s*\S+")
 
 
 def segment(text, parts):

@@ -12,7 +12,6 @@ import functools
 import itertools
 import os
 import re
-import sys
 from typing import NamedTuple
 
 import numpy as np
@@ -31,6 +30,7 @@ from files.items import Side
 from files.pictures import load_image
 
 
+# ---- pixels
 def target_size(width, height, min_pixels, max_pixels, backbone=QWEN2_VL, together=0):
     """The backbone's resize rule -> (width, height): whole tokens, area between the limits, shape kept.
 
@@ -67,6 +67,7 @@ def patchify(frames, size, backbone=QWEN2_VL):
     return x.reshape(t * h * w, -1), (t, h, w)
 
 
+# ---- the prompt
 QWEN_TOKENS = ("<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>",
                "<|video_pad|>", "<|endoftext|>")
 PLUME_TOKENS = ("<gen_emb>", "<disc_emb>", "<bot>", "<eot>", "<ct>")  # <ct>: the released code's, unused here
@@ -208,7 +209,7 @@ class Processor:
             pieces += shown
             pixels.append(patches)
             grids.append(grid)
-        for kind, run in itertools.groupby(pieces, type):
+        for kind, run in itertools.groupby(pieces, type):  # of texts, ids, VisualTokens
             if kind is VisualTokens:
                 for visual in run:
                     ids += [visual.id] * visual.positions.shape[1]
@@ -319,6 +320,7 @@ class Processor:
         return [(i * curriculum.steps_per_segment, ids[0]) for i, ids in enumerate(tokens) if ids]
 
 
+# ---- batches
 def padded(rows, value):
     """Arrays or lists (n, ...) -> one tensor (B, largest n, ...), filled up on the right."""
     return pad_sequence([torch.as_tensor(row) for row in rows], batch_first=True, padding_value=value)
@@ -387,6 +389,7 @@ class Schedule:
         at = (nth + np.random.default_rng([seed, 0]).random(steps)) / self.counts[which]
         order = np.argsort(at, kind="stable")
         self.which, self.nth = which[order], nth[order]
+        # a cache of this object's own
         self.lap = functools.lru_cache(2 * len(names))(self.lap)  # a batch may stand across two passes
 
     def lap(self, d, number):
@@ -470,7 +473,3 @@ def to_device(batch, device):
     moved = {name: value.to(device, non_blocking=True)
              for name, value in batch.items() if torch.is_tensor(value) and name != "grid"}
     return batch | moved
-
-
-if __name__ == "__main__":
-    sys.exit("this file is read by the others; to look at data: python -m tools.look --show sheet.png")

@@ -52,9 +52,9 @@ TIE = 1e-6  # cosines closer than this are a tie: more than float32 rounding, le
 class Config:
     # what
     data: str = ""  # folder of the tasks; media paths are relative to it; default: turtle world
-    moves: str = "8"  # of turtle world's programs,
-    rules: bool = False  # whether they show a rule book, and
-    codes: bool = False  # whether it is pages with code words, as in train.py
+    moves: str = "8"  # moves in turtle world's programs, as in train.py
+    rules: bool = False  # turtle world with rule books, as in train.py
+    codes: bool = False  # turtle world of pages with code words, as in train.py
     task: str = "all"  # all, image, video, visdoc, a meta-task (video_ret) or data set (MSVD);
     #     several with commas between
     ckpt: str = "out/checkpoint"  # checkpoint folder or hub name
@@ -74,7 +74,8 @@ class Config:
     # report
     scores: str = ""  # folder for a JSON a task, tables, and the embeddings with which a stopped run goes on;
     #     for MMEB-V2: out/scores
-    json: str = ""  # also write the scores, and of every query rank and first ten with scores, to this file
+    json: str = ""  # file that also gets the scores and, for every query, the rank of its answer and the
+    #     first ten found
 
 
 # ---- ranking
@@ -163,10 +164,10 @@ def evaluate(task, vectors):
         scores, metric=task.metric, interval=interval(per_query[task.metric]),
         queries=n, candidates=float(np.mean(sizes)), chance=chance,
         at_chance=scores["hit@1"] <= chance + 2 * math.sqrt(chance * (1 - chance) / n),
-        ranks=dict(zip(task.query_ids, map(first_rank, ranks))), **runs(task, vectors))
+        ranks=dict(zip(task.query_ids, map(first_rank, ranks))), **found_and_relevant(task, vectors))
 
 
-def runs(task, vectors, count=10):
+def found_and_relevant(task, vectors, count=10):
     """The first `count` a query with scores, and what is right: {query id: {corpus id: score}}, as BEIR."""
     found, relevant, ids = {}, {}, task.corpus_ids
     for query, gains, first in zip(

@@ -104,12 +104,12 @@ def prefill(lm, prefix, rule="mrope", checkpointing=False):
 
 def steps_and_suffix(lm, adapter, steps, anchor, z, pos, suffix, cache, checkpointing=False, hook=None):
     """What comes behind the prefix -> latents (B, K, D), suffix (B, T, D), router probabilities (B, K, E)."""
-    states, probs, columns, one_by_one = [], [], suffix, steps
+    states, probs, columns, loops = [], [], suffix, steps
     if isinstance(adapter, TransitionAdapter) and adapter.kind == "parallel":
         # K learnt tokens instead, all of them in one pass with the suffix
         learnt = adapter.tokens.weight[:steps].expand(len(z), -1, -1)  # (B, K, D)
-        columns, one_by_one = torch.cat([learnt, suffix], 1), 0
-    for k in range(one_by_one):
+        columns, loops = torch.cat([learnt, suffix], 1), 0
+    for k in range(loops):
         x, r = adapter(z, k, anchor)  # (B, D), (B, E)
         probs.append(r)
         if hook is not None:
@@ -155,6 +155,7 @@ def naive_rollout(inner, adapter, inputs, positions, disc, steps, suffix, rule="
     return Rollout(anchor, states[0], torch.stack(states, 1)[:, 1:], behind(suffix, start + steps), router)
 
 
+# ---- other ways to think
 def single_pass(lm, prefix):
     """h(<disc_emb>) (B, D) of the prefix alone: the anchor, normalised it is the single-pass embedding."""
     return prefill(lm, prefix)[1]
@@ -211,12 +212,12 @@ def until_done(lm, adapter, embed, head, prefix, steps, suffix, gen, eot, done, 
         z = decoder(lm, x[:, None], pos[:, None] + k, cache)[:, 0]
 
     out, pos = torch.zeros_like(z), pos + taken
-    told, left = stopped.nonzero()[:, 0], (~stopped).nonzero()[:, 0]
-    if len(told):
-        seen = cache.of(told)
-        seen.taken = taken[told]
-        places = pos[told, None] + torch.arange(suffix.shape[1], device=pos.device)
-        out[told] = select_column(decoder(lm, suffix[told], places, seen), gen[told])
+    ready, left = stopped.nonzero()[:, 0], (~stopped).nonzero()[:, 0]
+    if len(ready):
+        seen = cache.of(ready)
+        seen.taken = taken[ready]
+        places = pos[ready, None] + torch.arange(suffix.shape[1], device=pos.device)
+        out[ready] = select_column(decoder(lm, suffix[ready], places, seen), gen[ready])
     if len(left):
         out[left], tokens = write(lm, embed, head, z[left], pos[left], cache.of(left), end, limit)
         written[left] = length_of(tokens, end)
@@ -246,6 +247,7 @@ def select_column(h, column):
     return h[torch.arange(len(h), device=h.device), column]
 
 
+# ---- the decoder
 def decoder(lm, x, positions, cache, checkpointing=False, deepstack=()):
     """All layers over L new columns: x (B, L, D), positions (3, B, L) or (B, L) -> final states (B, L, D).
 
@@ -253,16 +255,16 @@ def decoder(lm, x, positions, cache, checkpointing=False, deepstack=()):
     deepstack: see Prefix.
     """
     cos, sin = rotary(lm, positions.expand(3, *positions.shape[-2:]), x)  # (B, 1, L, d) each
-    mask, prefill = mask_of(x, cache), not cache.prefix
+    mask, first = mask_of(x, cache), not cache.prefix
     for i, layer in enumerate(lm.layers):
-        past = None if prefill else (*cache.prefix[i], *cache.slots[i], cache.hide)
+        past = None if first else (*cache.prefix[i], *cache.slots[i], cache.hide)
         if checkpointing and torch.is_grad_enabled():
             x, k, v = checkpoint(block, layer, x, cos, sin, mask, past, use_reentrant=False)
         else:
             x, k, v = block(layer, x, cos, sin, mask, past)
         if i < len(deepstack):  # Qwen3-VL
             x = add_features(x, *deepstack[i])
-        if prefill:
+        if first:
             cache.prefix.append((k, v))
             cache.slots.append((k[:, :, :0], v[:, :, :0]))
         else:
@@ -372,6 +374,10 @@ def at_least_float32(x):
     return x.to(torch.promote_types(x.dtype, torch.float32))  # half precision would lose too much here
 
 
+def unit(x):
+    return F.normalize(at_least_float32(x), dim=-1)
+
+
 def split_heads(x, d):
     return x.view(*x.shape[:2], -1, d).transpose(1, 2)  # (B, L, H*d) -> (B, H, L, d)
 
@@ -405,6 +411,7 @@ def linear(layer, x):
     return y_t.T.unflatten(0, x.shape[:2])
 
 
+# ---- CUDA graphs, for speed alone
 class Graphs:
     """`steps_and_suffix` as CUDA graphs, for inference: one for each B, K, T and number of prefix columns.
 
@@ -482,7 +489,3 @@ def record(function, device):
 @functools.cache
 def recording_stream(device):
     return torch.cuda.Stream(device)  # one for all graphs: libraries keep a workspace for every stream
-
-
-def unit(x):
-    return F.normalize(at_least_float32(x), dim=-1)

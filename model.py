@@ -35,7 +35,7 @@ from latent import (
 
 SPECIAL_IDS = ("image_pad", "video_pad", "vision_start", "vision_end")  # tokens that a configuration names
 # The fixed strings around every item, one token each: in a tiny model they would be most of the work.
-FRAME = [SHAPES["tiny"]["prompt"], *fixed_strings(TEMPLATE)]
+FIXED_STRINGS = [SHAPES["tiny"]["prompt"], *fixed_strings(TEMPLATE)]
 SECONDS = " seconds>"  # stands in front of every frame pair of Qwen3-VL
 
 
@@ -90,7 +90,7 @@ class Plume(nn.Module):
         per_pair, a row for every query, then one for every target, then hard negatives: gen, disc (B, D) unit
         embeddings; router (B, K, E) probabilities.
         per_token, of any length: ce (N,) cross-entropy of every labelled token of the suffix; gate_loss (n,)
-        that of the first token behind the latents; read (m,) that of the token each latent step replaced,
+        that of the first token that can be wrong; read (m,) that of the token each latent step replaced,
         read from the state that the step starts from.
         """
         head, rule = self.backbone.lm_head.weight, self.settings["latent_positions"]
@@ -152,7 +152,7 @@ class Plume(nn.Module):
         """Embed items -> float32 array (N, D), unit rows, in the order in which `items` gives them.
 
         items: a list, or anything else that can be iterated, of strings, pictures or {"text"?, "image"?,
-        "video"?}; see data.parse_item.  Kinds may be mixed: rows are batched by length.
+        "video"?}; see files.items.parse_item.  Kinds may be mixed: rows are batched by length.
         mode: "latent" (steps = 0..32, default the checkpoint's K), "single" (one pass), "cot" (greedy
         rationale, until <gen_emb> or `limit` tokens), "auto" (latent steps until the probability of <eot> is
         above `done`; what K steps do not hold is written as in cot).  progress: a bar, or its label.
@@ -181,8 +181,8 @@ class Plume(nn.Module):
         """
         shape = SHAPES[shape]
         model_type = shape.get("backbone", "qwen2_vl")
-        frame = [*FRAME, SECONDS] if BACKBONES[model_type].time == "text" else FRAME
-        tokenizer = train_tokenizer(texts, frame)
+        fixed = [*FIXED_STRINGS, SECONDS] if BACKBONES[model_type].time == "text" else FIXED_STRINGS
+        tokenizer = train_tokenizer(texts, fixed)
         in_blocks_of_64 = -(-len(tokenizer) // 64) * 64
         text = dict(vocab_size=in_blocks_of_64, bos_token_id=None, eos_token_id=None) | shape["text"]
         special = {f"{name.replace('_pad', '')}_token_id": tokenizer.convert_tokens_to_ids(f"<|{name}|>")
@@ -226,7 +226,10 @@ class Plume(nn.Module):
         return align_weights(model.to(device))
 
     def save_pretrained(self, path, released=False):
-        """Write a checkpoint folder: config.json, model.safetensors, tokenizer, preprocessor_config.json.
+        """Write a checkpoint folder; hub/folders.py has the names of all that is in it.
+
+        Configuration, weights, tokenizer and chat template come from hub/layouts.py, model card and what
+        sentence-transformers reads from hub/card.py.
 
         It appears under its name only when it is complete, in place of the checkpoint that stood there.
         released: in the released layout, which cannot say how the model was trained; see (b) in
@@ -257,7 +260,7 @@ def cross_entropy(h, weight, labels, elements=None):
 
 
 def __getattr__(name):
-    """What plume_st.py in a checkpoint of an older version asks this module for first."""
+    """Not of the method: what plume_st.py in a checkpoint of an older PLUME asks for first."""
     if name == "told_of_file_names":
         raise ImportError("this checkpoint's plume_st.py is of an older PLUME; write the checkpoint again: "
                           "Plume.from_pretrained(FOLDER).save_pretrained(FOLDER)")

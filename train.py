@@ -49,7 +49,7 @@ from tasks.turtle import moves_lost, World
 
 
 @dataclass
-class Config:
+class Config:  # --help prints the comments
     # data
     data: str = ""  # JSONL (or JSON array) of training pairs; default: turtle world
     families: str = ""  # families of turtle world, with commas between; default: all
@@ -72,9 +72,9 @@ class Config:
     max_len: int = 0  # tokens in a sequence; a longer rationale loses its end; 0: the checkpoint's own
     latent_positions: str = "mrope"  # of latent steps: mrope goes on counting, cache as released
     tied: bool = True  # random weights have one embedding for input and output
-    freeze_backbone: bool = False  # behind stage 0, with --init from the first step, only the adapter learns
+    freeze_backbone: bool = False  # after stage 0 (with --init from the first step) only the adapter learns
     freeze_vision: str = "auto"  # true, false, or auto: frozen (but for its merger) when --init is given
-    # adapter: the paper's ablations; this and latent_positions are those of --init unless given here
+    # adapter: the paper's ablations; with --init they are the checkpoint's unless given, and so are positions
     adapter: str = "moe"  # moe (the paper), mlp (the shared expert alone), none (hidden states as they are),
     #     or parallel: no recurrence, K learnt tokens in one pass
     experts: int = 4  # E, specialised experts
@@ -283,9 +283,9 @@ def train(cfg, given, curriculum, device, dtype):
 
 # ---- losses
 def losses(out, batch, cfg):
-    """The paper's objective -> dict of scalars, each normalised over all ranks.
+    """The paper's ce, gen, disc, bal, our read, matryoshka -> dict of scalars, normalised over all ranks.
 
-    The weight of the loss NAME is w_NAME of Config.  `gate_loss` is only watched: it opens the gate.
+    A new loss is an entry of `parts` and its weight w_NAME in Config.  `gate_loss` only opens the gate.
     """
     pairs, tokens = out["per_pair"], out["per_token"]
     target, valid = all_gather(batch["target"]), all_gather(batch["valid"])  # (ranks, B, 1+M)
@@ -328,10 +328,11 @@ def info_nce(query, candidates, hashes, valid, scale):
     1+M) of the candidates: one that equals a query's target is no negative of that query; valid (ranks, B,
     1+M): which there are.  The mean over ranks is the global batch's.
     """
-    there = contrastive_cross_entropy(query, candidates, hashes, valid, scale)
-    back = contrastive_cross_entropy(candidates[:, 0], query[:, None], hashes[..., :1], valid[..., :1], scale)
+    to_candidates = contrastive_cross_entropy(query, candidates, hashes, valid, scale)
+    to_queries = contrastive_cross_entropy(
+        candidates[:, 0], query[:, None], hashes[..., :1], valid[..., :1], scale)
     rank, counts = ranks()[0], valid[..., 0]
-    return ((there + back) / 2 * counts[rank]).sum() * len(counts) / counts.sum().clamp(min=1)
+    return ((to_candidates + to_queries) / 2 * counts[rank]).sum() * len(counts) / counts.sum().clamp(min=1)
 
 
 def contrastive_cross_entropy(x, candidates, hashes, valid, scale):
@@ -350,7 +351,7 @@ def contrastive_cross_entropy(x, candidates, hashes, valid, scale):
 
 # ---- GradCache
 def backward(model, batch, cfg, autocast):
-    """Gradients of the global batch's loss from micro-batches that fit in memory -> `losses`.
+    """Gradients of the global batch's loss from micro-batches that fit in memory -> what `losses` gives.
 
     GradCache (arXiv 2101.06983): each micro-batch runs without a graph; the loss is taken on the outputs of
     all of them and of all ranks; then each runs again with a graph, in the same random state, and
@@ -483,12 +484,15 @@ def build_model(cfg, given, pairs, device):
     return model
 
 
+WITHOUT_DECAY = ("adapter.b1", "adapter.b2", "adapter.step_embed", "adapter.tokens")
+
+
 def parameter_groups(model, weight_decay, vision_lr):
     """Matrices with weight decay; vectors, the step table and the experts' stacked biases without."""
     groups = {}
     for name, p in model.named_parameters():
         share = vision_lr if "visual" in name else 1.0
-        plain = p.ndim < 2 or name.startswith(("adapter.b", "adapter.step_embed", "adapter.tokens"))
+        plain = p.ndim < 2 or name.startswith(WITHOUT_DECAY)
         decay = 0.0 if plain else weight_decay
         if p.requires_grad:
             groups.setdefault((share, decay), []).append(p)

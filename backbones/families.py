@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass, replace
 
 from files.errors import DataError, quote
 
+
 @dataclass(frozen=True)
 class Backbone:
     """What a model type wants of pictures and clips."""

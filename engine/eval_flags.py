@@ -1,13 +1,16 @@
 """Flags of eval.py that cannot work: refused before anything is loaded."""
 
-from engine.stream import check_mode
+from adapter import MAX_STEPS
+from engine.stream import MODES
 from files.errors import DataError
 from files.writing import writable
 
 
 def check_flags(cfg, given, published):
     """Raises DataError; given: names of the flags; published: whether --data is a copy of MMEB-V2."""
-    check_mode(cfg.mode, None if cfg.steps == -1 else cfg.steps)
+    if cfg.mode not in MODES or not -1 <= cfg.steps <= MAX_STEPS or (cfg.steps >= 0 and cfg.mode != "latent"):
+        raise DataError(f"--mode {cfg.mode!r} --steps {cfg.steps}: mode is one of {MODES}, steps are "
+                        f"0..{MAX_STEPS} and belong to mode latent")
     if cfg.protocol not in ("clean", "released"):
         raise DataError(f"--protocol {cfg.protocol!r}: needs clean or released")
     if cfg.batch_size < 1 or cfg.limit < 1 or not writable(cfg.json):

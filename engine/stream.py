@@ -203,11 +203,12 @@ def check_embeddings(model, samples, vectors):
 
 
 def check_mode(mode, steps):
-    """Raises DataError for what `embed` does not know."""
+    """Raises ValueError for what `embed` does not know."""
     if mode not in MODES:
-        raise DataError(f"mode {quote(mode)}.{nearest(mode, MODES)}")
+        raise ValueError(f"mode {quote(mode)}.{nearest(mode, MODES)}")
     if steps is not None and (mode != "latent" or not 0 <= steps <= MAX_STEPS):
-        raise DataError(f"steps {steps} in mode {mode!r}: steps are 0..{MAX_STEPS} and belong to mode latent")
+        raise ValueError(f"steps {steps} in mode {mode!r}: steps are 0..{MAX_STEPS} and belong to mode "
+                         "'latent'")
 
 
 def iterate(items):

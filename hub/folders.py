@@ -1,6 +1,6 @@
 """Every name that a checkpoint and a run leave on disk, and how one checkpoint takes another's place.
 
-    OUT/checkpoint                the newest
+    OUT/checkpoint                the newest; FILES and CARD are in it
     OUT/checkpoint-STEP           an earlier one that --keep has kept
     OUT/checkpoint.XXXXXXXX.old   was being replaced when the run died
     OUT/NAME.XXXXXXXX.writing     was being written when the run died; see `temporary_name`

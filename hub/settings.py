@@ -1,6 +1,6 @@
 """What a checkpoint says about itself: the `plume` block of config.json, its defaults and checks.
 
-`limits` is families.Limits, `template` data.TEMPLATE, `adapter` TransitionAdapter's keywords.
+`limits` is backbones.families.Limits, `template` data.TEMPLATE, `adapter` TransitionAdapter's keywords.
 """
 
 from dataclasses import asdict

@@ -127,6 +127,7 @@ BROKEN = {
     "axes of another width": (edit, dict(text_config=OTHER_AXES), "mrope_section"),
     "a width in words": (edit, dict(text_config=dict(hidden_size="wide")), NO_QWEN),
     "an unknown activation": (edit, dict(text_config=dict(hidden_act="relu9")), NO_QWEN),
+    "tokenizer is a pointer": (write, "tokenizer.json", LFS, "tokenizer.json: not JSON.*Git LFS pointer"),
     "no tokenizer": (remove, "tokenizer.json", "tokenizer.json: no such file"),
     "tokenizer's settings cut off": (cut, "tokenizer_config.json", "tokenizer_config.json: not JSON"),
     "tokenizer of nobody": (write, "tokenizer.json", NOBODY, "the tokenizer"),

@@ -3,6 +3,7 @@
 import ast
 import graphlib
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -19,8 +20,9 @@ NOT_NEEDED = ("tools", "docs", "assets", "tests", "test_plume.py")
 FILES = [file for folder in (".", *ROOMS, "tests") for file in HERE.joinpath(folder).glob("*.py")]
 SOURCES = {".".join(file.relative_to(HERE).with_suffix("").parts): file.read_text("utf-8") for file in FILES}
 TREES = {name: ast.parse(text) for name, text in SOURCES.items()}
+FOR_TESTS = ("test_", "conftest", "miniature")  # how the names of files begin
 PRODUCT = [name for name in SOURCES
-           if not name.startswith("tests.") and not name.split(".")[-1].startswith(("test_", "conftest"))]
+           if not name.startswith("tests.") and not name.split(".")[-1].startswith(FOR_TESTS)]
 
 
 def imports(name):
@@ -79,6 +81,13 @@ def test_files_and_functions_stay_short():
     long += [f"{name}: {node.name}" for name, tree in TREES.items() for node in ast.walk(tree)
              if isinstance(node, ast.FunctionDef) and node.end_lineno - node.lineno >= 90]
     assert not long, "\n".join(long)
+
+
+def test_the_readme_is_the_map_of_the_house():
+    house = (HERE / "README.md").read_text("utf-8").split("## The house")[1].split("\n## ")[0]
+    words = set(re.findall(r"\w+", house))
+    missing = [name for name in PRODUCT if not set(name.split(".")) - {"__init__"} <= words]
+    assert not missing, "not on README's map: " + ", ".join(missing)
 
 
 def test_an_installed_package_of_the_same_name_does_not_win(tmp_path):

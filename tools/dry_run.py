@@ -77,9 +77,8 @@ def dry_run(cfg, model, pairs, curriculum, autocast, dtype):
             sum(x.sum() for x in tree_leaves(out)).backward()
             del out
         most = max(most, live.peak)
-        took = "" if meta else f"{time.perf_counter() - begun:7.2f}"
         print(f"{stage.index:5d}  {stage.latent_steps:12d}  {tokens:16d}  {patches:7d}  {kept / GIB:9.3f}  "
-              f"{live.peak / GIB:9.3f}", took)
+              f"{live.peak / GIB:9.3f}", "" if meta else f"{time.perf_counter() - begun:7.2f}")
 
     state = 4 * every + 12 * trained
     if meta and dtype == torch.bfloat16:

@@ -110,8 +110,7 @@ def draw(found, lengths, path):
         for n, (way, (*rows, _)) in enumerate(found.items()):  # without MIXED
             axes.plot(lengths, [row[key] for row in rows], "o-", label=way if key == "hit" else None,
                       markersize=4 + 1.5 * (len(found) - n), clip_on=False)  # equal ones are seen as rings
-        axes.set(xlabel="moves", xticks=lengths, ylabel=label)
-        axes.set_ylim(bottom=0)
+        axes.set(xlabel="moves", xticks=lengths, ylabel=label, ylim=(0, None))
         axes.yaxis.set_major_formatter(form)
         axes.grid(axis="y", color="#dddddd")
     figure.legend(loc="outside lower center", ncols=4)

@@ -85,7 +85,7 @@ def lines_of(label, side):
 
 
 def pictures_of(side):
-    """The pictures and 8 frames of the clips of a side, three times as large, but at most 240 pixels wide and high."""
+    """The pictures and frames of a side, three times as large, but at most 240 pixels wide and high."""
     images = []
     for kind, value in side.parts:
         if kind == "image":
@@ -95,24 +95,21 @@ def pictures_of(side):
     return [ImageOps.scale(image, min(3, 240 / max(image.size)), Image.NEAREST) for image in images]
 
 
-def bench(pairs, cfg):
+def bench(pairs, processor, workers, count):
     """Prints what the workers give a second: pictures and clips for themselves, pairs in batches of 4."""
-    if cfg.workers < 0 or cfg.count < 8:
-        raise DataError(f"--workers {cfg.workers}, --count {cfg.count}: needs at least 0 workers and 8 pairs")
-    limits = Limits(
-        max_pixels=cfg.max_pixels, video_max_pixels=cfg.video_max_pixels, num_frames=cfg.num_frames)
-    processor = Processor(train_tokenizer(pairs.texts()), "", limits)
-    drawn = np.random.default_rng(0).permutation(len(pairs))[: cfg.count]
+    if workers < 0 or count < 8:
+        raise DataError(f"--workers {workers}, --count {count}: needs at least 0 workers and 8 pairs")
+    drawn = np.random.default_rng(0).permutation(len(pairs))[:count]
     parts = [part for i in drawn for side in pairs[i] for part in side.parts]
-    print(f"{len(drawn)} pairs of {len(pairs.names)} data sets, {cfg.workers} workers, {os.cpu_count()} cores")
+    print(f"{len(drawn)} pairs of {len(pairs.names)} data sets, {workers} workers, {os.cpu_count()} cores")
     for name, kind in (("pictures", "image"), ("clips", "video")):
         media = [value for of_kind, value in parts if of_kind == kind]
         read_one = functools.partial(processor.media, kind)
-        measure(name, 1, DataLoader(media, batch_size=None, num_workers=cfg.workers, collate_fn=read_one))
+        measure(name, 1, DataLoader(media, batch_size=None, num_workers=workers, collate_fn=read_one))
     curriculum, size = Curriculum(), 4
     jobs = [(0, curriculum.stages[0], drawn[i : i + size]) for i in range(0, len(drawn) - size + 1, size)]
     batches = Batches(pairs, processor, curriculum)
-    measure("pairs", size, DataLoader(batches, batch_size=None, num_workers=cfg.workers, sampler=jobs))
+    measure("pairs", size, DataLoader(batches, batch_size=None, num_workers=workers, sampler=jobs))
 
 
 def measure(name, size, loader):
@@ -133,7 +130,10 @@ def main(argv):
         raise DataError("name a picture to write with --show sheet.png, or measure with --bench")
     pairs = Pairs(cfg.data, cfg.media or None) if cfg.data else World()
     if cfg.bench:
-        return bench(pairs, cfg)
+        limits = Limits(
+            max_pixels=cfg.max_pixels, video_max_pixels=cfg.video_max_pixels, num_frames=cfg.num_frames)
+        processor = Processor(train_tokenizer(pairs.texts()), "", limits)
+        return bench(pairs, processor, cfg.workers, cfg.count)
     sheet = contact_sheet(pairs)
     with writing(cfg.show, "wb") as f:
         sheet.save(f, "PNG")

@@ -8,6 +8,7 @@ import json
 import math
 import os
 import secrets
+import stat
 import time
 from collections import Counter
 
@@ -149,13 +150,16 @@ def scan(folder, index, every):
             path, suffix = os.path.join(root, name), os.path.splitext(name)[1].lower()
             if suffix not in KINDS:
                 others[printable(suffix) or "without a suffix"] += 1
-            elif not os.path.isfile(path):  # a link that leads nowhere; what was deleted just now
+                continue
+            about, kind = None, KINDS[suffix]
+            with contextlib.suppress(OSError):  # a link that leads nowhere; what was deleted just now
+                about = os.stat(path)
+            if about is None or not stat.S_ISREG(about.st_mode):
                 others["no file behind the name"] += 1
-            else:
-                about, kind = os.stat(path), KINDS[suffix]
-                time = max(about.st_mtime_ns, about.st_ctime_ns)  # the second one tells other rights, too
-                files[os.path.relpath(path, folder)] = dict(
-                    kind=kind, size=about.st_size, time=time, every=every if kind == "video" else 0)
+                continue
+            time = max(about.st_mtime_ns, about.st_ctime_ns)  # the second one tells other rights, too
+            files[os.path.relpath(path, folder)] = dict(
+                kind=kind, size=about.st_size, time=time, every=every if kind == "video" else 0)
     return files, others
 
 
@@ -167,8 +171,7 @@ def sides_of(folder, path, kind, every, area):
             yield dict(page=number), parse_item({"image": image}, where=f"{path}: page {number}")
         return
     yield {}, parse_item({kind: file}, where=path)
-    length = seconds(file) if every else 0
-    if length > every:
+    if every and (length := seconds(file)) > every:
         for start in np.arange(0, length - 0.05, every).tolist():
             part = dict(start=start, end=start + every)
             yield part, parse_item({"video": file, **part}, where=path)

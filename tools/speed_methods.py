@@ -13,6 +13,7 @@ from backbones.reference import transformers_inputs
 from data import collate, to_device
 from files.errors import DataError
 from files.items import Side
+from hub.weights import count_parameters
 from latent import Graphs, greedy, naive_rollout, select_column, unit
 
 FORWARD, GRAPH, GENERATED = "single, transformers", "latent graph, K = 8", "cot, transformers"  # methods
@@ -120,19 +121,15 @@ def one_by_one(model, rows, steps):
     return torch.cat(vectors)
 
 
-def parameter_bytes(module):
-    return sum(p.numel() * p.element_size() for p in module.parameters())
-
-
 def bytes_to_read(model, batch, method):
     """-> bytes that a method has to read: (in the prefill, behind it)."""
-    lm, size = model.lm, len(batch["ids"])
-    weights = parameter_bytes(lm.layers)
-    vision = 0 if batch["pixels"] is None else parameter_bytes(model.backbone.model.visual)
+    lm, size, number = model.lm, len(batch["ids"]), model.lm.norm.weight.element_size()
+    weights = count_parameters(lm.layers)
+    vision = 0 if batch["pixels"] is None else count_parameters(model.backbone.model.visual)
     times = size if method.alone else 1
     # keys and values of one token; half of the passes' columns are there on average
-    column = 2 * len(lm.layers) * lm.layers[0].self_attn.k_proj.out_features * lm.norm.weight.element_size()
+    column = 2 * len(lm.layers) * lm.layers[0].self_attn.k_proj.out_features
     cached = column * (batch["ids"].numel() + size * method.passes / 2) / times
-    vocabulary = parameter_bytes(lm.embed_tokens) if method.writes else 0
-    behind = (weights + cached + vocabulary) * method.passes + parameter_bytes(model.adapter) * method.steps
-    return (weights + vision) * times, behind * times
+    vocabulary = count_parameters(lm.embed_tokens) if method.writes else 0
+    behind = (weights + cached + vocabulary) * method.passes + count_parameters(model.adapter) * method.steps
+    return (weights + vision) * times * number, behind * times * number
