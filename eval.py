@@ -6,6 +6,7 @@
     python eval.py --data DIR --task image_ret/openmoji_t2i --steps 4 --json out.json
     python eval.py --data MMEB-V2 --task video_ret --ckpt DIR   the real benchmark: see docs/mmeb_v2.md
     torchrun --nproc_per_node=8 eval.py --data ... as above     the same scores on 8 GPUs
+    python -m tasks.check --data MMEB-V2                        what of the benchmark is there
     python -m tasks.compare a.json b.json                       two score files, task by task
 
 A folder with rows/, image-tasks/, video-tasks/ or visdoc-tasks/ is a copy of MMEB-V2 (tasks/mmeb.py has its
@@ -35,7 +36,7 @@ from tqdm import tqdm
 from engine.eval_flags import check_flags
 from engine.flags import command, parse_flags
 from engine.kept import Embedder, short_hash
-from engine.ranks import ranks
+from engine.ranks import rank_and_world
 from files.errors import DataError
 from files.writing import write_json
 from hub.settings import RELEASED
@@ -339,7 +340,7 @@ def texts_of(task):
 # ---- command
 def main(argv):
     cfg, given = parse_flags(Config, argv, __doc__)
-    rank, world, local = ranks()
+    process, world, local = rank_and_world()
     published, released = is_published(cfg.data), cfg.protocol == "released"
     check_flags(cfg, given, published)
 
@@ -348,7 +349,7 @@ def main(argv):
     names = select(names, cfg.task, cfg.data or "turtle world")
     if world > 1:
         dist.init_process_group("gloo", timeout=datetime.timedelta(days=1))  # only embeddings travel
-    if published and rank == 0:
+    if published and process == 0:
         require_tasks(cfg.data, names, released, cfg.skip_bad)
 
     # model
@@ -370,7 +371,7 @@ def main(argv):
     embedder = Embedder(
         model, cfg.mode, steps, cfg.batch_size, cfg.limit, cfg.done, cfg.protocol, cfg.skip_bad,
         folder=root and os.path.join(root, "embeddings"))
-    if rank > 0:
+    if process > 0:
         return embedder.serve()
     ours = "-".join(os.path.normpath(cfg.ckpt).split(os.sep)[-2:])
     folder = root and os.path.join(root, f"{ours}-{name_of_mode(cfg, steps)}-{embedder.run_hash[:6]}")

@@ -143,7 +143,7 @@ def naive_rollout(inner, adapter, inputs, positions, disc, steps, suffix, rule="
         return lm(inputs_embeds=x, position_ids=places, **cached).last_hidden_state
 
     h = inner(**inputs, position_ids=positions, **cached).last_hidden_state  # (1, P, D)
-    start = int(positions.max()) + 1 if rule == "mrope" else h.shape[1]
+    start = {"mrope": int(positions.max()) + 1, "cache": h.shape[1]}[rule]
     anchor, z = h[:, disc], h[:, -1]  # (1, D) each
     states, probs = [z], []
     for k in range(steps):

@@ -69,8 +69,7 @@ class Plume(nn.Module):
     def device(self):
         return self.lm.norm.weight.device
 
-    # ------------------------------------------------------------------------------------------- computing
-
+    # ---- computing
     def prefix(self, batch):
         """Token embeddings with the pictures' and clips' features in their places -> latent.Prefix."""
         x, deepstack = self.lm.embed_tokens(batch["ids"]), ()  # (B, P, D)
@@ -170,8 +169,7 @@ class Plume(nn.Module):
             spent=spent)
         return np.concatenate([none, *windows])
 
-    # ------------------------------------------------------------------------------ making, loading, saving
-
+    # ---- making, loading, saving
     @classmethod
     def random(cls, texts, shape="tiny", seed=0, device="cpu", tied=True, **settings):
         """One of SHAPES with random weights and a BPE tokenizer trained on `texts` (an iterable of strings).

@@ -144,9 +144,7 @@ def gradients(m):
     return {name: p.grad.clone() for name, p in m.named_parameters() if p.grad is not None}
 
 
-# ---------------------------------------------------------------------------------------------------- adapter
-
-
+# ---- adapter
 def plain_adapter(state, keywords, z, k, anchor):
     """The formula of the paper for one row, from the released names."""
     def linear(name, x):
@@ -207,9 +205,7 @@ def test_balance_loss_by_hand():
     assert balance_loss(torch.zeros(0, 4)) == 0
 
 
-# ---------------------------------------------------------------------------------------------------- rollout
-
-
+# ---- rollout
 def naive(m, sample, K, rule=None, suffix=None, adapter=None):
     """A rendered sample through transformers' own modules and cache; suffix: other input embeddings."""
     batch = collate([sample], m.processor)
@@ -436,9 +432,7 @@ def test_vectors_equal_those_of_the_released_code(front):
             assert_close(latents, expected[f"{what}/latents"], f"{what}, latent states", 1e-3)
 
 
-# ------------------------------------------------------------------------------------------------- curriculum
-
-
+# ---- curriculum
 def test_stages_follow_the_schedule_of_the_paper():
     c = Curriculum()
     progress = Progress(c, 1000)
@@ -566,9 +560,7 @@ def test_every_stage_and_placement_is_the_documented_text(model):
     assert decode(bare["suffix"]) == "<eot></think>\n<answer>it</answer>\n<gen_emb>"
 
 
-# ----------------------------------------------------------------------------------------------------- prompt
-
-
+# ---- prompt
 def real_tokenizer():
     """Qwen2-VL's own, with PLUME's tokens."""
     if not SHARED.exists():
@@ -669,9 +661,7 @@ def test_too_long_loses_rationale_only_and_otherwise_is_an_error(model, world):
         p.render(parse_item(dict(image=[picture("red", "bar")] * 9)))
 
 
-# ----------------------------------------------------------------------------------------------------- losses
-
-
+# ---- losses
 def by_hand(query, candidates, names, scale):
     """Symmetric InfoNCE from its definition; candidates and their names of every query, its target first."""
     total = 0
@@ -741,9 +731,7 @@ def test_every_latent_state_reads_the_token_it_replaced(model, world):
     assert len(model(batch_at(Stage(0, 0, True)), 0)["per_token"]["read"]) == 0
 
 
-# ------------------------------------------------------------------------------------------------ checkpoints
-
-
+# ---- checkpoints
 def test_saved_and_loaded_again_embeds_bit_equally_and_needs_no_flags(world, tmp_path):
     limits, adapter = dict(num_frames=4, max_pixels=50176), dict(top_k=1, anchor=False)
     m = make_model(latent_steps=5, latent_positions="cache", limits=limits, adapter=adapter).float()
@@ -780,9 +768,7 @@ def test_a_checkpoint_carries_its_chat_template(world, tmp_path):
     assert pickle.loads(pickle.dumps(p)).render(parse_item("x"))["ids"] == p.render(parse_item("x"))["ids"]
 
 
-# -------------------------------------------------------------------------------------------------- two ranks
-
-
+# ---- two ranks
 def batch_of_eight(records, processor, rank=0, ranks=1, micro_batch=0):
     """A rank's share of a global batch that has equal targets within and across ranks and micro-batches."""
     pairs, share = Pairs(str(records)), 8 // ranks

@@ -35,7 +35,7 @@ from engine.flags import command, parse_flags
 from engine.lock import check_disk_space, exclusive_lock
 from engine.log import announce, Log
 from engine.ranks import (
-    all_gather, all_gather_objects, all_reduce_sums, global_mean, pick_device, ranks, say)
+    all_gather, all_gather_objects, all_reduce_sums, global_mean, pick_device, rank_and_world, say)
 from engine.resume import resume, save
 from engine.stop import check_finite, ignore_interrupts, StopOnSignal
 from engine.train_flags import check_flags
@@ -161,7 +161,7 @@ def main(argv):
     cfg = with_preset(cfg, given)
 
     # ranks: torchrun starts a process for each, and tells it which one it is
-    rank, world, local = ranks()
+    rank, world, local = rank_and_world()
     device, dtype = pick_device(cfg.device or None, cfg.dtype or None, say)
     if device.type == "cuda":
         device = torch.device("cuda", local if world > 1 else device.index or 0)
@@ -192,7 +192,7 @@ def main(argv):
 
 def train(cfg, given, curriculum, device, dtype):
     """-> (steps done, steps of the whole run)"""
-    rank, world, _ = ranks()
+    rank, world, _ = rank_and_world()
     torch.manual_seed(cfg.seed)
 
     # data
@@ -331,7 +331,7 @@ def info_nce(query, candidates, hashes, valid, scale):
     to_candidates = contrastive_cross_entropy(query, candidates, hashes, valid, scale)
     to_queries = contrastive_cross_entropy(
         candidates[:, 0], query[:, None], hashes[..., :1], valid[..., :1], scale)
-    rank, counts = ranks()[0], valid[..., 0]
+    rank, counts = rank_and_world()[0], valid[..., 0]
     return ((to_candidates + to_queries) / 2 * counts[rank]).sum() * len(counts) / counts.sum().clamp(min=1)
 
 
@@ -340,7 +340,7 @@ def contrastive_cross_entropy(x, candidates, hashes, valid, scale):
 
     x (B, D), candidates (B, C, D), hashes and valid (ranks, B, C).
     """
-    rank, (B, C) = ranks()[0], candidates.shape[:2]
+    rank, (B, C) = rank_and_world()[0], candidates.shape[:2]
     row = torch.arange(B, device=x.device)
     label = (rank * B + row) * C
     hidden = (hashes[rank][:, :1] == hashes.flatten()) | ~valid.flatten()  # (B, ranks * B * C)
@@ -409,7 +409,7 @@ def read_pairs(cfg):
     """Training pairs; raises DataError when ranks read different ones."""
     if not cfg.data:
         return World("train", cfg.families, moves=cfg.moves, rules=cfg.rules, codes=cfg.codes)
-    rank, world, _ = ranks()
+    rank, world, _ = rank_and_world()
     pairs = Pairs(cfg.data, cfg.media or None, cfg.skip_bad, progress=rank == 0)
     for line in pairs.bad:
         say("left out:", line)

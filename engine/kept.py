@@ -20,7 +20,7 @@ from PIL import Image
 from tqdm.contrib.concurrent import thread_map
 
 from data import target_size
-from engine.ranks import ranks
+from engine.ranks import rank_and_world
 from engine.stream import encoding
 from files.clips import Part
 from files.errors import DataError
@@ -80,7 +80,7 @@ class Embedder:
                  skip_bad=False, folder="", checkpoint_hash=None):
         self.model, self.mode, self.steps = model, mode, steps
         self.batch_size, self.limit, self.done, self.skip_bad = batch_size, limit, done, skip_bad
-        self.rank, self.world, _ = ranks() if dist.is_initialized() else (0, 1, 0)
+        self.rank, self.world, _ = rank_and_world() if dist.is_initialized() else (0, 1, 0)
         self.width = model.lm.config.hidden_size
         self.record = np.dtype([("key", "V16"), ("vector", "<f4", (self.width,))])
         code = [path.read_text(encoding="utf-8") for path in code_files()]

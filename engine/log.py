@@ -8,7 +8,7 @@ import secrets
 from dataclasses import asdict
 from pathlib import Path
 
-from engine.ranks import ranks, say
+from engine.ranks import rank_and_world, say
 from files.writing import write_errors, write_text, writing
 from hub.folders import LOG, WANDB_ID
 from hub.weights import count_parameters
@@ -30,7 +30,7 @@ def announce(cfg, pairs, schedule, model, curriculum):
         say(f"warning: with {schedule.steps} steps these get none: {', '.join(idle)}; raise --steps")
     say(f"{count_parameters(model):,} parameters, {count_parameters(model, trained=True):,} trained, "
         f"{count_parameters(model.adapter):,} in the adapter")
-    batch, world = cfg.global_batch, ranks()[1]
+    batch, world = cfg.global_batch, rank_and_world()[1]
     say(f"{schedule.steps} steps; global contrastive batch {batch} = {world} ranks x {batch // world}; "
         f"InfoNCE at chance {math.log(batch):.2f}")
     say(curriculum.table(schedule.steps))
@@ -41,7 +41,7 @@ class Log:
 
     def __init__(self, cfg, config, start, steps):
         self.cfg, self.steps, self.pace, self.cut, self.bad = cfg, steps, None, 0, 0
-        self.file = open_log(cfg, start) if ranks()[0] == 0 else None
+        self.file = open_log(cfg, start) if rank_and_world()[0] == 0 else None
         self.wandb = self.events = None
         if self.file and cfg.wandb:
             import wandb

@@ -40,14 +40,14 @@ def pick_device(device=None, dtype=None, say=print):
     return device, dtype
 
 
-def ranks():
+def rank_and_world():
     """-> rank of this process, number of ranks, rank on this machine"""
     return tuple(int(os.environ.get(k, n)) for k, n in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
 
 
 def say(*words):
     """Prints on rank 0."""
-    if ranks()[0] == 0:
+    if rank_and_world()[0] == 0:
         print(*words, flush=True)
 
 

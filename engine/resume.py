@@ -8,7 +8,7 @@ import torch
 from torch.distributed.checkpoint.state_dict import (
     get_model_state_dict, get_optimizer_state_dict, set_optimizer_state_dict, StateDictOptions)
 
-from engine.ranks import ranks, say
+from engine.ranks import rank_and_world, say
 from files.errors import DataError, reason
 from files.writing import write_errors
 from hub.card import write_hub_files
@@ -33,7 +33,7 @@ def save(cfg, model, optimizer, state, saved, kept, card):
     whole = StateDictOptions(full_state_dict=True, cpu_offload=True)  # gathers shards: all ranks have to ask
     weights = get_model_state_dict(model, options=whole)
     state["optimizer"] = get_optimizer_state_dict(model, optimizer, options=whole)
-    if ranks()[0] > 0:
+    if rank_and_world()[0] > 0:
         return kept
     path, keep, gone, there = os.path.join(cfg.out, NEWEST), None, [], "there is none yet"
     if os.path.exists(path):
@@ -60,7 +60,7 @@ def save(cfg, model, optimizer, state, saved, kept, card):
 
 def resume(cfg, config, model, optimizer, progress):
     """The newest checkpoint of --out -> (its step, names of the earlier ones that --keep has kept)."""
-    state, world = read_state(newest_checkpoint(cfg.out)), ranks()[1]
+    state, world = read_state(newest_checkpoint(cfg.out)), rank_and_world()[1]
     then = state["config"]
     for name in sorted(config.keys() - then.keys()):
         say(f"new since the run began: {name} = {config[name]!r}")
@@ -83,6 +83,9 @@ def read_state(checkpoint):
     lacking = STATE - state.keys() if isinstance(state, dict) else STATE
     if lacking:
         raise DataError(f"{file}: not the state of a training run: it has no {', '.join(sorted(lacking))}")
+    if not all(isinstance(name, str) for name in state["optimizer"]["state"]):
+        raise DataError(f"{file}: its moments are not stored by the names of weights, as this version does; "
+                        "start another run from these weights with --init")
     return state
 
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from tqdm import tqdm
 
 from engine.flags import command, parse_flags
-from engine.ranks import ranks
+from engine.ranks import rank_and_world
 from files.errors import DataError
 from tasks.find import is_published, select
 from tasks.mmeb import MMEB, read_published
@@ -78,7 +78,7 @@ def require_tasks(root, names, released=False, skip_bad=False):
 
 def check_flags(cfg):
     """Raises DataError for flags that cannot work."""
-    if ranks()[1] > 1:
+    if rank_and_world()[1] > 1:
         raise DataError("it runs as one process: python instead of torchrun")
     if not is_published(cfg.data):
         raise DataError(f"--data {cfg.data!r}: needs a copy of MMEB-V2, a folder with rows/, image-tasks/, "

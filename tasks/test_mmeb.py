@@ -293,7 +293,7 @@ def test_embeddings_of_another_checkpoint_mode_or_setting_are_never_used(small, 
     worlds = {"tasks/turtle.py", "tasks/turtle_pictures.py", "tasks/beir.py"}
     assert computing | readers | worlds | {"hub/weights.py", "engine/stream.py"} <= files.keys()
     assert not files.keys() & {"train.py", "eval.py", "engine/lock.py", "tools/search.py", "tasks/compare.py"}
-    monkeypatch.setattr(kept, "ROOT", tmp_path / "source")
+    monkeypatch.setattr(kept, "HOME", tmp_path / "source")
     for file, code in files.items():
         (tmp_path / "source" / file).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "source" / file).write_text(code)

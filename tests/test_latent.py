@@ -28,9 +28,7 @@ from test_plume import (
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 
 
-# -------------------------------------------------------------------------------------------------- pictures
-
-
+# ---- pictures
 @pytest.mark.parametrize("grid", [
     [[1, 4, 4]],
     [[1, 2, 2], [1, 2, 12], [1, 12, 2]],  # one token; as many patches in another shape
@@ -52,9 +50,7 @@ def test_the_vision_tower_equals_transformers_in_values_and_gradients(grid):
         assert_close(ours[name], wanted, name)  # its rotation is in float32
 
 
-# ----------------------------------------------------------------------------------------------------- graphs
-
-
+# ---- graphs
 def run_again(function, device):
     """As latent.record, without a graph: a replay runs the function on what its fixed places hold then."""
     outputs = function()
@@ -153,9 +149,7 @@ def test_cuda_graphs_equal_the_plain_rollout(world, dtype):
     replays_equal_the_plain_rollout(make_model().to("cuda", dtype), mixed_items(world))
 
 
-# ------------------------------------------------------------------------------------------- speed and memory
-
-
+# ---- speed and memory
 @pytest.mark.parametrize("bias", [True, False])
 def test_few_rows_on_a_cpu_go_the_other_way_round_to_the_same_values_and_gradients(bias):
     layer = torch.nn.Linear(6, 10, bias=bias).double()
@@ -200,9 +194,7 @@ def test_the_prefix_cache_is_never_copied(model):
     assert [k.shape[2] for k, _ in cache.slots] == [3, 3, 3]
 
 
-# ---------------------------------------------------------------------------------------- numbers and devices
-
-
+# ---- numbers and devices
 def take_hot_path(m, batch, pairs, modes, casts=False):
     """Embeds in these modes, takes a step of training; what comes out has the right shapes, values aside."""
     autocast = functools.partial(torch.autocast, "cpu", torch.bfloat16, enabled=casts)

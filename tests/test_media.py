@@ -422,6 +422,11 @@ def test_all_nasty_files_do_what_a_good_loader_does_and_have_the_right_pixels(mo
         if name in NASTY_FRAMES:
             assert len(load_frames(path, 1000)) == NASTY_FRAMES[name], name
             assert len(load_frames(path, 8)) == min(8, NASTY_FRAMES[name]), name
-    broken_exif, reference = (pixels_of(str(NASTY / name)) for name in ("exif_bad.jpg", "rgb_reference.png"))
-    assert broken_exif.shape == reference.shape and np.abs(broken_exif - reference).mean() < 12
+    reference = pixels_of(str(NASTY / "rgb_reference.png"))
+    for name in ("cmyk.jpg", "exif_rot6.jpg", "exif_bad.jpg", "photo.webp", "progressive.jpg"):
+        got = pixels_of(str(NASTY / name))
+        assert got.shape == reference.shape and np.abs(got - reference).mean() < 12, name
+    assert (pixels_of(str(NASTY / "all_transparent.png")) == 255).all()
+    ramp = pixels_of(str(NASTY / "gray16.png"))
+    assert ramp.min() < 10 and ramp.max() > 245 and len(np.unique(ramp)) > 50
     assert load_frames(str(NASTY / "vertical_rotated.mp4"), 8)[0].size == (64, 96)

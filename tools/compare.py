@@ -17,7 +17,7 @@ from eval import score
 from files.errors import DataError
 from files.writing import write_json
 from tasks.find import find_tasks, load_model, select
-from tools.plots import check_files, new_figure, save_figure
+from tools.plots import check_output, new_figure, save_figure
 
 MODES = {  # their names in the picture
     "single": "single pass", "latent": "latent, number of steps", "cot": "cot, {tokens:.0f} tokens",
@@ -107,7 +107,7 @@ def main(argv):
     cfg, _ = parse_flags(Config, argv, __doc__)
     if cfg.batch_size < 1 or cfg.limit < 1:
         raise DataError(f"--batch_size {cfg.batch_size} and --limit {cfg.limit} must be at least 1")
-    check_files("png", cfg.png, cfg.json)
+    check_output("png", cfg.png, cfg.json)
     model = load_model(cfg.ckpt, cfg.device, cfg.dtype)
     names, make = find_tasks(cfg.data, model.processor, moves=cfg.moves, rules=cfg.rules, codes=cfg.codes)
     tasks = {name: make(name) for name in select(names, cfg.task, cfg.data or "turtle world")}

@@ -24,7 +24,7 @@ from files.errors import DataError
 from files.writing import write_json
 from tasks.find import find_tasks, load_model
 from tasks.turtle import lengths_of, moves_lost, World
-from tools.plots import check_files, new_figure, save_figure
+from tools.plots import check_output, new_figure, save_figure
 
 MIXED = "mixed"  # in place of a length: queries of all lengths in one batch
 
@@ -126,7 +126,7 @@ def main(argv):
         raise DataError("--rounds, --batch_size and --limit must be at least 1; 4 checkpoints at most")
     if not 0 <= cfg.done <= 1:
         raise DataError(f"--done {cfg.done}: needs a probability, 0 .. 1")
-    check_files("png", cfg.png, cfg.json)
+    check_output("png", cfg.png, cfg.json)
     models = {}
     for path in cfg.ckpt:
         name = os.path.normpath(path).removesuffix("/checkpoint").split("/")[-1]

@@ -38,9 +38,9 @@ class Config:
     bench: bool = False  # pictures, clips and pairs a second that the workers make ready for the model
     workers: int = 2  # processes, as train.py has on each rank
     count: int = 512  # pairs drawn at random
-    max_pixels: int = 28 * 28 * 1280  # a picture is scaled down to this area
-    video_max_pixels: int = 28 * 28 * 32  # the same for each frame of a clip
-    num_frames: int = 8  # frames sampled from a clip
+    max_pixels: int = Limits.max_pixels  # a picture is scaled down to this area
+    video_max_pixels: int = Limits.video_max_pixels  # the same for each frame of a clip
+    num_frames: int = Limits.num_frames  # frames sampled from a clip
     # both
     data: str = ""  # JSONL of training pairs; default: turtle world
     media: str = ""  # folder that media paths are relative to; default: the folder of --data

@@ -6,12 +6,13 @@ from files.errors import DataError
 from files.writing import writable, writing
 
 
-def check_files(flag, png, json):
+def check_output(flag, png, json_file):
     """Raises DataError, before any long work, where no picture can be drawn or no file written."""
-    if not png.lower().endswith(".png") or not writable(png) or not writable(json):
-        raise DataError(f"--{flag} {png!r} must end in .png, and --json {json!r} and it be in folders that "
-                        "exist")
-    if not importlib.util.find_spec("matplotlib"):
+    if not png.lower().endswith(".png") or not writable(png) or not writable(json_file):
+        raise DataError(f"--{flag} {png!r} must end in .png; it and --json {json_file!r} must be files in "
+                        "folders that exist")
+    found = importlib.util.find_spec("matplotlib")
+    if not (found and found.origin):  # a folder of that name is found, too: without origin
         raise DataError(f"--{flag} {png} is drawn with a package that is not there: pip install matplotlib")
 
 

@@ -55,9 +55,7 @@ class Config:
     json: str = ""  # write all numbers and the trajectories to this file
 
 
-# -------------------------------------------------------------------------------------------------- a task
-
-
+# ---- a task
 @torch.no_grad()
 def probe_task(model, task, embedders, curriculum, batch_size):
     """-> {row: (N, D) embeddings of the queries}, {row: (M, D) of the candidates}, Thoughts"""
@@ -83,9 +81,7 @@ def probe_task(model, task, embedders, curriculum, batch_size):
     return vectors, corpus, thoughts
 
 
-# -------------------------------------------------------------------------------------------------- tables
-
-
+# ---- tables
 def verdict(name, subject, values, base):
     """One line on a row: values and base (N,) are the scores of its queries, and as trained."""
     before, now = base.mean(), values.mean()
@@ -146,9 +142,7 @@ def text_table(result):
     return "\n".join(lines)
 
 
-# ------------------------------------------------------------------------------------------------- command
-
-
+# ---- command
 def check_flags(cfg):
     """Raises DataError for flags that make no sense."""
     if cfg.queries < 1 or cfg.batch_size < 2 or min(cfg.segments, cfg.limit, cfg.show) < 0:

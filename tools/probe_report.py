@@ -63,9 +63,7 @@ img.small { image-rendering: pixelated; }
 """
 
 
-# ------------------------------------------------------------------------------------------------ pictures
-
-
+# ---- pictures
 def picture(image, alt, largest):
     """A Pillow image -> an <img>: small ones enlarged with hard edges, large ones scaled down to a JPEG."""
     file = io.BytesIO()
@@ -117,9 +115,7 @@ def walk(steps):
     return f'<ol class="row">{"".join(items)}</ol>'
 
 
-# -------------------------------------------------------------------------------------------------- tables
-
-
+# ---- tables
 def table(heads, rows, label):
     """Heads and rows of ready cells -> a table that scrolls by itself when the screen is narrow."""
     heads = "".join(f'<th scope="col">{head}</th>' for head in heads)
@@ -172,9 +168,7 @@ def heat_maps(result):
     return "\n".join(out) + "</div></section>"
 
 
-# --------------------------------------------------------------------------------------------------- cards
-
-
+# ---- cards
 def said(step):
     """The likeliest word of a state, marked where the rationale is known."""
     word = escape(step["tokens"][0][0].strip() or "(blank)")

@@ -44,7 +44,7 @@ from hub.settings import RELEASED_PROMPT
 from model import Plume
 from tasks.turtle import World
 from tools.counts import count_work, kernels_of_a_step, peak_bytes, peak_rates, rounds
-from tools.plots import check_files, new_figure, save_figure
+from tools.plots import check_output, new_figure, save_figure
 from tools.speed_methods import (
     batches_of_one, bytes_to_read, GENERATED, GRAPH, one_by_one, speed_batch, speed_methods)
 
@@ -223,7 +223,7 @@ def check_flags(cfg, given):
         raise DataError(f"--repeats {cfg.repeats} and --tokens {cfg.tokens} must be at least 1, "
                         f"--frames {cfg.frames} at least 0")
     if cfg.growth:
-        check_files("growth", cfg.growth, cfg.json)
+        check_output("growth", cfg.growth, cfg.json)
     elif not writable(cfg.json):
         raise DataError(f"--json {cfg.json!r}: name a file in a folder that exists")
     size = whole_numbers("image", cfg.image or "224x224", "x", "numbers of at least 1, as 448x448")
