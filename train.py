@@ -35,9 +35,10 @@ from engine.flags import command, parse_flags
 from engine.lock import check_disk_space, exclusive_lock
 from engine.log import announce, Log
 from engine.ranks import (
-    all_gather, all_gather_objects, all_reduce_sums, global_mean, pick_device, rank_and_world, say)
+    all_gather, all_gather_objects, all_reduce_sums, global_mean, peer_errors, pick_device, rank_and_world,
+    say)
 from engine.resume import resume, save
-from engine.stop import check_finite, ignore_interrupts, StopOnSignal
+from engine.stop import bind_to_parent, check_finite, end_workers, ending_workers, StopOnSignal
 from engine.train_flags import check_flags
 from files.errors import DataError, nearest
 from files.records import Pairs
@@ -175,13 +176,13 @@ def main(argv):
     curriculum = check_flags(cfg, world)
     if cfg.resume:
         newest_checkpoint(cfg.out)  # raises before --out is made
-    with exclusive_lock(cfg) if rank == 0 else nullcontext():
+    with peer_errors(), exclusive_lock(cfg) if rank == 0 else nullcontext(), ending_workers():
         done, steps = train(cfg, given, curriculum, device, dtype)
+        if world > 1:
+            dist.barrier()
+            dist.destroy_process_group()
 
     # end
-    if world > 1:
-        dist.barrier()
-        dist.destroy_process_group()
     message = f"{done} of {steps} steps done; checkpoint in {cfg.out}/checkpoint"
     if done < steps:
         flags = [flag for flag in argv if flag != "--resume"]
@@ -228,10 +229,10 @@ def train(cfg, given, curriculum, device, dtype):
     if world > 1 and not cfg.fsdp:
         parallel = DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
     batches = Batches(pairs, model.processor, curriculum, cfg.skip_bad, cfg.micro_batch)
-    loader = data_loader(batches, StepSampler(schedule, progress, start, rank, world), cfg.workers, device)
+    ahead = iter(data_loader(batches, StepSampler(schedule, progress, start, rank, world), cfg.workers, device))
     log, stop, saved, clock = Log(cfg, config, start, steps), StopOnSignal(), start, time.perf_counter()
     scored = ""
-    for batch in loader:
+    for batch in ahead:
         step, stage, wait = batch["step"], batch["stage"], time.perf_counter() - clock
         entered = step > 0 and progress.place(step) != progress.place(step - 1)
         if entered and cfg.reset_moments:
@@ -277,6 +278,7 @@ def train(cfg, given, curriculum, device, dtype):
             saved, clock = step + 1, time.perf_counter()
         if last:
             break
+    end_workers()
     log.close(pairs, model.processor)
     return saved, steps
 
@@ -436,7 +438,7 @@ def data_loader(batches, sampler, workers, device):
     ahead = min(4, max(1, (Progress.DELAY - 1) // workers)) if workers else None
     return torch.utils.data.DataLoader(
         batches, batch_size=None, sampler=sampler, num_workers=workers, prefetch_factor=ahead,
-        pin_memory=device.type == "cuda", worker_init_fn=ignore_interrupts)
+        pin_memory=device.type == "cuda", worker_init_fn=bind_to_parent)
 
 
 # ---- model and optimizer

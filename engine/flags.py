@@ -38,7 +38,8 @@ def command(main):
     except (DataError, OSError) as e:
         sys.exit(f"error: {last_line(e)}")
     except KeyboardInterrupt:
-        sys.exit("interrupted")
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)  # as the shell says it: 128 + SIGINT
 
 
 def whole_numbers(flag, text, between, needs):

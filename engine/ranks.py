@@ -1,11 +1,12 @@
 """Where it runs: device, dtype, ranks; and what goes between the ranks' processes."""
 
 import os
+from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
 
-from files.errors import DataError, quote
+from files.errors import DataError, quote, reason
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -49,6 +50,20 @@ def say(*words):
     """Prints on rank 0."""
     if rank_and_world()[0] == 0:
         print(*words, flush=True)
+
+
+@contextmanager
+def peer_errors():
+    """A rank whose peer has ended stops, too, with one line: the peer has said why.
+
+    torch.distributed has its own errors for NCCL; what Gloo raises can be told by its words alone.
+    """
+    try:
+        yield
+    except RuntimeError as e:
+        if not isinstance(e, dist.DistError) and "/gloo/" not in str(e):
+            raise
+        raise SystemExit(f"rank {rank_and_world()[0]} stops: another rank has ended: {reason(e)}") from e
 
 
 def all_gather_objects(x):

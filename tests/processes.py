@@ -113,14 +113,19 @@ def run(script, *argv, check=True, **kw):
     return done(Started(script, *argv, **kw), check)
 
 
-def run_ranks(number, script, *argv, check=True, **kw):
-    """As torchrun starts them: when one fails, the others are killed."""
+def start_ranks(number, script, *argv, **kw):
+    """As torchrun starts them, but nobody watches over them."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = str(free.getsockname()[1])
     kw |= dict(WORLD_SIZE=str(number), MASTER_ADDR="localhost", MASTER_PORT=port)
-    kw["out"] = os.path.join(tempfile.mkdtemp(), "printed")  # of all
-    ranks = [Started(script, *argv, RANK=str(r), LOCAL_RANK=str(r), **kw) for r in range(number)]
+    return [Started(script, *argv, RANK=str(r), LOCAL_RANK=str(r), **kw) for r in range(number)]
+
+
+def run_ranks(number, script, *argv, check=True, **kw):
+    """As torchrun: when one rank fails, the others are killed."""
+    together = os.path.join(tempfile.mkdtemp(), "printed")
+    ranks = start_ranks(number, script, *argv, out=together, **kw)
     running, failed = ranks, []
     while running and not failed:
         time.sleep(0.05)
