@@ -206,9 +206,7 @@ def train(cfg, given, curriculum, device, dtype):
     mixed = dtype != torch.float32 and not cfg.fsdp
     autocast = torch.autocast(device.type, dtype) if mixed else nullcontext()
     if cfg.fsdp:
-        policy = MixedPrecisionPolicy(None if dtype == torch.float32 else dtype, torch.float32)
-        fully_shard(model, mesh=init_device_mesh(device.type, (world,)), mp_policy=policy)
-        register_fsdp_forward_method(model, "embed")
+        shard(model, device, dtype, world)
 
     # optimizer
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -229,9 +227,10 @@ def train(cfg, given, curriculum, device, dtype):
     if world > 1 and not cfg.fsdp:
         parallel = DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
     batches = Batches(pairs, model.processor, curriculum, cfg.skip_bad, cfg.micro_batch)
-    ahead = iter(data_loader(batches, StepSampler(schedule, progress, start, rank, world), cfg.workers, device))
-    log, stop, saved, clock = Log(cfg, config, start, steps), StopOnSignal(), start, time.perf_counter()
-    scored = ""
+    sampler = StepSampler(schedule, progress, start, rank, world)
+    ahead = iter(data_loader(batches, sampler, cfg.workers, device))  # held until `end_workers`
+    log, stop = Log(cfg, config, start, steps), StopOnSignal()
+    saved, scored, clock = start, "", time.perf_counter()
     for batch in ahead:
         step, stage, wait = batch["step"], batch["stage"], time.perf_counter() - clock
         entered = step > 0 and progress.place(step) != progress.place(step - 1)
@@ -484,6 +483,13 @@ def build_model(cfg, given, pairs, device):
         raise DataError(f"--matryoshka {cfg.matryoshka!r}: the model has {width} components; name fewer")
     model.checkpointing = cfg.checkpointing
     return model
+
+
+def shard(model, device, dtype, world):
+    """FSDP2 with the whole model as one unit: everything happens inside its `forward` or `embed`."""
+    policy = MixedPrecisionPolicy(None if dtype == torch.float32 else dtype, torch.float32)
+    fully_shard(model, mesh=init_device_mesh(device.type, (world,)), mp_policy=policy)
+    register_fsdp_forward_method(model, "embed")
 
 
 WITHOUT_DECAY = ("adapter.b1", "adapter.b2", "adapter.step_embed", "adapter.tokens")

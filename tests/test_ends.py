@@ -143,9 +143,9 @@ def test_under_torchrun_no_rank_outlives_the_launcher(world, tmp_path):
     """What each of them inherits is closed when the last one is gone."""
     shutil.copytree(world, tmp_path / "data")
     (tmp_path / "data" / "red bar.png").write_bytes(b"no picture")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train.py",
-               "--data", tmp_path / "data" / "train.jsonl", "--out", tmp_path / "out", "--steps=12", *QUICK,
-               "--device=cpu", "--workers=2"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    flags = ["--data", tmp_path / "data" / "train.jsonl", "--out", tmp_path / "out", *QUICK, "--workers=2"]
+    command = [*torchrun, "train.py", *flags, "--steps=12", "--device=cpu"]
     ended = subprocess.run(command, capture_output=True, text=True, cwd=HERE, timeout=60)
     assert ended.returncode == 1 and ended.stderr.count("error: ") == 1
     assert "red bar.png: cannot be used as a picture" in ended.stderr
