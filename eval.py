@@ -21,6 +21,8 @@ chance: expected hit@1 of a random ranking.
 95%: interval of the task's own metric over 1,000 bootstrap samples of its queries.
 """
 
+import engine.threads  # before torch
+
 import datetime
 import functools
 import math

@@ -8,6 +8,8 @@ Writes OUT/checkpoint (for Plume.from_pretrained, eval.py --ckpt and --resume) a
 step.  Ctrl-C finishes the step, writes a checkpoint and stops.
 """
 
+import engine.threads  # before torch
+
 import math
 import os
 import shlex
@@ -15,8 +17,6 @@ import sys
 import time
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
-
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the data workers are the parallelism
 
 import numpy as np
 import torch

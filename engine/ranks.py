@@ -6,6 +6,7 @@ from contextlib import contextmanager
 import torch
 import torch.distributed as dist
 
+from engine.threads import describe_threads
 from files.errors import DataError, quote, reason
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -37,7 +38,10 @@ def pick_device(device=None, dtype=None, say=print):
         if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
             dtype, why_dtype = torch.bfloat16, "supported there"
     if not all(given):
-        say(f"device {device} ({why_device}), {str(dtype).removeprefix('torch.')} ({why_dtype})")
+        threads = ""
+        if device.type == "cpu":
+            threads = f", {describe_threads(torch.get_num_threads())}"
+        say(f"device {device} ({why_device}), {str(dtype).removeprefix('torch.')} ({why_dtype}){threads}")
     return device, dtype
 
 

@@ -8,6 +8,8 @@ One line a task: what was found / what is published, its version, its problems. 
 task has problems.  Every evaluation on MMEB-V2 begins with the same look.
 """
 
+import engine.threads  # before torch
+
 import os
 from dataclasses import dataclass
 

@@ -72,6 +72,29 @@ def test_every_import_names_the_file_that_defines_the_name():
     assert not wrong, "\n".join(wrong)
 
 
+def test_commands_set_how_threads_wait_before_torch_is_imported(monkeypatch):
+    graph = {name: {module for module, _ in imports(name)} for name in PRODUCT}
+
+    def needed(name):
+        return {name}.union(*map(needed, graph[name]))
+
+    commands = [name for name in PRODUCT if "__main__" in SOURCES[name] and "model" in needed(name)]
+    assert {"train", "eval", "tools.search"} <= set(commands)
+    for name in commands:
+        first = next(node for node in TREES[name].body if isinstance(node, (ast.Import, ast.ImportFrom)))
+        assert ast.unparse(first) == "import engine.threads", name
+
+    told = "import os, sys{}; from engine.threads import describe_threads; print(describe_threads(2))"
+    late = "; sys.modules['torch'] = sys"  # as in a user's program: there the setting would come too late
+    monkeypatch.delenv("GOMP_SPINCOUNT", raising=False)
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    for before, given, expected in (
+            ("", {}, ", GOMP_SPINCOUNT=10000"), (late, {}, ""),
+            ("", dict(GOMP_SPINCOUNT="7"), ", GOMP_SPINCOUNT=7"),
+            ("", dict(OMP_WAIT_POLICY="PASSIVE"), ", OMP_WAIT_POLICY=PASSIVE")):
+        assert run(HERE, "-c", told.format(before), **given) == f"2 threads{expected}\n"
+
+
 def test_files_and_functions_stay_short():
     seven, rooms = lines(SEVEN), lines(name for name in PRODUCT if name.split(".")[0] in ROOMS)
     assert sum(seven.values()) <= 2700 and max(seven.values()) <= 600, seven

@@ -8,6 +8,8 @@ three seeds gets no more.  Other flags are train.py's.  Finished runs stay in th
 on where it stopped.
 """
 
+import engine.threads  # before torch
+
 import itertools
 import json
 import math

@@ -5,6 +5,8 @@
     python -m tools.compare --png compare.png --data DIR --task all    your own tasks
 """
 
+import engine.threads  # before torch
+
 import functools
 import time
 from dataclasses import dataclass

@@ -4,6 +4,8 @@
     python -m tools.dry_run --preset qwen2vl_2b --device meta               shapes alone, anywhere
 """
 
+import engine.threads  # before torch
+
 import os
 import time
 from contextlib import nullcontext

@@ -8,6 +8,8 @@ single and cot.  Queries of all families together, one length at a time, so that
 then as many of all lengths mixed; the median of --rounds.
 """
 
+import engine.threads  # before torch
+
 import itertools
 import math
 import os

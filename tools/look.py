@@ -4,6 +4,8 @@
     python -m tools.look --bench --data pairs.jsonl --workers 8       pictures, clips and pairs a second
 """
 
+import engine.threads  # before torch
+
 import functools
 import os
 import time

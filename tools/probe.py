@@ -11,6 +11,8 @@ not is not.  Candidates are embedded once, as trained; for `single` and `cot` in
 docs/probe.md says how to read each number.
 """
 
+import engine.threads  # before torch
+
 import time
 from dataclasses import dataclass
 

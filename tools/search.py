@@ -13,6 +13,8 @@ embeddings/, where every item is kept as soon as it is encoded: a run that was s
 content not encoded again.  Another checkpoint, mode or version has its own.  PDF files need pypdfium2.
 """
 
+import engine.threads  # before torch
+
 import itertools
 import math
 import os

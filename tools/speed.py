@@ -25,6 +25,8 @@ A table for each batch size and each length, a line for each way to embed the sa
 Behind it the kernels of one latent step: about what a GPU has to start.  --growth needs matplotlib.
 """
 
+import engine.threads  # before torch
+
 import functools
 import itertools
 import math

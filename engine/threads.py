@@ -1,0 +1,21 @@
+"""How long torch's threads spin before they sleep.  Commands import this first: torch reads it only once.
+
+At each barrier of a product OpenMP's threads wait for the slowest.  By default they spin, and where another
+process has the core of one of them the others burn theirs meanwhile: steps then take seconds (docs/log.md has
+the measurement).  A short spin costs little on a quiet machine.
+"""
+
+import os
+import sys
+
+SETTINGS = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")  # a user's own wins
+
+if "torch" not in sys.modules and not any(name in os.environ for name in SETTINGS):
+    os.environ["GOMP_SPINCOUNT"] = "10000"
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # data workers and `encode` bring their own
+
+
+def describe_threads(number):
+    """What is said at the start of a run.  number: of torch's threads."""
+    given = [f"{name}={os.environ[name]}" for name in SETTINGS if name in os.environ]
+    return ", ".join([f"{number} threads", *given])
