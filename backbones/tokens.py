@@ -7,11 +7,15 @@ import tokenizers
 LOOKS_SPECIAL = re.compile(r"<\|[^|]+\|>")
 
 
-def read_whole(backend):
-    """Switches off what a tokenizer.json may say and what gives a text other ids: see the first line.
+def read_whole(tokenizer):
+    """Switches off what the files of transformers' tokenizer may say and what gives a text other ids.
 
     The tokenizers library saves truncation and padding as they were last used, and BPE's dropout is random.
+    -> its backend
     """
+    for name in ("max_length", "stride", "truncation_strategy", "pad_to_multiple_of"):
+        tokenizer.init_kwargs.pop(name, None)  # of its tokenizer_config.json
+    backend = tokenizer.backend_tokenizer
     backend.no_truncation()
     backend.no_padding()
     if isinstance(backend.model, tokenizers.models.BPE):
@@ -26,8 +30,7 @@ def text_reader(tokenizer, special):
     vocab.json, merges.txt and added_tokens.json marks none.  Other added tokens (Qwen3's <think>, those of
     `train_tokenizer`) are words of the vocabulary, which its models read in text, and stay tokens.
     """
-    backend = read_whole(tokenizer.backend_tokenizer)
-    copy = tokenizers.Tokenizer.from_str(backend.to_str())
+    copy = tokenizers.Tokenizer.from_str(read_whole(tokenizer).to_str())
     added = [token.content for token in copy.get_added_tokens_decoder().values()]
     hidden = {name for name in special if copy.token_to_id(name) is not None}
     hidden |= set(filter(LOOKS_SPECIAL.fullmatch, added))

@@ -83,7 +83,7 @@ def write_checkpoint(model, folder, released=False, state=None):
         save_file(tensors, file, {"format": "pt"})
     shutil.copymode(os.path.join(folder, "config.json"), file)  # the library lets nobody else read it
     tokenizer = model.processor.tokenizer
-    read_whole(tokenizer.backend_tokenizer)  # a call of the tokenizer may have switched it on again
+    read_whole(tokenizer)  # a call of the tokenizer may have switched it on again
     tokenizer.chat_template = chat_template(model.processor)
     tokenizer.save_pretrained(folder)
     write_limits(folder, model.processor.limits, model.processor.backbone)

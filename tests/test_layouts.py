@@ -153,6 +153,7 @@ def test_truncation_padding_and_dropout_of_a_tokenizer_file_change_no_text_and_a
     Plume.from_pretrained(folder, "cpu").save_pretrained(folder)
     kept = tokenizers.Tokenizer.from_file(file)
     assert (kept.truncation, kept.padding, kept.model.dropout) == (None, None, None)
+    assert "max_length" not in json.loads((folder / "tokenizer_config.json").read_text())
 
 
 def test_special_tokens_in_a_text_are_characters_in_every_form_of_a_tokenizer(tmp_path):
