@@ -24,6 +24,7 @@ from transformers.models.glm4v.video_processing_glm4v import smart_resize as res
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
 from backbones.families import BACKBONES, QWEN2_VL
+from backbones.tokens import text_reader
 from files.clips import load_clip, Part
 from files.errors import DataError, quote
 from files.items import Side
@@ -139,10 +140,8 @@ class Processor:
         before, behind = turns.split("{item}")
         self.before = before.replace("{system}", template["system"])
         self.behind = behind.replace("{system}", template["system"])
-        # a copy that reads special tokens in a user's text as plain characters; ours are added by id
-        self.backend = tokenizers.Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
-        self.backend.encode_special_tokens = True
-        self.known = {}  # texts encoded lately -> their ids
+        self.backend = text_reader(tokenizer, SPECIAL)  # a copy; special tokens are added by id
+        self.known, self.room = {}, 0  # texts encoded lately -> their ids; how many characters and ids more
         self.id = {token: self.backend.token_to_id(token) for token in SPECIAL}
         missing = [token for token, i in self.id.items() if i is None]
         if missing:
@@ -228,9 +227,10 @@ class Processor:
         ids = self.known.get(text)
         if ids is None:
             ids = self.backend.encode(text, add_special_tokens=False).ids if text else []
-            if len(self.known) >= 4096:
-                self.known = {}
+            if self.room < 0:
+                self.known, self.room = {}, 1 << 18  # about 10 MB
             self.known[text] = ids
+            self.room -= len(text) + len(ids)
         return ids
 
     def media(self, kind, source):
@@ -291,8 +291,8 @@ class Processor:
         if room < 0:
             raise DataError(
                 f"{side.where}: {used} tokens of question, media and latent steps and {len(closing) + 2} "
-                f"behind them exceed max_len {self.limits.max_len}; raise max_len, or lower max_pixels or "
-                "num_frames")
+                f"behind them exceed max_len {self.limits.max_len}; raise max_len, or lower max_pixels, "
+                "video_max_pixels or num_frames")
         kept, eot = rest[:room], [self.id["<eot>"]]
         if curriculum and curriculum.rest_of_rationale == "after":
             thought = eot + kept

@@ -18,11 +18,12 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForImageTextToText
 
 from adapter import MAX_STEPS, TransitionAdapter
+from backbones.called import check_called
 from backbones.families import BACKBONES, facts_of, Limits, limits_of
 from backbones.shapes import SHAPES
 from backbones.vision import normalised, vision_features
 from data import fixed_strings, Processor, TEMPLATE, TEMPLATES, train_tokenizer
-from engine.ranks import pick_device
+from engine.ranks import pick_device, say
 from engine.stream import encoding, Spent
 from files.errors import DataError, quote, reason
 from hub.card import write_hub_files
@@ -59,6 +60,7 @@ class Plume(nn.Module):
             tokenizer, self.settings["prompt"], Limits(**self.settings["limits"]),
             self.settings["white_image"], self.settings["template"], facts)
         self.checkpointing = False  # activation checkpointing around every decoder layer
+        self.checked = None  # the modules that `check_called` has seen
         self.graphs = None  # latent.Graphs(): `encode` replays what comes behind the prefix as CUDA graphs
 
     @property
@@ -72,6 +74,7 @@ class Plume(nn.Module):
     # ---- computing
     def prefix(self, batch):
         """Token embeddings with the pictures' and clips' features in their places -> latent.Prefix."""
+        check_called(self)
         x, deepstack = self.lm.embed_tokens(batch["ids"]), ()  # (B, P, D)
         if batch["pixels"] is not None:
             visual, media = self.backbone.model.visual, batch["media"]
@@ -207,7 +210,9 @@ class Plume(nn.Module):
         settings: override the `plume` block.
         """
         device, dtype = pick_device(device, dtype)
-        backbone, tokenizer, block, adapter = read_checkpoint(path, dtype, revision, token)
+        backbone, tokenizer, block, adapter, limits = read_checkpoint(path, dtype, revision, token)
+        if limits:
+            say(f"limits of pictures and clips: {limits}")
         for key, value in settings.items():
             block[key] = block.get(key, {}) | value if isinstance(value, dict) else value
         try:

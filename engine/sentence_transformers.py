@@ -16,9 +16,10 @@ import torch
 from sentence_transformers.base.modules import InputModule
 
 from data import collate, padded, to_device
-from engine.stream import check_embeddings, check_mode, warn_of_file_names
+from engine.stream import check_embeddings, check_mode, warn_of_file_names, what_instead
 from files.errors import DataError, quote
 from files.items import parse_item, Side
+from files.pictures import PICTURE
 from hub.isolated import HOME
 from hub.layouts import write_checkpoint
 
@@ -85,6 +86,10 @@ class PlumeEmbedder(InputModule):
         return dict(input_ids=ids, rows=torch.arange(len(samples)), samples=samples)
 
     def read(self, item, prompt):
+        if not isinstance(item, (str, list, tuple, dict, os.PathLike, *PICTURE)):
+            instead = what_instead(item) or "take list(items)"
+            raise DataError("sentence-transformers takes a "
+                            f"{type(item).__name__} for a single item; {instead}")
         where = f"item {quote(item)}"
         side = Side(parts_of(item, where), where=where)
         if prompt:  # in front of the text, behind pictures that stand in front of it
@@ -109,8 +114,17 @@ class PlumeEmbedder(InputModule):
 
     @property
     def max_seq_length(self):
-        """In tokens, with pictures; what is longer is an error and not cut, so it cannot be set."""
+        """In tokens, with pictures; what is longer is an error and not cut."""
         return self.plume.processor.limits.max_len
+
+    @max_seq_length.setter
+    def max_seq_length(self, length):
+        if length != self.max_seq_length:
+            raise DataError(
+                f"max_seq_length {quote(length)}: PLUME never cuts an item, so this cannot be set; cut the "
+                "texts before encode. The longest item that is no error, pictures and all, is max_len of the "
+                f"checkpoint's limits, {self.max_seq_length} tokens here: to load it with another one give "
+                "config_kwargs={'limits': {'max_len': ...}}")
 
     @property
     def tokenizer(self):

@@ -4,6 +4,7 @@ Threads read and decode the next window while the model embeds this one; a bound
 the two in memory at about 2 * AHEAD bytes, however many items there are.
 """
 
+import io
 import itertools
 import math
 import operator
@@ -25,10 +26,11 @@ from data import collate, to_device
 from files.clips import VIDEO_SUFFIXES
 from files.errors import DataError, nearest, quote
 from files.items import parse_item, Side
-from files.pictures import IMAGE_SUFFIXES
+from files.pictures import IMAGE_SUFFIXES, PICTURE
 from latent import unit
 
 MODES = ("latent", "single", "cot", "auto")
+SINGLE = "put a single item into [ ]"
 AHEAD = 1 << 27  # bytes of media that `encode` holds for a window, and about as many are read ahead
 
 
@@ -212,17 +214,37 @@ def check_mode(mode, steps):
 
 
 def iterate(items):
-    """An iterator over the items of any container, in its own order; a single item is a TypeError."""
-    try:
-        if isinstance(items, (str, bytes, Mapping)) or isinstance(items, np.ndarray) and items.ndim == 3:
-            raise TypeError
-        iterator = iter(items)
-    except TypeError:
+    """An iterator over the items of any container, in its own order; TypeError for what is none."""
+    instead, iterator = what_instead(items), None
+    if not instead:
+        try:
+            iterator = iter(items)
+        except TypeError:
+            instead = SINGLE
+    if instead:
         raise TypeError("items must be a list or another iterable of items, got "
-                        f"{type(items).__name__}; put a single item into [ ]") from None
+                        f"{type(items).__name__}; {instead}")
     if isinstance(items, Iterable):
         return iterator
     return itertools.islice(iterator, length_hint(items))  # of the older kind: [0], [1], ... as it says
+
+
+def what_instead(items):
+    """What to give in place of a single item, or of what goes through something else than items; or ""."""
+    if isinstance(items, io.IOBase):
+        return "for its lines give file.read().splitlines(), and put a picture into [ ]"
+    if isinstance(items, np.ndarray):
+        return SINGLE if items.ndim == 3 else ""
+    if isinstance(items, (str, os.PathLike, Mapping, *PICTURE)):
+        return SINGLE
+    if hasattr(items, "columns"):  # of pandas, polars, pyarrow: going through it gives names or columns
+        return ("give one of its columns: table['text'].tolist() (pandas), .to_list() (polars) or "
+                ".to_pylist() (pyarrow)")
+    if isinstance(items, torch.utils.data.DataLoader):
+        return "it gives batches: take its data set"
+    if isinstance(items, (set, frozenset)):
+        return "it has no order, in which rows could be given back: take sorted(items)"
+    return ""
 
 
 def length_hint(items):

@@ -6,15 +6,13 @@ import os
 import re
 from dataclasses import dataclass, replace
 
-import numpy as np
-from PIL import Image
-
 from files.clips import Part
 from files.errors import DataError, quote
 from files.jsonl import only_keys
 from files.pictures import as_image, DECODER_ERRORS, PICTURE
 
 ITEM_KEYS = ("text", "image", "video", "start", "end")
+STORED = ("bytes", "path")  # a medium as a column of the datasets library has it; the bytes go first
 # of a training record, in every spelling that published files have
 MEDIA_KEYS = {"image": "image", "images": "image", "video": "video", "videos": "video"}
 SIDE_KEYS = ("conversations", *MEDIA_KEYS)
@@ -46,10 +44,15 @@ def parse_item(item, root="", where="item"):
 
     image: what `as_image` takes, or a list of these; video: a path, a folder of frames, or a list of frames.
     Beside the path of a video file "start" and "end" may say in seconds which part of it is meant.
-    A bare Pillow image, Path or array is a picture.  Media stand in front of the text, unless it has one
-    <image> (<video>) for each.
+    A bare Pillow image, Path, array, open file, bytes or STORED object is a picture.  Media stand in front of
+    the text, unless it has one <image> (<video>) for each.
     """
-    if isinstance(item, (Image.Image, np.ndarray, os.PathLike)):
+    if isinstance(item, (bytes, bytearray, memoryview)):
+        try:
+            item = as_image(item)
+        except DECODER_ERRORS as e:
+            raise DataError(f"{where}: needs a string or a picture, got {e}") from e
+    if isinstance(item, (os.PathLike, *PICTURE)) or is_stored(item):
         item = {"image": item}
     if isinstance(item, str):
         item = {"text": item}
@@ -81,7 +84,8 @@ def parse_side(raw, root, where):
     """
     if isinstance(raw, list) and len(raw) == 1:  # seen in the wild
         raw = raw[0]
-    if isinstance(raw, str) or isinstance(raw, dict) and raw and raw.keys() <= set(ITEM_KEYS):
+    of_item = isinstance(raw, dict) and raw and raw.keys() <= set(ITEM_KEYS)
+    if isinstance(raw, str) or is_stored(raw) or of_item:
         return parse_item(raw, root, where)
     only_keys(raw, SIDE_KEYS, where)
     spoken = parse_turns(raw.get("conversations"), where)
@@ -167,6 +171,11 @@ def expand_markers(text, media, root, where, disc=False):
 
 def resolve(source, kind, root, where):
     """A medium (kind: image, video or frame) -> a path under the root, a Pillow image, or a list of these."""
+    if is_stored(source):
+        content = source["bytes"]
+        if isinstance(content, str):
+            raise DataError(f"{where}: {kind}: 'bytes' must be the bytes of a file, got {quote(content)}")
+        source = source["path"] if content is None else content
     if isinstance(source, Part):
         file = resolve(source.video, kind, root, where)
         if os.path.isdir(file):
@@ -180,7 +189,9 @@ def resolve(source, kind, root, where):
     if isinstance(source, (list, tuple)) and kind == "video" and source:
         return [resolve(frame, "frame", root, where) for frame in source]
     if not isinstance(source, (str, os.PathLike)):
-        or_else = "or a list of frames" if kind == "video" else "(or a Pillow image, array, bytes or file)"
+        or_else = "(or a Pillow image, array, bytes or file)"
+        if kind == "video":  # FFmpeg reads it by its name
+            or_else = "(write its bytes to a file) or a list of frames"
         raise DataError(f"{where}: {kind} needs a path {or_else}, got {type(source).__name__}")
     name = os.fsdecode(source)
     if not name:
@@ -189,6 +200,10 @@ def resolve(source, kind, root, where):
     if not os.path.isfile(path) and not (kind == "video" and os.path.isdir(path)):
         raise DataError(f"{where}: {kind} {quote(name)} does not exist under {os.fspath(root) or '.'!r}")
     return path
+
+
+def is_stored(source):
+    return isinstance(source, dict) and source.keys() == set(STORED)
 
 
 def part_of(video, start, end, where):

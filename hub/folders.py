@@ -7,6 +7,17 @@
     OUT/log.jsonl                 a row a step
     OUT/wandb_id                  the run's name at Weights & Biases
     OUT/.plume.lock               held while a run is at work
+
+What a new checkpoint does with the files of the one whose place it takes:
+
+    kept with what others added   config_sentence_transformers.json (prompts, default prompt, similarity),
+                                  sentence_bert_config.json, modules.json (Normalize, Dense)
+    kept, its limits made true    processor_config.json, video_preprocessor_config.json (hub/limits.py)
+    kept                          a model card without our line in it, every file that is not in FILES
+    written anew                  the others: they follow from the model, as chat_template.jinja from the
+                                  template in config.json's plume block
+
+In another folder nothing of this is known: prompts are to be set there again, or the files copied.
 """
 
 import contextlib
@@ -19,12 +30,14 @@ from pathlib import Path
 
 from backbones.families import BACKBONES
 from files.errors import DataError, quote, reason
-from files.writing import temporary_name
+from files.writing import temporary_name, write_json
 from hub.weights import INDEX, read_json, weight_files, WEIGHTS
 
 # What a checkpoint of ours consists of, and a model card
-HUB_FILES = ("modules.json", "config_sentence_transformers.json", "sentence_bert_config.json", "plume_st.py")
+MODULES, ST_CONFIG, INPUTS = "modules.json", "config_sentence_transformers.json", "sentence_bert_config.json"
+HUB_FILES = (MODULES, ST_CONFIG, INPUTS, "plume_st.py")
 PREPROCESSOR, RUN_STATE = "preprocessor_config.json", "train_state.pt"
+CLIP_PROCESSOR, PROCESSOR = "video_preprocessor_config.json", "processor_config.json"  # transformers' own
 FILES = ("config.json", WEIGHTS, PREPROCESSOR, "tokenizer.json", "tokenizer_config.json",
          "chat_template.jinja", RUN_STATE, *HUB_FILES)
 CARD, OUR_CARD = "README.md", "<!-- written by PLUME; saving again replaces this file"
@@ -55,8 +68,9 @@ def replacing(path, keep=None):
     """A new folder that becomes `path` when the block ends well, in place of the checkpoint that stood there.
 
     keep: a free name under which that one stays.  Files in it that are not the checkpoint's (a model card, a
-    licence) move to the new one.  Temporary names are this call's own, and nothing else is removed.  Dying
-    between the two renames leaves the old one as `keep`, or `path.XXXXXXXX.old`.
+    licence) move to the new one, and so does what others added to ours, see above.  Temporary names are this
+    call's own, and nothing else is removed.  Dying between the two renames leaves the old one as `keep`, or
+    `path.XXXXXXXX.old`.
     """
     path = os.path.realpath(path)
     temporary, old = temporary_name(path), keep or temporary_name(path, "old")
@@ -68,7 +82,11 @@ def replacing(path, keep=None):
     try:
         if there:
             shutil.copymode(path, temporary)
+            for name in (CLIP_PROCESSOR, PROCESSOR):
+                if os.path.isfile(os.path.join(path, name)):
+                    shutil.copy(os.path.join(path, name), temporary)
         yield temporary
+        keep_additions(path, temporary)
         card = os.path.join(path, CARD)
         if os.path.lexists(card) and not is_our_card(card):
             with contextlib.suppress(FileNotFoundError):
@@ -95,6 +113,26 @@ def replacing(path, keep=None):
                           f"in {old}: {', '.join(stuck)}")
         if not keep:
             remove_checkpoint(old, mine)
+
+
+def keep_additions(old, new):
+    """What others added to a checkpoint's files for sentence-transformers goes into the new ones."""
+    for name in (ST_CONFIG, INPUTS, MODULES):
+        there, file = os.path.join(old, name), os.path.join(new, name)
+        if not os.path.isfile(there) or not os.path.isfile(file):
+            continue
+        try:
+            theirs = read_json(there, list if name == MODULES else dict)
+        except DataError as e:
+            warnings.warn(f"{e}; what it says is not taken over, it is now {name}.old")
+            shutil.copy(there, f"{file}.old")
+            continue
+        ours = read_json(file, type(theirs))
+        if name != MODULES:
+            fixed = {key: ours[key] for key in ("model_type", "requirements") if key in ours}
+            write_json(file, ours | theirs | fixed)
+        elif any(isinstance(module, dict) and module.get("type") == ours[0]["type"] for module in theirs):
+            write_json(file, theirs)
 
 
 def check_replaceable(path):

@@ -11,20 +11,22 @@ import copy
 import os
 import shutil
 import warnings
-from dataclasses import asdict
 
 import torch
 from safetensors.torch import save_file
 
-from backbones.families import BACKBONES, Limits, limits_of
+from adapter import TransitionAdapter
+from backbones.families import BACKBONES, limits_of
+from backbones.tokens import read_whole
 from data import PLUME_TOKENS, TEMPLATES
 from files.errors import closest, DataError, quote, reason
-from files.writing import write_errors, write_json
+from files.writing import write_errors
 from hub.card import chat_template
-from hub.folders import PREPROCESSOR
+from hub.limits import stored_limits, write_limits
 from hub.settings import ADAPTER, FORMAT, RELEASED, stored_settings
 from hub.weights import (
-    build_backbone, local_folder, quietly, read_json, read_tokenizer, read_weights, WEIGHTS)
+    build_backbone, FLOATS, local_folder, quietly, read_json, read_tokenizer, read_weights, WEIGHTS,
+    without_weights)
 
 OUR_ADAPTER, RELEASED_ADAPTER = "adapter.", "latent_moe_transition."  # in front of its weights' names
 SAME_NAMES = ("ln.weight", "ln.bias", "step_embed.weight", "router.weight", "router.bias")
@@ -32,7 +34,9 @@ LAYERS = (("fc1", "w1", "b1"), ("fc2", "w2", "b2"))  # of an expert: released na
 
 
 def read_checkpoint(path, dtype, revision=None, token=None):
-    """A folder, or a name on the hub -> backbone, tokenizer, settings, the adapter's state or None."""
+    """A folder, or a name on the hub -> backbone, tokenizer, settings, the adapter's state or None, and what
+    to tell the user of limits that are of others' files.
+    """
     path = local_folder(os.fspath(path), revision, token)
     raw = read_json(os.path.join(path, "config.json"))
     model_type = raw.get("model_type")
@@ -47,11 +51,11 @@ def read_checkpoint(path, dtype, revision=None, token=None):
     adapter = split_adapter(tensors, RELEASED_ADAPTER if block is None else OUR_ADAPTER)
     backbone, tokenizer = build_backbone(path, tensors, dtype), read_tokenizer(path)
     if block is not None:  # ours
-        return backbone, tokenizer, stored_settings(block, path), adapter
+        return backbone, tokenizer, stored_settings(block, path), adapter, ""
     if not adapter:  # plain
         add_tokens(backbone, tokenizer)
-        limits = stored_limits(path, limits_of(model_type))
-        return backbone, tokenizer, dict(template=TEMPLATES[model_type], limits=limits), None
+        limits, said = stored_limits(path, limits_of(model_type), model_type)
+        return backbone, tokenizer, dict(template=TEMPLATES[model_type], limits=limits), None, said
     if model_type != "qwen2_vl":  # released
         raise DataError(f"{path}: the released layout, with a {model_type}: it is that of a Qwen2-VL, and "
                         "does not say how others are to be read")
@@ -60,30 +64,29 @@ def read_checkpoint(path, dtype, revision=None, token=None):
     except (LookupError, ValueError, RuntimeError) as e:
         raise DataError(f"{path}: its adapter's tensors are incomplete or do not fit each other: "
                         f"{reason(e)}") from e
-    limits = stored_limits(path, RELEASED["limits"])
-    return backbone, tokenizer, dict(RELEASED, adapter=keywords, limits=limits), adapter
+    # clips have the limits of the released evaluation
+    limits, said = stored_limits(path, RELEASED["limits"], model_type, ("image",))
+    return backbone, tokenizer, dict(RELEASED, adapter=keywords, limits=limits), adapter, said
 
 
 def write_checkpoint(model, folder, released=False, state=None):
-    """The files of a checkpoint, into an empty folder; state: the whole one of a sharded model."""
+    """The files of a checkpoint, into a folder; state: the whole one of a sharded model."""
     config = copy.deepcopy(model.backbone.config)
     config.__dict__.pop("plume", None)  # a loaded model's
     if released:
         warn_of_lost_settings(model)
     else:
         config.plume = dict(format=FORMAT, **model.settings)
-    config.save_pretrained(folder)
     file, tensors = os.path.join(folder, WEIGHTS), stored_tensors(model, released, state)
+    config.save_pretrained(folder)
     with write_errors(file):
         save_file(tensors, file, {"format": "pt"})
     shutil.copymode(os.path.join(folder, "config.json"), file)  # the library lets nobody else read it
-    model.processor.tokenizer.chat_template = chat_template(model.processor)
-    model.processor.tokenizer.save_pretrained(folder)
-    limits, facts = model.processor.limits, model.processor.backbone
-    write_json(os.path.join(folder, PREPROCESSOR), dict(  # what other Qwen-VL software reads
-        image_processor_type="Qwen2VLImageProcessor", min_pixels=limits.min_pixels,
-        max_pixels=limits.max_pixels, patch_size=facts.patch, merge_size=facts.merge,
-        temporal_patch_size=facts.temporal, image_mean=facts.mean, image_std=facts.std))
+    tokenizer = model.processor.tokenizer
+    read_whole(tokenizer)  # a call of the tokenizer may have switched it on again
+    tokenizer.chat_template = chat_template(model.processor)
+    tokenizer.save_pretrained(folder)
+    write_limits(folder, model.processor.limits, model.processor.backbone)
 
 
 def split_adapter(tensors, prefix):
@@ -93,8 +96,9 @@ def split_adapter(tensors, prefix):
 
 def stored_tensors(model, released, state=None):
     """{name in the safetensors: tensor} of a model."""
-    config, tensors = model.backbone.config, {}
-    for key, value in (state or model.state_dict()).items():
+    config, tensors, state = model.backbone.config, {}, state or model.state_dict()
+    check_tensors(model, state)
+    for key, value in state.items():
         if not (config.tie_word_embeddings and key == "backbone.lm_head.weight"):
             key = key.removeprefix("backbone.")
             if config.model_type != "qwen3_vl":  # the older names, which every transformers version reads
@@ -104,6 +108,33 @@ def stored_tensors(model, released, state=None):
         adapter = to_released(split_adapter(tensors, OUR_ADAPTER), model.adapter.shared_expert)
         tensors |= {RELEASED_ADAPTER + key: value for key, value in adapter.items()}
     return {key: value.cpu().contiguous() for key, value in tensors.items()}
+
+
+def check_tensors(model, state):
+    """DataError unless `state` has what a plain model of this configuration has: no other can be loaded."""
+    config = model.backbone.config
+    with torch.device("meta"):
+        adapter = TransitionAdapter(config.text_config.hidden_size, **model.settings["adapter"])
+    needed = {}
+    for prefix, part in (("backbone.", without_weights(config)), (OUR_ADAPTER, adapter)):
+        needed |= {prefix + name: tensor.shape for name, tensor in part.state_dict().items()}
+    wrong = [f"{name} is missing" for name in needed if name not in state]
+    for name, tensor in state.items():
+        if name not in needed:
+            wrong.append(f"{name} is unknown")
+        elif tensor.shape != needed[name] or tensor.dtype not in FLOATS:
+            wrong.append(f"{name} is {tensor.dtype} of {tuple(tensor.shape)}, not of {tuple(needed[name])}")
+    head, embed = "backbone.lm_head.weight", "backbone.model.language_model.embed_tokens.weight"
+    if not wrong and config.tie_word_embeddings:
+        head, embed = state[head], state[embed]
+        if head.data_ptr() != embed.data_ptr() and not torch.equal(head, embed):
+            wrong.append("lm_head is not the input embedding any more, as tie_word_embeddings says")
+    if wrong:
+        raise DataError(
+            f"nothing is saved: {len(wrong)} tensors are not those of a plain {config.model_type} with "
+            f"PLUME's adapter, and a checkpoint of them could not be loaded: {'; '.join(sorted(wrong)[:4])}. "
+            "Save the model itself: merge adapters first (peft: merge_and_unload), take off what wraps it "
+            "(torch.compile, DDP, quantisation), remove what was added")
 
 
 def warn_of_lost_settings(model):
@@ -183,19 +214,3 @@ def add_tokens(backbone, tokenizer):
     with torch.no_grad():
         for table in (backbone.get_input_embeddings().weight, backbone.lm_head.weight):  # often the same
             table[old : len(tokenizer)] = table[:old].float().mean(0).to(table.dtype)
-
-
-def stored_limits(path, limits):
-    """limits with the min_pixels and max_pixels of preprocessor_config.json, in either spelling."""
-    file = os.path.join(path, PREPROCESSOR)
-    if not os.path.exists(file):
-        return limits
-    raw, found = read_json(file), {}
-    size = raw.get("size") if isinstance(raw.get("size"), dict) else {}
-    for name, edge in (("min_pixels", "shortest_edge"), ("max_pixels", "longest_edge")):
-        given = (raw.get(name), size.get(edge), size.get(name))
-        found[name] = next((value for value in given if value is not None), limits[name])
-    try:
-        return asdict(Limits(**limits | found))
-    except DataError as e:
-        raise DataError(f"{file}: {e}") from e

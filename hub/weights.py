@@ -87,8 +87,7 @@ def build_backbone(path, tensors, dtype):
     """The model that config.json describes, with these weights; DataError when they do not fit it."""
     try:
         config = AutoConfig.from_pretrained(path)
-        with torch.device("meta"):
-            meta = quietly(AutoModelForImageTextToText.from_config, config)
+        meta = without_weights(config)
         described, held = count_parameters(meta), sum(t.numel() for t in tensors.values())
         if described > 2 * held + 10**6:  # it would only fill the memory
             raise ValueError(f"a model of {described:,} parameters, and the files hold {held:,}")
@@ -104,6 +103,12 @@ def build_backbone(path, tensors, dtype):
         raise DataError(f"{path}: weights do not fit the configuration, {len(wrong)} names are missing, "
                         f"unknown or of another shape: {sorted(wrong)[:5]}")
     return backbone
+
+
+def without_weights(config):
+    """The backbone that a configuration describes, on the device "meta": names and shapes alone."""
+    with torch.device("meta"):
+        return quietly(AutoModelForImageTextToText.from_config, config)
 
 
 def count_parameters(model, trained=False):
@@ -138,16 +143,17 @@ def read_tokenizer(path):
         raise DataError(f"{needed}: the tokenizer cannot be read: {reason(e)}") from e
 
 
-def read_json(file):
-    """The object in a JSON file of a checkpoint."""
+def read_json(file, kind=dict):
+    """The object, or another kind of value, in a JSON file of a checkpoint."""
     with open(file, "rb") as f:
         raw = f.read()
     try:
         value = parse_json(raw, file)
     except DataError as e:
         raise DataError(f"{e}{lfs_hint(file)}") from e
-    if not isinstance(value, dict):
-        raise DataError(f"{file}: needs an object, got {quote(value)}")
+    if not isinstance(value, kind):
+        needs = "an object" if kind is dict else f"a {kind.__name__}"
+        raise DataError(f"{file}: needs {needs}, got {quote(value)}")
     return value
 
 

@@ -10,8 +10,10 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from adapter import TransitionAdapter
 from files.errors import DataError
 from hub.folders import replacing
+from hub.layouts import write_checkpoint
 from hub.settings import ADAPTER
 from hub.weights import INDEX, WEIGHTS
 from model import Plume
@@ -46,6 +48,9 @@ def test_a_released_folder_without_pixel_limits_gets_the_released_ones(tmp_path)
             pixel_limits()
     stored.write_text('{"size": {"shortest_edge": 3136}}')
     assert pixel_limits() == (3136, 2359296)
+    # its evaluation does not ask this file
+    write(tmp_path / "ck", "video_preprocessor_config.json", '{"max_pixels": 999999}')
+    assert Plume.from_pretrained(tmp_path / "ck", "cpu").processor.limits.video_max_pixels == 28 * 28 * 32
 
 
 def test_too_many_steps_and_other_numbers_than_float32_and_bfloat16_are_refused(small):
@@ -200,6 +205,57 @@ def refuse_rename(monkeypatch, end):
         rename(a, b)
 
     monkeypatch.setattr(os, "rename", refusing)
+
+
+def wrapped_by_lora(m):
+    layer = m.lm.layers[0].mlp
+    layer.up_proj = torch.nn.ModuleDict(dict(base_layer=layer.up_proj, lora_A=torch.nn.Linear(128, 2)))
+
+
+def compiled(m):
+    m.lm.layers[1] = torch.nn.ModuleDict(dict(_orig_mod=m.lm.layers[1]))  # its names; compile takes seconds
+
+
+def with_a_buffer(m):
+    m.register_buffer("mean", torch.zeros(2))
+
+
+def quantised(m):
+    m.lm.layers[0].mlp.up_proj.weight = torch.nn.Parameter(torch.zeros(384, 128, dtype=torch.int8), False)
+
+
+def with_a_head_of_its_own(m):
+    m.backbone.lm_head.weight = torch.nn.Parameter(m.backbone.lm_head.weight + 1)
+
+
+def without_a_layer(m):
+    del m.lm.layers[2]
+
+
+def with_another_adapter(m):
+    m.adapter = TransitionAdapter(128, experts=2)
+
+
+@pytest.mark.parametrize("change, why", [
+    (wrapped_by_lora, "up_proj.base_layer.weight is unknown.*merge_and_unload"),
+    (compiled, "_orig_mod.* is unknown.*torch.compile"),
+    (with_a_buffer, "mean is unknown"),
+    (quantised, "up_proj.weight is torch.int8"),
+    (with_a_head_of_its_own, "lm_head is not the input embedding"),
+    (without_a_layer, "layers.2.* is missing"),
+    (with_another_adapter, r"b1 is .* of \(3, .*not of \(5, "),
+])
+def test_a_model_that_could_not_be_loaded_again_is_not_saved(change, why, tmp_path):
+    m = make_model().float()
+    m.save_pretrained(tmp_path / "ck")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "ck").iterdir()}
+    change(m)
+    for write in (m.save_pretrained, lambda folder: write_checkpoint(m, folder)):  # as sentence-transformers
+        for name in ("ck", "new"):
+            with pytest.raises(DataError, match=f"nothing is saved: .*{why}"):
+                write(tmp_path / name)
+    assert os.listdir(tmp_path) == ["ck"]
+    assert {path.name: path.read_bytes() for path in (tmp_path / "ck").iterdir()} == before
 
 
 NEIGHBOURS = [".best", "best-1", "best.old", "best.writing", "best.writing.old"]

@@ -1,5 +1,6 @@
 """`encode`: any container in its own order, bad items named, nothing that is not finite."""
 
+import io
 import math
 import threading
 import time
@@ -12,12 +13,13 @@ import pytest
 import torch
 from PIL import Image
 
-from data import collate
+from data import collate, Processor
 from engine import stream
 from files.errors import DataError
+from files.items import parse_side
 from latent import Graphs
 from test_plume import assert_close, gradients, HERE, make_model, mixed_items, rendered
-from tests.samples import picture
+from tests.samples import picture, png, turns
 
 ITEMS = ["red", "a blue square", "green", "what colour?", "black bar"]
 
@@ -105,6 +107,125 @@ def test_items_are_taken_in_the_order_in_which_any_container_gives_them(model, c
     for single in ("x", b"x", {"text": "x"}, {"a": "x", "b": "y"}, *pictures, 3, None):
         with pytest.raises(TypeError, match=r"list.*put a single item into \[ \]"):
             model.encode(single)
+
+
+def a_table():
+    """As a DataFrame: going through it gives the names of its columns."""
+    table = container(iter=["text", "image"].__iter__)
+    table.columns = ["text", "image"]
+    return table
+
+
+@pytest.mark.parametrize("items, instead", [
+    (a_table(), r"one of its columns: table\['text'\].tolist\(\)"),
+    (io.StringIO("red\nblue\n"), r"lines give file.read\(\).splitlines\(\)"), (io.BytesIO(b"red"), "lines"),
+    ({"red", "blue"}, "no order.*sorted"), (frozenset("ab"), "no order"),
+    (torch.utils.data.DataLoader([{"image": "a.png"}] * 2), "gives batches"),
+    (bytearray(b"x"), r"single item into \[ \]"), (memoryview(b"x"), r"single item into \[ \]"),
+])
+def test_what_goes_through_something_else_than_items_is_refused_and_says_what_to_give(model, items, instead):
+    with pytest.raises(TypeError, match=f"items, got {type(items).__name__}; .*{instead}"):
+        model.encode(items)
+
+
+def test_tables_of_pyarrow_are_refused_and_their_columns_are_items(model):
+    pa = pytest.importorskip("pyarrow", reason="needs pyarrow: pip install pyarrow")
+    table = pa.table(dict(text=ITEMS, label=ITEMS))
+    for items in (table, table.to_batches()[0]):
+        with pytest.raises(TypeError, match="one of its columns: .*to_pylist"):
+            model.encode(items)
+    assert np.array_equal(model.encode(table["text"].to_pylist()), model.encode(ITEMS))
+
+
+def test_bytes_of_a_picture_are_a_picture_in_every_place(model, world):
+    path = world / "red bar.png"
+    content = path.read_bytes()
+    stored = [dict(bytes=content, path=None), dict(bytes=content, path="gone.png"),  # as datasets has them
+              dict(bytes=None, path=str(path))]
+    bare = [content, bytearray(content), memoryview(content), io.BytesIO(content), *stored]
+    assert_close(model.encode(bare), np.repeat(model.encode([path]), len(bare), 0), "bare", 1e-6)
+    for given in (content, *stored):
+        items = [{"image": given}, {"text": "which?", "image": [given, given]}, {"video": [given, given]}]
+        same = [{"image": path}, {"text": "which?", "image": [path, path]}, {"video": [path, path]}]
+        assert_close(model.encode(items), model.encode(same), "in an object", 1e-6)
+    record = dict(conversations=turns("<image>\nwhat?"), image=[dict(bytes=None, path="red bar.png")])
+    assert parse_side(record, world, "record 1").parts[0] == ("image", str(path))
+    for item, why in (
+        (b"hello", "needs a string or a picture, got 5 bytes that are no picture"),
+        (dict(bytes="aGk=", path=None), "'bytes' must be the bytes of a file"),
+        (dict(bytes=None, path=None), "needs"), (dict(path="x.png"), "unknown key 'path'"),
+        (dict(video=dict(bytes=b"..", path="x.mp4")), r"video needs a path \(write its bytes to a file\)"),
+        (png(10000, 2, 8), "limit is 89,478,485"),  # said before anything is decoded
+    ):
+        with pytest.raises(DataError, match=f"item 0: .*{why}"):
+            model.encode([item])
+
+
+def test_texts_that_are_remembered_are_bounded_by_their_size(model):
+    p = Processor(model.processor.tokenizer, "Think.", model.processor.limits)
+    for i in range(60):
+        assert p.encode(f"word {i} " * 2000) == p.encode(f"word {i} " * 2000)
+        p.encode("a piece of the prompt")
+    assert sum(len(text) + len(ids) for text, ids in p.known.items()) < 400_000
+    assert "a piece of the prompt" in p.known
+
+
+class Wrapped(torch.nn.Module):
+    """As LoRA stands around a module."""
+
+    def __init__(self, base):
+        super().__init__()
+        self.base_layer, self.weight = base, base.weight
+        rows, *columns = base.weight.shape
+        self.lora_B = torch.nn.Linear(columns[0] if columns else 1, rows, bias=False, dtype=torch.float64)
+
+    def forward(self, x):
+        return self.base_layer(x) + self.lora_B(x)
+
+
+def wrap(m, name):
+    parent, _, child = name.rpartition(".")
+    setattr(m.get_submodule(parent), child, Wrapped(m.get_submodule(name)))
+
+
+@pytest.mark.parametrize("name", [
+    "backbone.lm_head", "backbone.model.language_model.norm", "backbone.model.visual.patch_embed.proj",
+    "adapter.step_embed"])
+def test_a_module_whose_weight_is_read_must_not_be_wrapped(name):
+    m = make_model()
+    batch = collate(rendered(m, ["red"]), m.processor)
+    m(batch, 2)  # seen once without
+    wrap(m, name)
+    for run in (lambda: m(batch, 2), lambda: m.embed(batch), lambda: m.encode(["red"])):
+        with pytest.raises(DataError, match=f"^{name}, a Wrapped: .*no gradient.*target_modules.*merge"):
+            run()
+
+
+def test_a_wrapped_module_that_is_called_has_an_effect_and_a_gradient():
+    m = make_model()
+    before, inside = m.encode(["red"]), "backbone.model.language_model.layers.1"
+    for name in ("self_attn.q_proj", "mlp.down_proj"):
+        wrap(m, f"{inside}.{name}")
+    assert np.abs(m.encode(["red"]) - before).max() > 1e-4
+    m.embed(collate(rendered(m, ["red"]), m.processor))[0].sin().sum().backward()
+    assert all(m.get_submodule(f"{inside}.{name}").lora_B.weight.grad.any()
+               for name in ("self_attn.q_proj", "mlp.down_proj"))
+    m.lm.layers[1].mlp = torch.nn.Sequential(m.lm.layers[1].mlp)  # a whole block, which is not called
+    with pytest.raises(DataError, match=f"^{inside}.mlp.0.gate_proj.weight: "):
+        m.encode(["red"])
+
+
+def test_adapters_of_peft_are_taken_where_modules_are_called():
+    peft = pytest.importorskip("peft", reason="needs peft: pip install peft")
+    for target in ("q_proj", "embed_tokens", "lm_head"):
+        m = make_model().float()
+        before = m.encode(["red"])
+        peft.get_peft_model(m, peft.LoraConfig(target_modules=[target], init_lora_weights=False))
+        if target == "lm_head":
+            with pytest.raises(DataError, match="^backbone.lm_head, a Linear: "):
+                m.encode(["red"])
+        else:
+            assert np.abs(m.encode(["red"]) - before).max() > 1e-4, target
 
 
 def test_what_cannot_be_read_is_a_row_of_nan_with_its_reason_and_the_others_stay(model, world):

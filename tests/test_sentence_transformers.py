@@ -110,6 +110,42 @@ def test_what_it_offers_and_what_it_refuses(load, small):
         m.encode(["red"])
 
 
+def test_max_seq_length_cannot_be_set_and_tables_are_refused(load, small):
+    m = load(small)
+    m.max_seq_length = m.max_seq_length
+    for length in (128, 1024, None):
+        with pytest.raises(DataError, match=f"max_seq_length {length}: PLUME never cuts.*'max_len'"):
+            m.max_seq_length = length
+    assert m.max_seq_length == 512
+    assert load(small, config_kwargs=dict(limits=dict(max_len=128))).max_seq_length == 128
+    table = type("DataFrame", (), dict(columns=["text"], __iter__=lambda table: iter(["text"])))()
+    for items, why in ((table, "DataFrame for a single item; give one of its columns"),
+                       ({"red"}, "set for a single item; .*sorted"), (iter(["red"]), r"take list\(items\)")):
+        with pytest.raises(DataError, match=f"takes a .*{why}"):
+            m.encode(items)
+
+
+def test_bytes_are_pictures(load, small, plume, world):
+    m, path = load(small), world / "red bar.png"
+    content = path.read_bytes()
+    stored = dict(bytes=content, path=None)
+    turn = dict(role="user", content=[dict(type="image", image=stored)])
+    expected = plume.encode([path])
+    for item in (content, stored, {"image": content}, {"image": stored}, [turn]):
+        assert_close(m.encode([item]), expected, str(item)[:40], 1e-6)
+
+
+def test_prompts_stay_when_plume_saves_over_them(load, small, tmp_path):
+    m = load(small, prompts=dict(query="Find a picture: "), default_prompt_name="query")
+    m.save_pretrained(str(tmp_path / "ck"))
+    expected = m.encode(["red"]), m.encode_query(["red"])
+    Plume.from_pretrained(tmp_path / "ck", "cpu").save_pretrained(tmp_path / "ck")
+    again = load(tmp_path / "ck")
+    assert again.default_prompt_name == "query"
+    assert np.array_equal(again.encode(["red"]), expected[0])
+    assert np.array_equal(again.encode_query(["red"]), expected[1])
+
+
 def test_saved_and_loaded_again_it_is_the_same_and_a_checkpoint_of_plume(
         load, small, world, tmp_path, monkeypatch):
     m, items = load(small, prompts=dict(query="Find: "), truncate_dim=64), mixed_items(world)
