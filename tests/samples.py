@@ -87,7 +87,7 @@ def tiff(values, bits, photometric, order="<", packed=False, more={}):
 
 
 def pdf(*kids, fields=b"", more=()):
-    """The bytes of a PDF file.  kids: its pages, the objects from 10 on; fields: of its form; more: from 5 on.
+    """The bytes of a PDF file.  kids: its pages, objects from 10 on; fields: of its form; more: from 5 on.
 
     Object 4 is a font, F; a page without "/Contents" is white.
     """
@@ -110,9 +110,9 @@ def write_clip(path, frames, rate=8, codec="mpeg4", stamps=None, aspect=None, au
                matrix=None, container=(None, {}), **options):
     """A clip with a key frame every twelve frames, as FFmpeg's default is.
 
-    matrix: (a, b, c, d) of the display matrix.  pixels: FFmpeg's name of the format; frames may be RGBA.
-    container: FFmpeg's name of it, and its options; None: by the suffix.  stamps: the time of each frame in units of 1/rate seconds; None: one unit apart.  aspect: of one pixel.
-    audio: seconds of silence.  options: the codec's own.
+    stamps: the time of each frame in units of 1/rate seconds; None: one unit apart.  aspect: of one pixel.
+    audio: seconds of silence.  pixels: FFmpeg's name of their format; frames may be RGBA.  matrix: (a, b, c, d)
+    of the display matrix.  container: FFmpeg's name and options; None: by the suffix.  options: the codec's own.
     """
     with av.open(str(path), "w", *container) as out:
         stream = out.add_stream(codec, rate=rate, options=options)

@@ -180,8 +180,10 @@ def ffmpeg_frame(path):
     """The first frame as ffmpeg turns it, or None where no ffmpeg is installed."""
     if shutil.which("ffmpeg") is None:
         return None
-    command = ["ffmpeg", "-v", "error", "-i", str(path), "-frames:v", "1", "-f", "image2pipe", "-c:v", "png", "-"]
-    return np.asarray(Image.open(io.BytesIO(subprocess.run(command, stdout=-1, check=True).stdout)))
+    command = "ffmpeg -v error -i FILE -frames:v 1 -f image2pipe -c:v png -".split()
+    command[4] = str(path)
+    written = subprocess.run(command, stdout=subprocess.PIPE, check=True).stdout
+    return np.asarray(Image.open(io.BytesIO(written)))
 
 
 @pytest.mark.parametrize("suffix", ["mp4", "mov", "mkv"])
@@ -548,7 +550,8 @@ def test_clips_are_known_by_every_suffix_and_typescript_is_none(tmp_path):
     for suffix, codec, container in CONTAINERS:
         path = str(tmp_path / f"clip.{suffix}")
         muxing = {"mpegts_m2ts_mode": "1"} if "2" in suffix and "ts" in suffix else {}
-        write_clip(path, [grey(level) for level in range(40, 200, 8)], 25, codec, container=(container, muxing))
+        frames = [grey(level) for level in range(40, 200, 8)]
+        write_clip(path, frames, 25, codec, container=(container, muxing))
         assert is_clip_file(path), suffix
         assert shades(load_frames(path, 5), 8) == pytest.approx([5, 10, 15, 19, 24], abs=1), suffix
     sources = ["", "Go", "G" * 900, "GB: 1,\n" * 900, "\ufeffexport const G = 'G'\n" * 99]

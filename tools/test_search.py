@@ -212,7 +212,7 @@ def pages_of(tmp_path):
 
 PAGE_OF = b"<< /Type /Page /Parent 2 0 R /MediaBox [0 0 300 200] %s >>"
 SIZED = b"<< /Type /Page /Parent 2 0 R /MediaBox [0 0 %s] >>"
-FIELD = b"<< /Type /Annot /Subtype /Widget /T (f) /Rect [20 80 280 140] /DA (/F 24 Tf 0 g) /F 4 /P 10 0 R %s >>"
+FIELD = b"<< /Subtype /Widget /T (f) /Rect [20 80 280 140] /DA (/F 24 Tf 0 g) /F 4 /P 10 0 R %s >>"
 LOOK = b"<< /Type /XObject /Subtype /Form /BBox [0 0 260 60] /Length 14 >> stream\n0 0 260 60 re f\nendstream"
 
 
@@ -228,7 +228,7 @@ def test_what_is_written_in_the_fields_of_a_form_is_drawn(pages_of, field):
     assert 100 < dark.sum() and not dark[: len(dark) // 4].any() and not dark[3 * len(dark) // 4 :].any()
 
 
-def test_pages_have_the_size_that_they_are_shown_in_and_absurd_ones_are_refused_before_they_are_drawn(pages_of):
+def test_pages_have_the_size_that_they_are_shown_in_and_absurd_ones_are_refused(pages_of):
     content = pdf(PAGE_OF % b"", PAGE_OF % b"/Rotate 90", PAGE_OF % b"/CropBox [0 0 100 50]",
                   SIZED % b"0.0001 900000000", SIZED % b"1 90000", SIZED % b"900000000 900000000")
     plain, turned, cropped, long, narrow, large = pages_of(content, 300 * 200)
