@@ -111,8 +111,8 @@ def write_clip(path, frames, rate=8, codec="mpeg4", stamps=None, aspect=None, au
     """A clip with a key frame every twelve frames, as FFmpeg's default is.
 
     stamps: the time of each frame in units of 1/rate seconds; None: one unit apart.  aspect: of one pixel.
-    audio: seconds of silence.  pixels: FFmpeg's name of their format; frames may be RGBA.  matrix: (a, b, c, d)
-    of the display matrix.  container: FFmpeg's name and options; None: by the suffix.  options: the codec's own.
+    audio: seconds of silence.  pixels: FFmpeg's name of their format; they may be RGBA.  matrix: (a, b, c, d)
+    of the display matrix.  container: FFmpeg's name and options; None: by the suffix.  options: of the codec.
     """
     with av.open(str(path), "w", *container) as out:
         stream = out.add_stream(codec, rate=rate, options=options)
