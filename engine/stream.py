@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from adapter import MAX_STEPS
 from data import collate, to_device
-from files.clips import VIDEO_SUFFIXES
+from files.clips import is_clip_file, VIDEO_SUFFIXES
 from files.errors import DataError, nearest, quote
 from files.items import parse_item, Side
 from files.pictures import IMAGE_SUFFIXES, PICTURE
@@ -261,7 +261,9 @@ def warn_of_file_names(items):
     told, suffixes = False, IMAGE_SUFFIXES + VIDEO_SUFFIXES
     for item in items:
         if not told and isinstance(item, str) and item.lower().endswith(suffixes) and os.path.isfile(item):
-            told = True
-            warnings.warn("a string that is the name of a file is embedded as text; for the picture or clip "
-                          f"itself give {{'image': ...}} or {{'video': ...}}.  The first is {quote(item)}")
+            told = item.lower().endswith(IMAGE_SUFFIXES) or is_clip_file(item)
+            if told:  # and no source of TypeScript
+                warnings.warn("a string that is the name of a file is embedded as text; for the picture or "
+                              "clip itself give {'image': ...} or {'video': ...}.  The first is "
+                              f"{quote(item)}")
         yield item

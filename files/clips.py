@@ -5,6 +5,7 @@ import contextlib
 import itertools
 import math
 import os
+import re
 import warnings
 from collections import namedtuple
 from dataclasses import dataclass, replace
@@ -14,13 +15,21 @@ import numpy as np
 from PIL import Image
 
 from files.errors import DataError, quote
+from files.frames import display_matrix, rgb_of_frame, upright
 from files.pictures import DECODER_ERRORS, frame_files, load_image, MAX_PIXELS, to_rgb
 
-VIDEO_SUFFIXES = (".mp4", ".mkv", ".webm", ".mov", ".avi", ".m4v", ".mpg", ".mpeg")  # for a hint only
+VIDEO_SUFFIXES = tuple(  # a clip of any other name can be given, too; a folder is searched for these
+    ".mp4 .m4v .mov .qt .3gp .3gpp .3g2 .f4v .mj2 .mkv .mk3d .webm .avi .divx .flv .wmv .asf .ogv .ogm .mpg "
+    ".mpeg .mpe .m1v .m2v .mpv .m2p .vob .ts .m2t .m2ts .mts .tp .trp .mxf .dv .rm .rmvb .ivf .y4m .h264 "
+    ".264 .hevc .h265 .265".split())
+SUFFIXES_OF_TEXT = (".ts", ".mts")  # of TypeScript's sources, too
+# Four packets of an MPEG transport stream: each begins with a G; with or without a time or check bytes
+TRANSPORT_STREAM = re.compile(b"|".join(b"G(.{%d}G){3}" % (size - 1) for size in (188, 192, 204)), re.S)
 VIDEO_OPTIONS = {  # a playlist must not open other files or addresses
     "protocol_whitelist": "file",
     "format_whitelist": "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,gif,mpeg,mpegts,mpegvideo,flv,asf,ogg,"
-                        "h264,hevc,ivf,y4m"}
+                        "h264,hevc,ivf,yuv4mpegpipe,mxf,dv,rm"}
+SEES_ALPHA = {"vp8": "libvpx", "vp9": "libvpx-vp9"}  # these keep it in a second picture beside each frame
 
 
 @dataclass(frozen=True)
@@ -35,14 +44,28 @@ class Part:
         return f"{self.video} ({self.start:g} - {self.end:g} s)"
 
 
+def is_clip_file(path):
+    """Whether a file is a clip by its suffix and, where sources of TypeScript have that, by its content."""
+    suffix = os.path.splitext(path)[1].lower()
+    if suffix not in SUFFIXES_OF_TEXT:
+        return suffix in VIDEO_SUFFIXES
+    try:
+        with open(path, "rb") as f:
+            head = f.read(8192)
+    except OSError:  # decoding it will say why
+        return True
+    return b"\0" in head and TRANSPORT_STREAM.search(head) is not None  # text may have a G in every line
+
+
 def load_clip(source, count, frame_rate=2.0):
     """A clip -> at most `count` RGB Pillow images, evenly spaced in time from the first frame to the last.
 
     And in seconds when each of them begins, counted from the first one's begin, and when the clip ends.
     source: a video file, a `Part` of one, a folder of frame files (natural order), or a list of what
     `load_image` takes.  frame_rate: frames a second where the source does not tell.
-    A clip with fewer frames gives all it has.  Frames of a file are shown as a player does: with the rotation
-    and the aspect ratio that the file asks for.  Decoding keeps only the chosen frames in memory.
+    A clip with fewer frames gives all it has.  Frames of a file are shown as a player does: turned, mirrored
+    and stretched as the file asks for; where they are transparent they are white.  Decoding keeps only the
+    chosen frames in memory.
     """
     if count < 1:
         raise DataError(f"num_frames {count}: a clip needs at least 1")
@@ -77,7 +100,7 @@ def decode_clip(part, count, frame_rate):
         stream = container.streams.best("video")
         if stream is None or stream.codec_context is None:
             raise DataError("no video track in this file")
-        size = stream.codec_context.width, stream.codec_context.height
+        size, codec = (stream.codec_context.width, stream.codec_context.height), stream.codec_context.name
         shape = display_size(*size, stream.sample_aspect_ratio)
         track = read_headers(container, stream, source)
     times = times_within(track, part)
@@ -85,12 +108,13 @@ def decode_clip(part, count, frame_rate):
     # the last of them ends where the next one begins
     end = [*track.times, track.end][bisect.bisect(track.times, times[-1])]
     unit = 1 / frame_rate if track.start is None else track.unit
+    matrix = first_matrix(source, track) if track.decoder else None  # that decoder does not pass it on
 
     def shown(frame):
-        image = frame.to_image()
+        image = rgb_of_frame(frame, codec)
         if shape != size:
             image = image.resize(shape, Image.BICUBIC)
-        return to_rgb(image.rotate(frame.rotation, expand=True))  # phones store frames sideways
+        return to_rgb(upright(image, matrix or display_matrix(frame)))
 
     def decoded(track):
         frames, begin = [], []
@@ -118,6 +142,13 @@ def display_size(width, height, aspect):
     return round(width * aspect), height
 
 
+def first_matrix(source, track):
+    """The `display_matrix` that FFmpeg's own decoder gives the first frame."""
+    with av.open(source, options=VIDEO_OPTIONS) as container:
+        frame = next(container.decode(container.streams[track.index]), None)
+        return frame and display_matrix(frame)
+
+
 @dataclass
 class Track:
     """What the headers of a video track say; times in its own unit."""
@@ -129,6 +160,7 @@ class Track:
     keys: list  # of the key frames among them, sorted
     end: float  # when the last frame is no longer shown
     unit: float  # in seconds
+    decoder: str | None  # another one than FFmpeg's own
 
 
 Header = namedtuple("Header", "time duration is_key is_discarded")  # of a packet
@@ -160,7 +192,9 @@ def read_headers(container, stream, source):
                           "(cut off?); using these")
     if end == times[-1]:  # the header says no duration: the last frame is shown as long as the others
         end += (times[-1] - times[0]) / max(1, len(times) - 1)
-    return Track(stream.index, first, start, times, keys, end, float(stream.time_base))
+    tags = {name.lower(): value for name, value in stream.metadata.items()}
+    decoder = SEES_ALPHA.get(stream.codec_context.name) if tags.get("alpha_mode") == "1" else None
+    return Track(stream.index, first, start, times, keys, end, float(stream.time_base), decoder)
 
 
 def times_within(track, part):
@@ -212,6 +246,7 @@ def nearest_time(times, wanted):
 def timed_frames(container, track, key=None):
     """Decode a track -> (time, frame) from its first key frame on, or from the one whose time is `key`."""
     stream, skip, start = container.streams[track.index], track.first, track.start
+    decoder = av.CodecContext.create(track.decoder, "r") if track.decoder else stream.codec_context
     if key is not None:
         container.seek(key, stream=stream)
         skip, start = 0, key
@@ -223,7 +258,7 @@ def timed_frames(container, track, key=None):
         if packet is None or packet.pts != key:
             raise DataError(f"no packet at {key} where the file was asked for it")
         packets = itertools.chain([packet], packets)
-    for i, frame in enumerate(frame for packet in packets for frame in packet.decode()):
+    for i, frame in enumerate(frame for packet in packets for frame in decoder.decode(packet)):
         time = i if start is None or frame.pts is None else frame.pts
         if start is not None and time < start:
             continue

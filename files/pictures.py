@@ -8,7 +8,7 @@ import threading
 import warnings
 
 import numpy as np
-from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageFile, ImageOps, TiffImagePlugin, UnidentifiedImageError
 
 from files.errors import DataError, quote
 
@@ -20,7 +20,9 @@ DECODER_ERRORS = (OSError, SyntaxError, ValueError, TypeError, RuntimeError, Loo
 Image.init()
 # Others can start programs (EPS)
 IMAGE_FORMATS = [f for f in ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF") if f in Image.OPEN]
-IMAGE_SUFFIXES = tuple(end for end, name in Image.registered_extensions().items() if name in IMAGE_FORMATS)
+IMAGE_SUFFIXES = (
+    *(end for end, name in Image.registered_extensions().items() if name in IMAGE_FORMATS),
+    ".mpo", ".pjpeg", ".pjp", ".jif")  # JPEG, too
 PICTURE = (Image.Image, np.ndarray, bytes, bytearray, memoryview, io.IOBase)  # besides a path
 LOADING = threading.Lock()  # Pillow reads a picture's file late; two threads may be given the same picture
 
@@ -29,7 +31,7 @@ def load_image(source):
     """A path, Pillow image, array, bytes or open file -> RGB Pillow image, upright, on white.
 
     Animations give their first frame.
-    Raises DataError for anything unreadable, truncated, too large or not 8/16-bit.
+    Raises DataError for anything unreadable, truncated, too large, signed or of more than 16 bits.
     """
     try:
         source = as_image(source)
@@ -77,29 +79,29 @@ def as_image(source):
             return Image.open(io.BytesIO(source), formats=IMAGE_FORMATS)
         except UnidentifiedImageError as e:
             begin = quote(source[:16])
-            raise DataError(f"{len(source)} bytes that are no picture: they begin with {begin}") from e
+            raise DataError(f"{len(source)} bytes that are no picture, or one of a kind that Pillow does not "
+                            f"read: they begin with {begin}") from e
     return source
 
 
 def to_rgb(image):
-    """Decodes a Pillow image -> RGB, upright, white where it is transparent; 16-bit grey in 8 bits."""
+    """Decodes a Pillow image -> RGB, upright, white where it is transparent; 12 or 16-bit grey in 8 bits."""
     if image.width * image.height == 0:
         raise DataError(f"{image.width}x{image.height} pixels: an empty picture")
     if image.width * image.height > MAX_PIXELS:  # before anything is decoded
         raise DataError(f"{image.width}x{image.height} pixels, the limit is {MAX_PIXELS:,}")
-    clear = clear_colour(image)
+    check_tiff(tiff_tags(image), image.mode)
+    clear, deep = clear_colour(image), grey_range(image)
     try:
         image = ImageOps.exif_transpose(image)
     except (ValueError, TypeError, KeyError):  # a broken EXIF block says nothing about the pixels
         image.load()
-    if image.mode in ("F", "I"):
-        raise DataError("32-bit pixels have no fixed range; convert to 8 or 16 bit first")
-    if image.mode.startswith("I;16"):
-        grey = np.asarray(image)
-        eight = grey // 257  # 65535 -> 255
+    if deep:
+        black, white = deep
+        shades = (np.arange(2**16) - black) * 255 // (white - black)
         if clear is not None:
-            eight = np.where(grey == clear, 255, eight)
-        return Image.fromarray(eight.astype(np.uint8)).convert("RGB")
+            shades[clear] = 255
+        return Image.fromarray(shades.clip(0, 255).astype(np.uint8)[np.asarray(image)]).convert("RGB")
     if image.has_transparency_data:
         if clear is not None:
             image.info["transparency"] = clear
@@ -108,6 +110,37 @@ def to_rgb(image):
         white = Image.new("RGBA", image.size, "white")
         return Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
     return image.convert("RGB")
+
+
+def grey_range(image):
+    """The values of black and white in a grey picture of more than 8 bits; None for all others."""
+    if image.mode == "I" and image.format == "PPM":  # Pillow scales what is above 255 to 16 bits
+        return 0, 65535
+    if image.mode in ("F", "I"):
+        raise DataError("32-bit pixels have no fixed range; convert to 8 or 16 bit first")
+    if not image.mode.startswith("I;16"):
+        return None
+    tags = tiff_tags(image)
+    white = 2 ** max(tags.get(TiffImagePlugin.BITSPERSAMPLE, (16,))) - 1
+    return (white, 0) if tags.get(TiffImagePlugin.PHOTOMETRIC_INTERPRETATION) == 0 else (0, white)
+
+
+def tiff_tags(image):
+    """Of a TIFF file that was opened, {number: value}; {} for all others."""
+    return image.tag_v2 if isinstance(image, TiffImagePlugin.TiffImageFile) else {}
+
+
+def check_tiff(tags, mode):
+    """DataError for a TIFF file that Pillow opens and would show wrong."""
+    if 2 in tags.get(TiffImagePlugin.SAMPLEFORMAT, ()):
+        raise DataError("signed pixels have no fixed range; convert to unsigned 8 or 16 bit first")
+    if tags.get(TiffImagePlugin.PLANAR_CONFIGURATION) == 2:  # each colour stands alone
+        whole_bytes = set(tags.get(TiffImagePlugin.BITSPERSAMPLE, ())) == {8}
+        inverted = tags.get(TiffImagePlugin.PHOTOMETRIC_INTERPRETATION) == 0
+        packed = tags.get(TiffImagePlugin.COMPRESSION, 1) != 1
+        if mode in ("LA", "La", "PA") or not packed and (inverted or not whole_bytes):
+            raise DataError("a TIFF file with separate planes, of a kind that Pillow reads wrong; save it "
+                            "with the samples of a pixel side by side")
 
 
 def clear_colour(image):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import struct
 import zlib
 from fractions import Fraction
 
@@ -69,22 +70,65 @@ def half_clear(folder):
         yield name, folder / name, shade
 
 
-def write_clip(path, frames, rate=8, codec="mpeg4", stamps=None, aspect=None, audio=0, **options):
+def tiff(values, bits, photometric, order="<", packed=False, more={}):
+    """The bytes of a grey TIFF file.  values: (height, width); order: of bytes, < or >; more: other tags."""
+    height, width = values.shape
+    digits = values[..., None] >> np.arange(bits)[::-1] & 1
+    rows = np.packbits(digits.reshape(height, -1).astype(np.uint8), axis=1)
+    if bits == 16 and order == "<":
+        rows = rows.reshape(height, -1, 2)[..., ::-1]
+    body = zlib.compress(rows.tobytes()) if packed else rows.tobytes()
+    body += b"\0" * (len(body) % 2)
+    tags = {256: width, 257: height, 258: bits, 259: 8 if packed else 1, 262: photometric, 273: 8, 277: 1,
+            278: height, 279: len(body)} | more
+    entries = [struct.pack(order + "HHIHH", tag, 3, 1, value, 0) for tag, value in sorted(tags.items())]
+    head = (b"II" if order == "<" else b"MM") + struct.pack(order + "HI", 42, 8 + len(body))
+    return head + body + struct.pack(order + "H", len(tags)) + b"".join(entries) + bytes(4)
+
+
+def pdf(*kids, fields=b"", more=()):
+    """The bytes of a PDF file.  kids: its pages, objects from 10 on; fields: of its form; more: from 5 on.
+
+    Object 4 is a font, F; a page without "/Contents" is white.
+    """
+    form = b"/AcroForm << /Fields [%s] /DA (/F 24 Tf 0 g) /DR << /Font << /F 4 0 R >> >> >>" % fields
+    names = b" ".join(b"%d 0 R" % n for n in range(10, 10 + len(kids)))
+    objects = {1: b"<< /Type /Catalog /Pages 2 0 R %s >>" % (form if fields else b""),
+               2: b"<< /Type /Pages /Kids [%s] /Count %d >>" % (names, len(kids)),
+               4: b"<< /Type /Font /Subtype /Type1 /BaseFont /Helvetica >>"}
+    objects |= dict(enumerate(more, 5)) | dict(enumerate(kids, 10))
+    out, places = b"%PDF-1.7\n", {}
+    for number, body in objects.items():
+        places[number] = len(out)
+        out += b"%d 0 obj\n%s\nendobj\n" % (number, body)
+    table = b"".join(b"%d 1\n%010d 00000 n \n" % item for item in places.items())
+    end = b"trailer\n<< /Size 99 /Root 1 0 R >>\nstartxref\n%d\n%%%%EOF\n" % len(out)
+    return out + b"xref\n0 1\n0000000000 65535 f \n" + table + end
+
+
+def write_clip(path, frames, rate=8, codec="mpeg4", stamps=None, aspect=None, audio=0, pixels="yuv420p",
+               matrix=None, container=(None, {}), **options):
     """A clip with a key frame every twelve frames, as FFmpeg's default is.
 
     stamps: the time of each frame in units of 1/rate seconds; None: one unit apart.  aspect: of one pixel.
-    audio: seconds of silence.  options: the codec's own.
+    audio: seconds of silence.  pixels: FFmpeg's name of their format; they may be RGBA.  matrix: (a, b, c, d)
+    of the display matrix.  container: FFmpeg's name and options; None: by the suffix.  options: of the codec.
     """
-    with av.open(str(path), "w") as out:
+    with av.open(str(path), "w", *container) as out:
         stream = out.add_stream(codec, rate=rate, options=options)
         sound = out.add_stream("aac", rate=8000) if audio else None
         stream.width, stream.height = frames[0].size
-        stream.pix_fmt, stream.bit_rate = "yuv420p", 2_000_000
+        stream.pix_fmt, stream.bit_rate = pixels, 2_000_000
         stream.codec_context.gop_size = 12
+        if matrix:
+            a, b, c, d = (round(value * 2**16) for value in matrix)
+            stream.set_display_matrix([a, b, 0, c, d, 0, 0, 0, 2**30])
         if aspect:
             stream.codec_context.sample_aspect_ratio = aspect
         for i, image in enumerate(frames):
             frame = av.VideoFrame.from_image(image)
+            if image.mode == "RGBA":
+                frame = av.VideoFrame.from_ndarray(np.asarray(image), "rgba")
             frame.pts, frame.time_base = stamps[i] if stamps else i, Fraction(1, rate)
             out.mux(stream.encode(frame))
         out.mux(stream.encode(None))

@@ -4,6 +4,8 @@ import io
 import json
 import math
 import re
+import shutil
+import subprocess
 import warnings
 from dataclasses import replace
 from fractions import Fraction
@@ -20,13 +22,14 @@ from backbones.families import BACKBONES, Limits
 from backbones.shapes import SHAPES
 from backbones.vision import normalised
 from data import patchify, target_size
+from engine.stream import warn_of_file_names
 from files import clips
-from files.clips import load_frames, Part
+from files.clips import is_clip_file, load_frames, Part
 from files.errors import DataError
-from files.pictures import IMAGE_FORMATS, load_image
+from files.pictures import IMAGE_FORMATS, IMAGE_SUFFIXES, load_image
 from model import Plume
 from test_plume import assert_close, HERE, SHARED
-from tests.samples import half_clear, NAMES, picture, write_clip
+from tests.samples import half_clear, NAMES, picture, tiff, write_clip
 
 needs_shared = pytest.mark.skipif(not SHARED.exists(), reason="no ../shared/data")
 
@@ -163,6 +166,150 @@ def test_what_is_transparent_is_white_however_it_is_stored(tmp_path):
         got = pixels_of(stored)
         assert (got[:, :4] == 255).all(), name
         assert np.abs(got[:, 4:] - dark).max() <= 2, name
+
+
+# (a, b, c, d) of the display matrix; what a player shows; as EXIF calls it
+ORIENTATIONS = [
+    ((1, 0, 0, 1), lambda x: x, 1), ((-1, 0, 0, 1), lambda x: x[:, ::-1], 2),
+    ((-1, 0, 0, -1), lambda x: x[::-1, ::-1], 3), ((1, 0, 0, -1), lambda x: x[::-1], 4),
+    ((0, 1, 1, 0), lambda x: x.transpose(1, 0, 2), 5), ((0, 1, -1, 0), lambda x: np.rot90(x, -1), 6),
+    ((0, -1, -1, 0), lambda x: x[::-1, ::-1].transpose(1, 0, 2), 7), ((0, -1, 1, 0), np.rot90, 8)]
+
+
+def ffmpeg_frame(path):
+    """The first frame as ffmpeg turns it, or None where no ffmpeg is installed."""
+    if shutil.which("ffmpeg") is None:
+        return None
+    command = "ffmpeg -v error -i FILE -frames:v 1 -f image2pipe -c:v png -".split()
+    command[4] = str(path)
+    written = subprocess.run(command, stdout=subprocess.PIPE, check=True).stdout
+    return np.asarray(Image.open(io.BytesIO(written)))
+
+
+@pytest.mark.parametrize("suffix", ["mp4", "mov", "mkv"])
+def test_frames_are_turned_and_mirrored_by_the_whole_display_matrix(tmp_path, suffix):
+    frames, path = [picture("red", "bar", (64, 48), -9)] * 2, str(tmp_path / f"clip.{suffix}")
+    frames[0].paste("blue", (0, 30, 20, 48))
+    write_clip(path, frames)
+    stored = np.asarray(load_frames(path, 1)[0])
+    for (a, b, c, d), turn, _ in ORIENTATIONS:
+        expected = turn(stored)
+        same = [(a, b, c, d), (2 * a, 2 * b, 2 * c, 2 * d), (a + 1e-3, b, c, d - 1e-3)]
+        for matrix in same[:1] if suffix == "mkv" else same:  # Matroska has an angle and a mirror
+            write_clip(path, frames, matrix=matrix)
+            got = np.asarray(load_frames(path, 1)[0])
+            assert got.shape == expected.shape and (got == expected).all(), matrix
+        theirs = ffmpeg_frame(path)
+        assert theirs is None or (got == theirs).all(), matrix
+    for matrix in ((0, 0, 0, 0), (1, 1, 1, 1), (1, 0, 0, 0)):  # these say nothing
+        write_clip(path, frames, matrix=matrix)
+        assert (np.asarray(load_frames(path, 1)[0]) == stored).all(), matrix
+    write_clip(tmp_path / "wide.mov", frames, matrix=(0, 2, 1, 0))
+    assert load_frames(str(tmp_path / "wide.mov"), 1)[0].size == (96, 64)  # the pixels are not square, too
+
+
+def test_pictures_and_frames_obey_all_eight_orientations_of_exif(tmp_path):
+    image = picture("red", "bar", (64, 48), -9)
+    stored, clip = np.asarray(image), str(tmp_path / "clip.avi")
+    for _, turn, number in ORIENTATIONS:
+        for kind, options in (("PNG", {}), ("TIFF", {}), ("TIFF", dict(compression="tiff_lzw")),
+                              ("WEBP", dict(lossless=True)), ("JPEG", dict(quality=95))):
+            exif, file = Image.Exif(), io.BytesIO()
+            exif[274] = number
+            image.save(file, kind, exif=exif, **options)
+            got, expected = np.asarray(load_image(file)).astype(int), turn(stored).astype(int)
+            assert got.shape == expected.shape and np.abs(got - expected).mean() < 3, (kind, number)
+        with av.open(clip, "w") as out:  # of the last one
+            stream = out.add_stream("mjpeg", rate=5)
+            stream.width, stream.height, stream.pix_fmt = 64, 48, "yuvj420p"
+            packet = av.Packet(file.getvalue())
+            packet.stream, packet.pts, packet.dts, packet.time_base = stream, 0, 0, Fraction(1, 5)
+            out.mux(packet)
+        frame = np.asarray(load_frames(clip, 1)[0]).astype(int)
+        assert frame.shape == got.shape and np.abs(frame - got).mean() < 3, number
+
+
+CLEAR_CLIPS = [  # tolerance of the colours
+    ("mov", "qtrle", "argb", 0), ("mov", "png", "rgba", 0), ("mov", "prores_ks", "yuva444p10le", 3),
+    ("mkv", "ffv1", "bgra", 0), ("mkv", "ffv1", "yuva420p", 6), ("avi", "utvideo", "gbrap", 0),
+    ("webm", "libvpx-vp9", "yuva420p", 9), ("webm", "libvpx", "yuva420p", 9)]
+
+
+@pytest.mark.parametrize("suffix, codec, pixels, tolerance", CLEAR_CLIPS)
+def test_what_is_transparent_in_a_clip_is_white_as_in_a_picture(tmp_path, suffix, codec, pixels, tolerance):
+    path, frames = str(tmp_path / f"clip.{suffix}"), []
+    for n in range(40):
+        image = Image.new("RGBA", (96, 64), (40 + 4 * n,) * 3 + (255,))
+        image.paste((10, 10, 10, 0), (0, 0, 32, 64))
+        image.paste((200, 40, 60, 128), (32, 0, 64, 64))
+        frames.append(image)
+    options = {"auto-alt-ref": "0"} if codec == "libvpx" else {}
+    write_clip(path, frames, 10, codec, pixels=pixels, matrix=suffix == "webm" and (0, 1, 1, 0), **options)
+    shown = load_frames(path, 4)  # with jumps
+    for frame, n in zip(shown, (0, 13, 26, 39), strict=True):
+        got, expected = pixels_of(frame), pixels_of(frames[n])
+        if suffix == "webm":
+            expected = expected.transpose(1, 0, 2)
+        assert np.abs(got - expected).mean() <= tolerance / 3 and (got[:20, :20] > 253).all()
+    assert equal(load_frames(frames[:1], 1), [load_image(frames[0])])
+
+
+def test_what_an_uncompressed_clip_does_not_use_is_not_transparency(tmp_path):
+    """Of the 32 bits of a pixel 8 are unused in AVI files, and mostly 0."""
+    frames = [Image.new("RGBA", (64, 48), (200, 40, 60, 0))] * 2
+    write_clip(tmp_path / "clip.avi", frames, codec="rawvideo", pixels="bgra")
+    assert (pixels_of(load_frames(str(tmp_path / "clip.avi"), 1)[0]) == (200, 40, 60)).all()
+    image = Image.new("RGBA", (64, 48))
+    image.paste("red", (0, 0, 20, 20))
+    image.save(tmp_path / "clip.gif", save_all=True, append_images=[Image.new("RGBA", (64, 48), "blue")])
+    first = pixels_of(load_frames(str(tmp_path / "clip.gif"), 2)[0])
+    assert (first[40:] == 255).all() and (first[:20, :20] == (255, 0, 0)).all()
+
+
+def expected_grey(values, largest):
+    """What a picture of these values shows, where 0 is black."""
+    return np.repeat(values[..., None] / largest * 255, 3, 2)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_tiff_pictures_have_the_range_of_their_bits_and_the_zero_of_their_photometric_tag(packed):
+    shown = set()
+    for bits in (1, 2, 4, 8, 10, 12, 14, 16):
+        values = np.random.default_rng(bits).integers(0, 2**bits, (6, 9))
+        values[0, :3] = 0, 2**bits - 1, 2 ** (bits - 1)
+        for photometric in (0, 1):
+            expected = expected_grey(values, 2**bits - 1)
+            if photometric == 0:
+                expected = 255 - expected
+            for order in "<>":
+                source = tiff(values, bits, photometric, order, packed)
+                try:
+                    got = pixels_of(source)
+                except DataError as e:
+                    assert "Pillow does not read" in str(e)
+                    continue
+                assert np.abs(got - expected).max() <= 1, (bits, photometric, order)
+                shown.add((bits, photometric, order))
+    assert {(12, 1, "<"), (16, 0, "<"), (16, 1, ">"), (16, 1, "<")} <= shown and len(shown) >= 20
+    values = np.random.default_rng(0).integers(0, 256, (6, 8))
+    for bits in (8, 16):
+        with pytest.raises(DataError, match="signed pixels have no fixed range"):
+            load_image(tiff(values, bits, 1, "<", packed, {339: 2}))
+    if not packed:
+        with pytest.raises(DataError, match="separate planes, of a kind that Pillow reads wrong"):
+            load_image(tiff(values % 16, 4, 1, more={284: 2}))
+
+
+def test_pictures_of_the_ppm_kind_have_the_range_that_they_name():
+    for largest in (1, 100, 255, 256, 1023, 4095, 65535):
+        for kind, samples in ((2, 1), (3, 3), (5, 1), (6, 3)):  # 2 and 3 are text
+            values = np.random.default_rng(largest).integers(0, largest + 1, (6, 9, samples))
+            values.flat[:2] = 0, largest
+            body = values.astype(">u2" if largest > 255 else "u1").tobytes()
+            if kind < 5:
+                body = " ".join(map(str, values.flat)).encode()
+            got = pixels_of(b"P%d 9 6 %d\n" % (kind, largest) + body)
+            assert np.abs(got - values / largest * 255).max() <= 1, (largest, kind)
 
 
 @pytest.mark.parametrize("shape, limits, why", [
@@ -389,6 +536,36 @@ def test_broken_clips_are_errors_that_name_the_file(world, tmp_path):
     for name in ("cut.mp4", "zeros.mp4", "dir", "nothing.mp4", "list.ffconcat"):
         with pytest.raises(DataError, match=name):
             load_frames(str(tmp_path / name), 8)
+
+
+CONTAINERS = [
+    ("3gp", "libx264", "3gp"), ("3g2", "libx264", "3g2"), ("qt", "libx264", "mov"), ("f4v", "libx264", "mp4"),
+    ("divx", "mpeg4", "avi"), ("flv", "flv", "flv"), ("wmv", "wmv2", "asf"), ("asf", "wmv1", "asf"),
+    ("ogv", "libvpx", "ogg"), ("m2v", "mpeg2video", "mpeg2video"), ("vob", "mpeg2video", "vob"),
+    ("ts", "libx264", "mpegts"), ("MTS", "libx264", "mpegts"), ("m2ts", "libx264", "mpegts"),
+    ("mxf", "mpeg2video", "mxf"), ("y4m", "wrapped_avframe", "yuv4mpegpipe")]
+
+
+def test_clips_are_known_by_every_suffix_and_typescript_is_none(tmp_path):
+    for suffix, codec, container in CONTAINERS:
+        path = str(tmp_path / f"clip.{suffix}")
+        muxing = {"mpegts_m2ts_mode": "1"} if "2" in suffix and "ts" in suffix else {}
+        frames = [grey(level) for level in range(40, 200, 8)]
+        write_clip(path, frames, 25, codec, container=(container, muxing))
+        assert is_clip_file(path), suffix
+        assert shades(load_frames(path, 5), 8) == pytest.approx([5, 10, 15, 19, 24], abs=1), suffix
+    sources = ["", "Go", "G" * 900, "GB: 1,\n" * 900, "\ufeffexport const G = 'G'\n" * 99]
+    for n, source in enumerate(sources):
+        for suffix in (".ts", ".mts"):
+            path = tmp_path / f"{n}{suffix}"
+            path.write_text(source, encoding="utf-8")
+            assert not is_clip_file(str(path)), source[:9]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert list(warn_of_file_names([str(path), "x"])) == [str(path), "x"]
+    with pytest.warns(UserWarning, match="name of a file"):
+        list(warn_of_file_names([str(tmp_path / "clip.ts")]))
+    assert {".jfif", ".jpe", ".tif", ".pgm", ".pnm", ".bmp", ".webp", ".mpo"} <= {*IMAGE_SUFFIXES}
 
 
 NASTY = SHARED / "nasty"

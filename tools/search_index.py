@@ -5,7 +5,6 @@ import glob
 import importlib.util
 import itertools
 import json
-import math
 import os
 import secrets
 import stat
@@ -16,10 +15,11 @@ import av
 import numpy as np
 from tqdm import tqdm
 
-from files.clips import read_headers, VIDEO_OPTIONS, VIDEO_SUFFIXES
-from files.errors import DataError, reason
+from files.clips import is_clip_file, read_headers, VIDEO_OPTIONS, VIDEO_SUFFIXES
+from files.errors import DataError
 from files.items import parse_item
 from files.jsonl import parse_json
+from files.pages import pages
 from files.pictures import DECODER_ERRORS, IMAGE_SUFFIXES
 from files.writing import write_text, writing
 
@@ -110,6 +110,9 @@ class Index:
             try:
                 for part, side in sides_of(folder, path, about["kind"], about["every"], area):
                     count += 1
+                    if isinstance(side, DataError):
+                        bad.append(dict(item, **part, why=str(side)))
+                        continue
                     key = self.embedder.weigh(side).key
                     yield key, dict(item, hash=key.hex(), **part), side
             except DataError as e:
@@ -157,6 +160,9 @@ def scan(folder, index, every):
             if about is None or not stat.S_ISREG(about.st_mode):
                 others["no file behind the name"] += 1
                 continue
+            if kind == "video" and not is_clip_file(path):
+                others[printable(suffix)] += 1
+                continue
             time = max(about.st_mtime_ns, about.st_ctime_ns)  # the second one tells other rights, too
             files[os.path.relpath(path, folder)] = dict(
                 kind=kind, size=about.st_size, time=time, every=every if kind == "video" else 0)
@@ -164,11 +170,18 @@ def scan(folder, index, every):
 
 
 def sides_of(folder, path, kind, every, area):
-    """A file -> its items as (what of it, Side); DataError where it cannot be opened.  area: of a page."""
+    """A file -> its items as (what of it, Side), or a DataError for a page that cannot be drawn.
+
+    DataError where the file cannot be opened.  area: of a page.
+    """
     file = os.path.join(folder, path)
     if kind == "pdf":
         for number, image in enumerate(pages(file, area), 1):
-            yield dict(page=number), parse_item({"image": image}, where=f"{path}: page {number}")
+            where = f"{path} page {number}"
+            if isinstance(image, DataError):
+                yield dict(page=number), DataError(f"{where}: {image}")
+            else:
+                yield dict(page=number), parse_item({"image": image}, where=where)
         return
     yield {}, parse_item({kind: file}, where=path)
     if every and (length := seconds(file)) > every:
@@ -187,25 +200,14 @@ def seconds(file):
     return 0 if track.start is None else (track.end - track.times[0]) * track.unit
 
 
-def pages(file, area, first=1):
-    """The pages of a PDF file as pictures of about `area` pixels, each drawn when it is asked for."""
-    import pypdfium2
-
-    try:
-        with contextlib.closing(pypdfium2.PdfDocument(file)) as document:
-            for number in range(first - 1, len(document)):
-                page = document[number]
-                width, height = page.get_size()  # in points; a scale of 4 is 288 dots an inch
-                yield page.render(scale=min(4, math.sqrt(area / max(1, width * height)))).to_pil()
-    except (pypdfium2.PdfiumError, *DECODER_ERRORS) as e:
-        raise DataError(f"{file}: cannot be used as a PDF file: {reason(e)}") from e
-
-
 def media_of_item(folder, item):
     """An item of the index as `encode` takes it."""
     file = os.path.join(folder, item["path"])
     if item["kind"] == "pdf":
-        return {"image": next(pages(file, PAGE, item["page"]))}
+        page = next(pages(file, PAGE, item["page"]))
+        if isinstance(page, DataError):
+            raise page
+        return {"image": page}
     return {item["kind"]: file} | {name: item[name] for name in ("start", "end") if name in item}
 
 

@@ -1,6 +1,7 @@
 """The command python -m tools.search, on real files that change between two runs."""
 
 import importlib.util
+import itertools
 import os
 import re
 import shutil
@@ -13,11 +14,13 @@ import pytest
 from PIL import Image
 
 from engine import kept, stream
+from files import pages
+from files.errors import DataError
 from model import Plume
 from test_plume import assert_close
 from tests.processes import call
-from tests.samples import picture, write_clip, write_lines
-from tools.search_index import Index, name_of, scan
+from tests.samples import pdf, picture, write_clip, write_lines
+from tools.search_index import Index, media_of_item, name_of, scan
 
 LINE = re.compile(r"^ *\d+ +(-?\d\.\d{3})  (.*)$", re.M)
 
@@ -191,6 +194,81 @@ def test_pages_are_searched_where_a_reader_is_installed_and_otherwise_named(smal
     assert "broken.pdf: cannot be used as a PDF file" in bad
     assert (folder / "found.html").read_text(encoding="utf-8").count("<img") == len(found)
     assert "0 items encoded" in searched(small, folder, "a page")[0]
+
+
+@pytest.fixture
+def pages_of(tmp_path):
+    """The function that gives the pages of a PDF file's bytes."""
+    pytest.importorskip("pypdfium2")
+    numbers = itertools.count()
+
+    def pages_of(content, area=10**5):
+        file = tmp_path / f"{next(numbers)}.pdf"
+        file.write_bytes(content)
+        return list(pages.pages(str(file), area))
+
+    return pages_of
+
+
+PAGE_OF = b"<< /Type /Page /Parent 2 0 R /MediaBox [0 0 300 200] %s >>"
+SIZED = b"<< /Type /Page /Parent 2 0 R /MediaBox [0 0 %s] >>"
+FIELD = b"<< /Subtype /Widget /T (f) /Rect [20 80 280 140] /DA (/F 24 Tf 0 g) /F 4 /P 10 0 R %s >>"
+LOOK = b"<< /Type /XObject /Subtype /Form /BBox [0 0 260 60] /Length 14 >> stream\n0 0 260 60 re f\nendstream"
+
+
+@pytest.mark.parametrize("field", [
+    b"/FT /Tx /V (Hello world)", b"/FT /Tx /V (Hello world) /AP << /N 6 0 R >>",
+    b"/FT /Ch /Ff 131072 /Opt [(one) (two)] /V (two)", b"/FT /Btn /V /Yes /AS /Yes /MK << /CA (4) >>"])
+def test_what_is_written_in_the_fields_of_a_form_is_drawn(pages_of, field):
+    page = PAGE_OF % b"/Annots [5 0 R]"
+    form, = pages_of(pdf(page, fields=b"5 0 R", more=[FIELD % field, LOOK]))
+    empty, = pages_of(pdf(page, fields=b"5 0 R", more=[FIELD % b"/FT /Tx"]))
+    assert form.size == empty.size and np.asarray(empty).min() > 250
+    dark = np.asarray(form.convert("L")) < 128
+    assert 100 < dark.sum() and not dark[: len(dark) // 4].any() and not dark[3 * len(dark) // 4 :].any()
+
+
+def test_pages_have_the_size_that_they_are_shown_in_and_absurd_ones_are_refused(pages_of):
+    content = pdf(PAGE_OF % b"", PAGE_OF % b"/Rotate 90", PAGE_OF % b"/CropBox [0 0 100 50]",
+                  SIZED % b"0.0001 900000000", SIZED % b"1 90000", SIZED % b"900000000 900000000")
+    plain, turned, cropped, long, narrow, large = pages_of(content, 300 * 200)
+    assert (plain.size, turned.size, cropped.size) == ((300, 200), (200, 300), (347, 174))
+    assert "0.0001x9e+08 points" in str(long) and "the limit is" in str(long)
+    assert narrow.size[0] == 1 and large.size < (250, 250)
+
+
+def test_a_page_that_cannot_be_drawn_is_named_and_the_others_are_searched(small, folder, pages_of):
+    page = PAGE_OF % b""
+    (folder / "paper.pdf").write_bytes(pdf(page, b"null", PAGE_OF % b"/Rotate 90", b"17", page))
+    (folder / "none.pdf").write_bytes(pdf())
+    (folder / "locked.pdf").write_bytes(pdf(page, more=[
+        b"<< /Filter /Standard /V 1 /R 2 /P -4 /O (%s) /U (%s) >>" % (b"o" * 32, b"u" * 32)
+    ]).replace(b"/Root", b"/ID [(i) (i)] /Encrypt 5 0 R /Root"))
+    index = opened(small, folder, 2)
+    _, names = update(index, folder, 0)
+    assert [name for name in names if "pdf" in name] == [f"paper.pdf page {n}" for n in (1, 3, 5)]
+    why = {(item["path"], item.get("page")): item["why"] for item in index.bad}
+    assert why.keys() == {("broken.png", None), ("none.pdf", None), ("locked.pdf", None),
+                          ("paper.pdf", 2), ("paper.pdf", 4)}
+    for number in (2, 4):
+        assert why["paper.pdf", number].startswith(f"paper.pdf page {number}: cannot be drawn: ")
+    assert re.search("none.pdf: cannot be used as a PDF file", why["none.pdf", None])
+    assert re.search("locked.pdf: cannot be used as a PDF file: .*password", why["locked.pdf", None])
+    done, _ = update(opened(small, folder, 2), folder, 0)
+    assert done.startswith("9 files as they were, 0 new or changed")
+    with pytest.raises(DataError, match="cannot be drawn"):
+        media_of_item(folder, dict(path="paper.pdf", kind="pdf", page=2))
+    promising = pdf(page).replace(b"/Count 1 ", b"/Count 900000 ")  # the table of objects is mended
+    with pytest.raises(DataError, match="page 1002 of 900000 and 1000 in front of it cannot be drawn"):
+        pages_of(promising)
+
+
+def test_clips_are_searched_by_every_suffix_and_sources_are_none(small, folder):
+    write_clip(folder / "tape.mts", [picture("red", "square", (64, 64))] * 8, container=("mpegts", {}))
+    (folder / "index.ts").write_text("export const G = 1;\n" * 99)
+    files, others = scan(folder, folder / ".plume", 0)
+    assert files["tape.mts"]["kind"] == "video" and "index.ts" not in files and others[".ts"] == 1
+    assert "tape.mts" in update(opened(small, folder, 2), folder, 0)[1]
 
 
 def test_a_hundred_thousand_vectors_are_ranked_in_a_moment():
