@@ -13,7 +13,7 @@ import av
 import numpy as np
 from PIL import Image
 
-from files.errors import DataError, quote
+from files.errors import DataError, lfs_hint, quote
 from files.pictures import DECODER_ERRORS, frame_files, load_image, MAX_PIXELS, to_rgb
 
 VIDEO_SUFFIXES = (".mp4", ".mkv", ".webm", ".mov", ".avi", ".m4v", ".mpg", ".mpeg")  # for a hint only
@@ -57,7 +57,7 @@ def load_clip(source, count, frame_rate=2.0):
     try:
         return decode_clip(part, count, frame_rate)
     except DECODER_ERRORS as e:  # FFmpegError is an OSError or ValueError
-        raise DataError(f"{source}: cannot be used as a video: {e}") from e
+        raise DataError(f"{source}: cannot be used as a video: {e}{lfs_hint(part.video)}") from e
 
 
 def load_frames(source, count):

@@ -1,6 +1,7 @@
 """Files that are written whole or not at all, and the names they have until then."""
 
 import contextlib
+import io
 import json
 import os
 import secrets
@@ -11,19 +12,48 @@ from safetensors import SafetensorError
 from files.errors import reason
 
 
+class Target(io.FileIO):
+    """A file whose errors name `path`, which it becomes; those of other files in the block stay theirs."""
+
+    def __init__(self, file, path, how):
+        self.path = path
+        with write_errors(path):
+            super().__init__(file, how)
+
+    def write(self, data):
+        with write_errors(self.path):
+            return super().write(data)
+
+    def close(self):
+        with write_errors(self.path):
+            super().close()
+
+    def fileno(self):
+        """numpy and Pillow would write past `write`."""
+        raise io.UnsupportedOperation("fileno")
+
+
+def open_target(file, path, how, mode):
+    """how: "w" or "x"; mode: "wb", or "w": UTF-8, with escapes for what is no character."""
+    raw = io.BufferedWriter(Target(file, path, how))
+    if mode == "wb":
+        return raw
+    return io.TextIOWrapper(raw, encoding="utf-8", errors="backslashreplace")
+
+
 @contextlib.contextmanager
 def writing(path, mode="w"):
     """A new file, with a name of its own until the block ends well; then it becomes `path`."""
     path = os.path.realpath(path)
     if os.path.exists(path) and not os.path.isfile(path):  # /dev/stdout
-        with open(path, mode) as f:
+        with open_target(path, path, "w", mode) as f:
             yield f
         return
     part = temporary_name(path)
     try:
+        with open_target(part, path, "x", mode) as f:
+            yield f
         with write_errors(path):
-            with open(part, mode.replace("w", "x")) as f:
-                yield f
             os.replace(part, path)
     except BaseException:
         with contextlib.suppress(FileNotFoundError):

@@ -1,6 +1,5 @@
 """What every Qwen-VL folder holds: configuration, weights, tokenizer.  Errors name the file."""
 
-import contextlib
 import os
 import re
 
@@ -11,7 +10,7 @@ from safetensors import safe_open, SafetensorError
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
-from files.errors import DataError, quote, reason
+from files.errors import DataError, lfs_hint, quote, reason
 from files.jsonl import parse_json
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -141,22 +140,10 @@ def read_tokenizer(path):
 def read_json(file):
     """The object in a JSON file of a checkpoint."""
     with open(file, "rb") as f:
-        raw = f.read()
-    try:
-        value = parse_json(raw, file)
-    except DataError as e:
-        raise DataError(f"{e}{lfs_hint(file)}") from e
+        value = parse_json(f.read(), file)
     if not isinstance(value, dict):
         raise DataError(f"{file}: needs an object, got {quote(value)}")
     return value
-
-
-def lfs_hint(file):
-    """What a message adds when a file is only Git LFS's pointer to its contents, otherwise ""."""
-    with contextlib.suppress(OSError), open(file, "rb") as f:
-        if f.read(24) == b"version https://git-lfs.":
-            return "; this file is a Git LFS pointer, the contents were not downloaded: git lfs pull"
-    return ""
 
 
 def quietly(make, *args, **kwargs):
