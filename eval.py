@@ -322,9 +322,9 @@ def score(embedder, tasks, folder="", took=None, check_steps=False, dim=0):
         result = dict(
             evaluate(task, vectors), **task.about, **embedder.about, bad=task.bad, partial=bool(task.bad),
             run_hash=embedder.run_hash, prompt_hash=short_hash(embedder.model.settings["prompt"], *texts),
-            ranked_hash=ranked_hash(task, vectors, __file__),
             seconds=time.perf_counter() - begun, items_encoded=embedder.encoded - before,
-            queries_per_s=asked / seconds if asked else None)
+            queries_per_s=asked / seconds if asked else None,
+            ranked_hash=ranked_hash(task, embedder, dim, __file__))
         old = read_score(os.path.join(folder, f"{name}_score.json")) if folder else {}
         same = all(old.get(key) == result[key] for key in ("run_hash", "ranked_hash"))
         if check_steps and same and "steps_do_nothing" in old:

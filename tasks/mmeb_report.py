@@ -97,12 +97,12 @@ def leaderboard(results, ours, model):
     return dict(metadata=metadata, metrics=metrics)
 
 
-def ranked_hash(task, vectors, code):
+def ranked_hash(task, embedder, dim, code):
     """Hash of all that scores come from: what is ranked, how it is judged, and the file that does it."""
-    judged = [task.query_ids, task.corpus_ids, task.relevant, task.candidates, task.metric]
-    h = hashlib.blake2b(repr(judged).encode(), digest_size=8)
-    for rows in vectors:  # other texts and media are other embeddings
-        h.update(rows.numpy().tobytes())
+    judged = [task.query_ids, task.corpus_ids, task.relevant, task.candidates, task.metric, dim]
+    h = hashlib.blake2b(repr(judged).encode("utf-8", "backslashreplace"), digest_size=8)
+    for side in (*task.queries, *task.corpus):
+        h.update(embedder.weigh(side).key)
     with open(code, "rb") as f:
         h.update(f.read())
     return h.hexdigest()

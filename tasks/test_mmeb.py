@@ -275,6 +275,12 @@ def test_embeddings_of_another_checkpoint_mode_or_setting_are_never_used(small, 
     model, again = Plume.from_pretrained(small), Plume.from_pretrained(small)
     runs = [run_hash(model), run_hash(model, steps=4), run_hash(model, "single", None)]
     runs.append(run_hash(model, protocol="released"))
+    runs += [run_hash(model, "cot", None), run_hash(model, "cot", None, limit=5)]
+    runs += [run_hash(model, "auto", None), run_hash(model, "auto", None, done=0.4)]
+    for library in (torch, np, kept.transformers, kept.tokenizers, kept.PIL, kept.av):
+        with monkeypatch.context() as patch:
+            patch.setattr(library, "__version__", "0")
+            runs.append(run_hash(model))
     with torch.no_grad():
         model.adapter.state_dict()["ln.bias"][3] += 1e-6
     runs.append(run_hash(model))
@@ -305,15 +311,33 @@ def test_embeddings_of_another_checkpoint_mode_or_setting_are_never_used(small, 
     assert len(set(runs)) == len(runs) > 30
 
 
-def test_items_are_known_by_their_content_and_weighed_by_their_tokens(small, world):
+def alike(folder):
+    """Items with the same bytes or pixels that look different."""
+    frames = [picture("red", "bar", at=at) for at in (0, 9)]
+    (folder / "frames").mkdir()
+    for file in (folder / "frames" / "a.gif", folder / "a.gif"):
+        frames[0].save(file, save_all=True, append_images=frames[1:])
+    clips = [str(folder / "frames"), str(folder / "a.gif")]
+    pictures = [frames[0].quantize(4) for _ in range(3)] + [frames[0].copy(), frames[0].copy()]
+    pictures[1].info["transparency"], pictures[2].info["transparency"] = 0, 1
+    pictures[3].getexif()[kept.ExifTags.Base.Orientation] = 6
+    return [parse_item(dict(video=clip)) for clip in clips] + [parse_item(image) for image in pictures]
+
+
+def test_items_are_known_by_their_content_and_weighed_by_their_tokens(small, world, tmp_path):
     model = Plume.from_pretrained(small)
     red = str(world / "red bar.png")
-    again = str(shutil.copy(red, world / "again.png"))
+    again = str(shutil.copy(red, tmp_path / "again.png"))
     items = mixed_items(world) + ["red ", dict(image=red, text="x"), dict(video=[red]), dict(image=again)]
     sides = [parse_item(item) for item in items]
-    weights = [kept.Embedder(model, "latent", 8).weigh(side) for side in sides]
+    embedder = kept.Embedder(model, "latent", 8)
+    weights = [embedder.weigh(side) for side in sides]
     assert len({weight.key for weight in weights}) == len(items) - 1
     assert weights[-1].key == weights[2].key  # that of the red bar
+    assert len({embedder.weigh(side).key for side in alike(tmp_path)}) == 7
+    before = embedder.weigh(sides[-1])
+    picture("blue", "bar").save(again)
+    assert embedder.weigh(sides[-1]) != before  # written over while it is at work
     # tokens of the prompt around each item
     beside = [len(model.processor.render(s)["ids"]) - w.tokens for s, w in zip(sides, weights)]
     del beside[4]  # of a video file: only decoding would tell

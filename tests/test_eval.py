@@ -2,9 +2,12 @@
 
 import json
 import math
+import os
 import re
+import shutil
 from dataclasses import replace
 from types import SimpleNamespace
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -19,6 +22,7 @@ from model import Plume
 from tasks.beir import list_tasks, read_task, Task
 from test_plume import make_model, SHARED
 from tests.processes import call, run
+from tests.samples import picture
 from tests.test_runs import refused
 
 
@@ -116,6 +120,51 @@ def test_latent_steps_that_do_nothing_are_found_with_fewer_queries_and_said():
     assert len(evaluation.evenly_spaced(150, 100)) == 100 and evaluation.evenly_spaced(3, 100) == [0, 1, 2]
     scores = evaluation.evaluate(task, (vectors, vectors))
     assert "not above K = 0" in evaluation.table({"x/y": scores | dict(steps_do_nothing=True)})
+
+
+EDITS = {  # file of the task, what stands there, what takes its place
+    "qrels": ("qrels.tsv", "q3\tgreen square", "q3\tblue circle"),
+    "another grade": ("qrels.tsv", "q4\tgreen circle\t1", "q4\tgreen circle\t2"),
+    "queries": ("queries.jsonl", "Find the picture: red bar", "Find the picture: red bars"),
+    "candidates": ("queries.jsonl", '"q0",', '"q0", "candidates": ["red square", "red circle"],'),
+    "corpus": ("corpus.jsonl", '"Represent."', '"Represent it."'),
+    "ids": ("corpus.jsonl", '"blue square"', '"Blue square"'),
+    "media": ("red bar.png", None, None),
+}
+
+
+def test_what_is_kept_of_a_task_is_used_while_all_that_it_depends_on_is_as_it_was(small, world, tmp_path):
+    """The note of the idle steps is the dearest of what is kept; scores stand in a file for each task."""
+    root, scores = tmp_path / "a" / "tasks", tmp_path / "scores"
+    shutil.copytree(world, tmp_path / "a", ignore=shutil.ignore_patterns("*.mp4", "video_cls"))
+
+    def evaluated(*flags, data=root, ckpt=small):
+        """-> how often the idle steps were looked at, how many score files there are"""
+        with mock.patch.object(evaluation, "steps_do_nothing", return_value=True) as looked:
+            call("eval.py", "--data", data, "--ckpt", ckpt, "--scores", scores, *flags)
+        return looked.call_count, len(list(scores.rglob("*_score.json")))
+
+    assert (evaluated(), evaluated()) == ((1, 1), (0, 1))
+    for what, (name, old, new) in EDITS.items():
+        (file,) = (tmp_path / "a").rglob(name)
+        if old is None:
+            picture("red", "bar", at=9).save(file)
+        else:
+            assert old in file.read_text(), what
+            file.write_text(file.read_text().replace(old, new, 1))
+            qrels = file.with_name("qrels.tsv")
+            if what == "ids":
+                qrels.write_text(qrels.read_text().replace("\tblue square", "\tBlue square"))
+        assert (evaluated(), evaluated()) == ((1, 1), (0, 1)), what
+
+    make_model(latent_steps=3).float().save_pretrained(tmp_path / "other")
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    assert evaluated("--steps=2") == (1, 2) and evaluated("--dim=16") == (1, 3)
+    assert evaluated("--mode=single") == (0, 4)  # it has no steps
+    assert evaluated(ckpt=tmp_path / "other") == (1, 5)
+    assert evaluated(data=tmp_path / "b" / "tasks") == (1, 6)
+    assert evaluated() == evaluated(data=tmp_path / "b" / "tasks") == (0, 6)  # nobody wrote over it
+    assert evaluated(data=os.path.relpath(root)) == (0, 6)
 
 
 @pytest.mark.skipif(not SHARED.exists(), reason="no ../shared/data")
