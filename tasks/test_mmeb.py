@@ -29,6 +29,7 @@ from tasks.mmeb_rows import row_files, rows_of
 from test_plume import HERE, make_model, mixed_items
 from tests.processes import call, run, run_ranks
 from tests.samples import edit_json, NAMES, picture
+from tests.test_checkpoints import LFS
 
 DOCVQA = "vidore/docvqa_test_subsampled_beir"
 FIRST, EVERY, GONE = slice(1), slice(None), object()  # rows to edit; what takes a column away
@@ -344,6 +345,29 @@ def test_items_are_known_by_their_content_and_weighed_by_their_tokens(small, wor
     assert max(beside) - min(beside) < 8
 
 
+def test_scores_of_other_files_are_not_in_the_table_and_pages_of_other_rows_are_taken_anew(
+        small, counts, tmp_path):
+    mini, docvqa = Miniature(tmp_path / "mmeb", ["MSVD", "MSCOCO_t2i", "ViDoRe_docvqa"]), "ViDoRe_docvqa"
+    flags = ["--data", mini.root, "--ckpt", small, "--scores", tmp_path / "scores", "--task"]
+
+    def printed(task="MSVD"):
+        return call("eval.py", *flags, task).stdout
+
+    def page():
+        return read_published(str(mini.root), docvqa).corpus[0].parts[0][1]
+
+    assert "2 tasks of this command\n" in printed(f"MSCOCO_t2i,{docvqa}")
+    assert "1 tasks of this command and 2 that were scored before" in printed()
+    media = next((mini.root / "image-tasks").rglob("*.jpg"))
+    media.write_bytes(media.read_bytes() + b" ")
+    assert re.search("and 1 that were .* not in the table: image_ret/MSCOCO_t2i\n", printed())
+    printed("MSCOCO_t2i")
+    first = page()
+    edit(mini, f"{docvqa}/qrels", FIRST, dict(score=2))
+    assert f"so not in the table: vidore_v1/{docvqa}\n" in printed()
+    assert page() != first and Path(page()).read_bytes() == Path(first).read_bytes()
+
+
 @pytest.mark.parametrize("mask", [0o022, 0o007, 0o077])
 def test_what_is_written_may_be_read_by_whom_the_umask_lets(small, mmeb, counts, tmp_path, mask):
     old = os.umask(mask)
@@ -657,6 +681,15 @@ def test_ids_in_a_tsv_are_texts_and_what_is_a_number_and_nothing_else_stays_one(
     (tmp_path / "test.tsv").write_text("query\tcorpus\tscore\n007\t0010\t1\n7\t-3\t0\n1e3\t+5\t2\n")
     cells = [tuple(row.values()) for row in rows_of(str(tmp_path), "", "test")]
     assert cells == [("007", "0010", 1), (7, -3, 0), ("1e3", "+5", 2)]
+
+
+@pytest.mark.parametrize("suffix", [".parquet", ".jsonl", ".json", ".tsv"])
+def test_rows_that_cannot_be_read_are_an_error_of_their_file(tmp_path, suffix):
+    file = tmp_path / f"test{suffix}"
+    for content, why in ((LFS.encode(), "Git LFS pointer.*git lfs pull"), (b"a\tb\n\xff\0\t\"\n" * 9, "")):
+        file.write_bytes(content)
+        with pytest.raises(DataError, match=f"{re.escape(str(file))}: .*{why}"):
+            list(rows_of(str(tmp_path), "", "test"))
 
 
 def test_only_the_first_1000_rows_of_ssv2_count_and_parquet_without_pyarrow_says_what_to_install(
