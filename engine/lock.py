@@ -8,7 +8,7 @@ from contextlib import contextmanager, suppress
 from engine.log import ROW
 from engine.ranks import say
 from files.errors import DataError, quote, reason
-from files.writing import write_errors
+from files.writing import require_utf8, write_errors
 from hub.folders import CHECKPOINT, LEFT_OVER, LOCK, LOG
 from hub.weights import count_parameters
 
@@ -23,6 +23,7 @@ def exclusive_lock(cfg):
     """Makes --out and takes it for this run alone.  The lock goes with the process, however that ends."""
     out, path = f"--out {quote(cfg.out)}", os.path.join(cfg.out, LOCK)
     made = not os.path.isdir(cfg.out)
+    require_utf8(os.path.realpath(cfg.out))
 
     def refuse(who):
         raise DataError(f"{out}: another run is at work there ({who}); wait, or choose another")

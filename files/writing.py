@@ -9,7 +9,7 @@ import shutil
 
 from safetensors import SafetensorError
 
-from files.errors import reason
+from files.errors import DataError, readable, reason
 
 
 class Target(io.FileIO):
@@ -73,6 +73,12 @@ def write_json(path, value):
 def writable(file):
     """Whether a file of this name can stand there; it may be there already."""
     return not os.path.isdir(file) and os.path.isdir(os.path.dirname(os.path.abspath(file)))
+
+
+def require_utf8(folder):
+    """DataError for a checkpoint's folder: tokenizers and safetensors take no other names."""
+    if readable(folder) != folder:
+        raise DataError(f"{folder}: a checkpoint cannot be there: this name is no UTF-8; choose another")
 
 
 @contextlib.contextmanager

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from backbones.families import BACKBONES
 from files.errors import DataError, quote, reason
-from files.writing import temporary_name
+from files.writing import require_utf8, temporary_name
 from hub.weights import INDEX, read_json, weight_files, WEIGHTS
 
 # What a checkpoint of ours consists of, and a model card
@@ -59,6 +59,7 @@ def replacing(path, keep=None):
     between the two renames leaves the old one as `keep`, or `path.XXXXXXXX.old`.
     """
     path = os.path.realpath(path)
+    require_utf8(path)
     temporary, old = temporary_name(path), keep or temporary_name(path, "old")
     there = os.path.exists(path)
     if there:

@@ -12,6 +12,7 @@ from transformers.utils import logging as transformers_logging
 
 from files.errors import DataError, lfs_hint, quote, reason
 from files.jsonl import parse_json
+from files.writing import require_utf8
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -22,6 +23,7 @@ CONFIG_ERRORS = (OSError, ValueError, TypeError, LookupError, RuntimeError, Attr
 
 def local_folder(path, revision=None, token=None):
     """A checkpoint folder, or the name of one on the hub, which is downloaded -> the folder."""
+    require_utf8(path)
     if os.path.isdir(path) and revision is not None:
         raise DataError(f"{path}: a folder here has no revision {quote(revision)}; leave it out, or give the "
                         "name of a repository on the hub")

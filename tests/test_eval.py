@@ -22,7 +22,7 @@ from model import Plume
 from tasks.beir import list_tasks, read_task, Task
 from test_plume import make_model, SHARED
 from tests.processes import call, run
-from tests.samples import picture
+from tests.samples import ODD, odd_folder, picture
 from tests.test_runs import refused
 
 
@@ -165,6 +165,20 @@ def test_what_is_kept_of_a_task_is_used_while_all_that_it_depends_on_is_as_it_wa
     assert evaluated(data=tmp_path / "b" / "tasks") == (1, 6)
     assert evaluated() == evaluated(data=tmp_path / "b" / "tasks") == (0, 6)  # nobody wrote over it
     assert evaluated(data=os.path.relpath(root)) == (0, 6)
+
+
+def test_names_that_are_no_utf_8_are_evaluated_and_named(small, world, tmp_path):
+    data = odd_folder(tmp_path)
+    folder = data / "image_ret" / ODD
+    shutil.copytree(world / "tasks" / "image_ret" / "t2i", folder)
+    for file in world.glob("*.png"):
+        shutil.copy(file, data / f"{file.stem}{ODD}.png")
+    corpus = folder / "corpus.jsonl"
+    corpus.write_text(corpus.read_text().replace("../", "").replace(".png", r"\udcff.png"))
+    command = ["eval.py", "--data", data, "--ckpt", small, "--scores", data, "--json", data / f"{ODD}.json"]
+    assert r"image_ret/\udcff" in run(*command).stdout and "24 known from before" in run(*command).stdout
+    (data / f"red bar{ODD}.png").write_bytes(b"no picture")
+    refused(r"(?m)^error: .*\\xff/corpus.jsonl: record 3: .*red bar\\xff.png: cannot be used", *command)
 
 
 @pytest.mark.skipif(not SHARED.exists(), reason="no ../shared/data")
