@@ -52,7 +52,7 @@ def command(main):
     leave(status)
 
 
-def leave(status, seconds=3):
+def leave(status, seconds=1):
     """Ends the process.  Python would wait for its threads: one may be reading a long clip or a dead disk."""
     until = time.monotonic() + seconds
     mine = threading.current_thread()

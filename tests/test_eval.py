@@ -4,7 +4,10 @@ import json
 import math
 import os
 import re
+import resource
 import shutil
+import signal
+import time
 from dataclasses import replace
 from types import SimpleNamespace
 from unittest import mock
@@ -21,7 +24,7 @@ from files.records import Pairs
 from model import Plume
 from tasks.beir import list_tasks, read_task, Task
 from test_plume import make_model, SHARED
-from tests.processes import call, run
+from tests.processes import call, run, Started
 from tests.samples import ODD, odd_folder, picture
 from tests.test_runs import refused
 
@@ -179,6 +182,62 @@ def test_names_that_are_no_utf_8_are_evaluated_and_named(small, world, tmp_path)
     assert r"image_ret/\udcff" in run(*command).stdout and "24 known from before" in run(*command).stdout
     (data / f"red bar{ODD}.png").write_bytes(b"no picture")
     refused(r"(?m)^error: .*\\xff/corpus.jsonl: record 3: .*red bar\\xff.png: cannot be used", *command)
+
+
+def read_for_ever(read, model, i, *rest):
+    """In place of read_item: a long clip."""
+    if i == 1:
+        print("reading", flush=True)
+        time.sleep(600)
+    return read(model, i, *rest)
+
+
+def read_or_fail(read, model, i, *rest):
+    """Another one is read for ever when this one cannot be read."""
+    if i == 0:
+        raise OSError("the disk is gone")
+    return read_for_ever(read, model, i, *rest)
+
+
+def weigh_for_ever(target_size, *given):
+    print("reading", flush=True)
+    time.sleep(600)
+
+
+def fill_disk(code_files):
+    """No file may be longer, as on a full disk."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (8000, 8000))
+    return code_files()
+
+
+ENDS = {  # what takes the place of a function, signals, status, what is said
+    "Ctrl-C while an item is read": ("engine.stream.read_item", read_for_ever, 1, 130, "^interrupted.* goes on"),
+    "and once more": ("engine.stream.read_item", read_for_ever, 2, 130, "^interrupted"),
+    "Ctrl-C while files are hashed": ("engine.kept.target_size", weigh_for_ever, 1, 130, "^interrupted.* goes on"),
+    "an error": ("engine.stream.read_item", read_or_fail, 0, 1, "^error: the disk is gone"),
+    "a full disk": ("engine.kept.code_files", fill_disk, 0, 1, r"^error: .*\.(bin|npy): cannot be written"),
+}
+
+
+@pytest.mark.parametrize("way", ENDS)
+@pytest.mark.parametrize("script", ["eval.py", "tools.search"])
+def test_every_end_is_soon_with_one_line_and_the_right_status(small, world, tmp_path, script, way):
+    name, function, signals, status, line = ENDS[way]
+    command = ["tools.search", world, "--index", tmp_path, "--batch_size", 2]
+    if script == "eval.py":
+        command = ["eval.py", "--data", world / "tasks", "--scores", tmp_path]
+    started = Started(*command, "--ckpt", small, patch=(name, function))
+    if function is not fill_disk:
+        started.wait_for("reading")
+    begun = time.monotonic()
+    for _ in range(signals):
+        time.sleep(0.2)
+        os.killpg(started.pid, signal.SIGINT)
+    assert started.wait(60) == status
+    assert time.monotonic() - begun < 10
+    *_, last = started.stderr.splitlines()
+    assert re.search(line, last) and "Traceback" not in started.stderr, started.stderr
+    assert "Exception" not in started.stderr
 
 
 @pytest.mark.skipif(not SHARED.exists(), reason="no ../shared/data")
