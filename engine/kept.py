@@ -22,7 +22,7 @@ from PIL import ExifTags, Image
 from tqdm import tqdm
 
 from data import target_size
-from engine.ranks import rank_and_world
+from engine.ranks import named_lost_rank, rank_and_world
 from engine.stream import encoding
 from files.clips import Part
 from files.errors import DataError, readable
@@ -238,13 +238,16 @@ class Embedder:
     def serve(self):
         """What the other ranks do: encode what rank 0 gives out, until there is nothing more."""
         while (items := self.give(None)) is not None:
-            dist.gather_object(self.work(items), None, 0)
+            mine = self.work(items)
+            with named_lost_rank():
+                dist.gather_object(mine, None, 0)
         dist.destroy_process_group()
 
     def give(self, shares):
         """Rank 0's shares, one for each rank -> this rank's.  None, given by rank 0, ends `serve`."""
         mine = [None]
-        dist.scatter_object_list(mine, shares or [None] * self.world if self.rank == 0 else None, 0)
+        with named_lost_rank():
+            dist.scatter_object_list(mine, shares or [None] * self.world if self.rank == 0 else None, 0)
         return mine[0]
 
     def share_out(self, shares, label, took):
@@ -253,7 +256,8 @@ class Embedder:
             return [self.work(shares[0], label, took)]
         mine = self.work(self.give(shares), f"{label}, rank 0 of {self.world}", took)
         found = [None] * self.world
-        dist.gather_object(mine, found, 0)
+        with named_lost_rank():
+            dist.gather_object(mine, found, 0)
         return found
 
     def counts(self):

@@ -1,11 +1,12 @@
 """Where it runs: device, dtype, ranks; and what goes between the ranks' processes."""
 
 import os
+from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
 
-from files.errors import DataError, quote
+from files.errors import DataError, quote, reason
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -91,3 +92,12 @@ class Gather(torch.autograd.Function):
         grad = grad.contiguous()
         dist.all_reduce(grad)
         return grad[dist.get_rank()]
+
+
+@contextmanager
+def named_lost_rank():
+    """What a collective raises when another rank has ended becomes a DataError."""
+    try:
+        yield
+    except RuntimeError as e:
+        raise DataError(f"another rank has ended, its own message says why ({reason(e)})") from e

@@ -7,6 +7,7 @@ import re
 import resource
 import shutil
 import signal
+import socket
 import time
 from dataclasses import replace
 from types import SimpleNamespace
@@ -238,6 +239,24 @@ def test_every_end_is_soon_with_one_line_and_the_right_status(small, world, tmp_
     *_, last = started.stderr.splitlines()
     assert re.search(line, last) and "Traceback" not in started.stderr, started.stderr
     assert "Exception" not in started.stderr
+
+
+def fail_on_rank_1(read, *rest):
+    if os.environ["RANK"] == "1":
+        raise DataError("an item that cannot be read")
+    return read(*rest)
+
+
+def test_when_a_rank_ends_the_others_end_with_one_line(small, world):
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = str(free.getsockname()[1])
+    ranks = [Started("eval.py", "--data", world / "tasks", "--ckpt", small, "--batch_size=2",
+                     patch=("engine.stream.read_item", fail_on_rank_1), WORLD_SIZE="2", RANK=str(rank),
+                     LOCAL_RANK=str(rank), MASTER_ADDR="localhost", MASTER_PORT=port) for rank in range(2)]
+    assert [rank.wait(60) for rank in ranks] == [1, 1]
+    for rank, why in zip(ranks, ("another rank has ended, its own message", "an item that cannot be read")):
+        assert f"error: {why}" in rank.stderr and "Traceback" not in rank.stderr, rank.stderr
 
 
 @pytest.mark.skipif(not SHARED.exists(), reason="no ../shared/data")
