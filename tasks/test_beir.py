@@ -20,6 +20,7 @@ from tasks.find import select
 from test_plume import assert_close
 from tests.processes import call
 from tests.samples import picture, write_clip, write_lines
+from tests.test_checkpoints import LFS
 
 HEADER = "query-id\tcorpus-id\tscore"
 
@@ -48,6 +49,8 @@ WRONG = [  # file, a pattern and what takes its place, what the error says
     ("queries.jsonl", '"q0"', '"q0", "candidates": ["blue bar"]',
      "no relevant document among its candidates"),
     ("queries.jsonl", '"q0"', '"q0", "candidate": ["blue bar"]', "unknown key 'candidate'"),
+    *[(file, r"(?s)\A.*\Z", LFS, f"{file}: .*; this file is a Git LFS pointer, .*: git lfs pull")
+      for file in ("qrels.tsv", "queries.jsonl", "corpus.jsonl")],
     ("corpus.jsonl", r"(?s)\A(.*?\n)(.*)", r"\1\2\1", "record 13: the id 'red square' stands there twice"),
     ("corpus.jsonl", "../red bar.png", "../gone.png", "gone.png' does not exist"),
     ("corpus.jsonl", '"image"', '"video": "", "image"', "corpus.jsonl: record 1: video is an empty path"),

@@ -9,6 +9,7 @@ import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -24,6 +25,7 @@ from tasks.beir import Task
 from tasks.find import select
 from tasks.miniature import CHOOSE, CLIP_QUERIES, INST, Miniature, PAGE_TARGET
 from tasks.mmeb import META, MMEB, modality, read_published
+from tasks.mmeb_corpus import classes_of
 from tasks.mmeb_report import paper_rows
 from tasks.mmeb_rows import row_files, rows_of
 from test_plume import HERE, make_model, mixed_items
@@ -690,6 +692,15 @@ def test_rows_that_cannot_be_read_are_an_error_of_their_file(tmp_path, suffix):
         file.write_bytes(content)
         with pytest.raises(DataError, match=f"{re.escape(str(file))}: .*{why}"):
             list(rows_of(str(tmp_path), "", "test"))
+
+
+def test_names_of_classes_and_scores_that_are_pointers_are_called_so(tmp_path):
+    (tmp_path / "classes").mkdir()
+    (tmp_path / "classes" / "K700.txt").write_text(LFS)
+    with pytest.raises(DataError, match="K700.txt: .*Git LFS pointer"):
+        classes_of(SimpleNamespace(root=str(tmp_path), task=MMEB["K700"]))
+    scores = [tmp_path / "classes" / "K700.txt"] * 2
+    assert "Git LFS pointer" in call("tasks.compare", *scores, check=False).stderr
 
 
 def test_only_the_first_1000_rows_of_ssv2_count_and_parquet_without_pyarrow_says_what_to_install(

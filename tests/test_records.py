@@ -16,6 +16,7 @@ from files.records import Pairs
 from files.writing import write_text
 from model import Plume
 from tests.samples import ODD, odd_folder, picture, record, REPLY, turns, write_lines
+from tests.test_checkpoints import LFS
 
 
 def side(text, reply=REPLY, **media):
@@ -175,6 +176,16 @@ def test_names_need_not_be_utf_8_and_every_message_can_be_printed(world, model, 
             refused(folder)
     with pytest.raises(DataError, match="cannot be there"), exclusive_lock(SimpleNamespace(out=str(folder))):
         pass
+
+
+@pytest.mark.parametrize("item", [
+    dict(image="a.png"), dict(video="a.mp4"), dict(video="a.mp4", start=1), dict(video=["a.png"])])
+def test_a_medium_that_is_a_pointer_of_git_lfs_is_called_so(model, tmp_path, monkeypatch, item):
+    monkeypatch.chdir(tmp_path)
+    for name in ("a.png", "a.mp4"):
+        (tmp_path / name).write_text(LFS)
+    with pytest.raises(DataError, match=r"a\.\w+.*: cannot be used as .*Git LFS pointer.*git lfs pull"):
+        model.encode([item])
 
 
 def broken(rows):
