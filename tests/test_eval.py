@@ -8,6 +8,7 @@ import resource
 import shutil
 import signal
 import socket
+import threading
 import time
 from dataclasses import replace
 from types import SimpleNamespace
@@ -19,6 +20,7 @@ import torch
 import torch.nn.functional as F
 
 import eval as evaluation
+from engine import kept, stream
 from files.errors import DataError
 from files.items import parse_item
 from files.records import Pairs
@@ -26,7 +28,7 @@ from model import Plume
 from tasks.beir import list_tasks, read_task, Task
 from test_plume import make_model, SHARED
 from tests.processes import call, run, Started
-from tests.samples import ODD, odd_folder, picture
+from tests.samples import NAMES, ODD, odd_folder, picture
 from tests.test_runs import refused
 
 
@@ -212,9 +214,9 @@ def fill_disk(code_files):
 
 
 ENDS = {  # what takes the place of a function, signals, status, what is said
-    "Ctrl-C while an item is read": ("engine.stream.read_item", read_for_ever, 1, 130, "^interrupted.* goes on"),
+    "Ctrl-C while one is read": ("engine.stream.read_item", read_for_ever, 1, 130, "^interrupted.* goes on"),
     "and once more": ("engine.stream.read_item", read_for_ever, 2, 130, "^interrupted"),
-    "Ctrl-C while files are hashed": ("engine.kept.target_size", weigh_for_ever, 1, 130, "^interrupted.* goes on"),
+    "Ctrl-C while one is hashed": ("engine.kept.target_size", weigh_for_ever, 1, 130, "^interrupted"),
     "an error": ("engine.stream.read_item", read_or_fail, 0, 1, "^error: the disk is gone"),
     "a full disk": ("engine.kept.code_files", fill_disk, 0, 1, r"^error: .*\.(bin|npy): cannot be written"),
 }
@@ -239,6 +241,19 @@ def test_every_end_is_soon_with_one_line_and_the_right_status(small, world, tmp_
     *_, last = started.stderr.splitlines()
     assert re.search(line, last) and "Traceback" not in started.stderr, started.stderr
     assert "Exception" not in started.stderr
+
+
+def test_an_error_beside_the_threads_that_read_ahead_ends_them(small, world, tmp_path, monkeypatch):
+    monkeypatch.setattr(stream, "AHEAD", 1)  # a full buffer: they wait for what was read to be used
+    embedder = kept.Embedder(Plume.from_pretrained(small, "cpu"), "single", None, 1, folder=str(tmp_path))
+    monkeypatch.setattr(embedder, "keep", mock.Mock(side_effect=OSError("the disk is full")))
+    before, sides = threading.active_count(), [parse_item(world / f"{name}.png") for name in NAMES]
+    with pytest.raises(OSError) as error:  # who holds the error holds the frames that it came through
+        embedder.work([(b"", side) for side in sides])
+    until = time.monotonic() + 5
+    while threading.active_count() > before and time.monotonic() < until:
+        time.sleep(0.01)
+    assert threading.active_count() == before and "full" in str(error.value)
 
 
 def fail_on_rank_1(read, *rest):

@@ -222,6 +222,7 @@ def test_a_run_that_is_killed_between_two_files_leaves_an_index_that_is_whole(sm
         names.append(left_in(folder))
         assert len(found) == len(names[-1]) == (4 if change == "broken" else 5), change
         assert f"{2 if change == 'broken' else 1} cannot be read" in printed
+        assert "6 files as they were, 0 new" in searched(small, folder)[0]  # broken ones, too
     assert names[0] == names[2] and set(names[0]) - set(names[1]) == {"deep/red.png"}
 
 
@@ -274,7 +275,7 @@ def test_an_index_that_cannot_be_written_is_searched_until_something_is_new(smal
         assert ".plume" in error and "--index" in error and "Permission" in error
 
 
-def test_folders_that_share_an_index_are_told_apart_and_so_are_ways_to_read_them(small, tmp_path, monkeypatch):
+def test_folders_in_one_index_are_told_apart_and_so_are_ways_to_read_them(small, tmp_path, monkeypatch):
     folders = [tmp_path / "a", tmp_path / "b"]
     for folder, colour in zip(folders, ("red", "blue")):
         folder.mkdir()
