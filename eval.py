@@ -39,13 +39,14 @@ from engine.eval_flags import check_flags
 from engine.flags import command, parse_flags
 from engine.kept import Embedder, short_hash
 from engine.ranks import rank_and_world
-from files.errors import DataError
+from files.errors import DataError, Interrupted
 from files.writing import write_json
 from hub.settings import RELEASED
 from latent import unit
+from tasks.beir import AllBut
 from tasks.check import require_tasks
 from tasks.find import find_tasks, is_published, load_model, select
-from tasks.mmeb_report import keep_score, read_score, report_published
+from tasks.mmeb_report import keep_score, ranked_hash, read_score, report_published
 
 METRICS = ("hit@1", "hit@5", "hit@10", "ndcg@5")
 TIE = 1e-6  # cosines closer than this are a tie: more than float32 rounding, less than means something
@@ -85,14 +86,16 @@ class Config:
 def candidate_scores(queries, corpus, candidates, elements=1 << 26):
     """Yields the scores of each query's candidates, and their corpus rows (None: all).
 
-    queries (N, D), corpus (M, D) unit rows; candidates: corpus rows a query, or None for all.
+    queries (N, D), corpus (M, D) unit rows; candidates: corpus rows a query, AllBut one, or None for all.
     At most about `elements` scores are in memory.
     """
     block = max(1, elements // len(corpus))
     for begin in range(0, len(queries), block):
         scores = (queries[begin : begin + block] @ corpus.T).cpu().numpy()
         for row, among in zip(scores, candidates[begin : begin + block]):
-            if among is None:
+            if isinstance(among, AllBut):
+                row[among.row] = -math.inf
+            if not isinstance(among, list):
                 yield row, None
             else:
                 among = list(dict.fromkeys(among))
@@ -121,7 +124,8 @@ def first_found(queries, corpus, candidates, count):
         found = best.indices.tolist()
         if rows is not None:
             found = [rows[place] for place in found]
-        out.append(list(zip(found, best.values.tolist())))
+        found = zip(found, best.values.tolist())
+        out.append([(row, score) for row, score in found if score > -math.inf])  # -inf: AllBut this one
     return out
 
 
@@ -236,11 +240,13 @@ def without_bad(task, queries, corpus):
     for i, why in enumerate(queries[1]):
         gains, among = task.relevant[i], task.candidates[i]
         gains = {place[row]: gain for row, gain in gains.items() if row in place}
-        if among is not None:
+        if isinstance(among, AllBut):
+            among = AllBut(place[among.row], len(rows)) if among.row in place else None
+        elif among is not None:
             among = [place[row] for row in among if row in place]
         if why is None and not gains:
             why = f"{task.queries[i].where}: no right candidate is left"
-        elif why is None and among is not None and len(among) < 2:
+        elif why is None and isinstance(among, list) and len(among) < 2:
             why = f"{task.queries[i].where}: only the right candidate is left"
         if why is not None:
             bad.append(why)
@@ -319,9 +325,10 @@ def score(embedder, tasks, folder="", took=None, check_steps=False, dim=0):
             evaluate(task, vectors), **task.about, **embedder.about, bad=task.bad, partial=bool(task.bad),
             run_hash=embedder.run_hash, prompt_hash=short_hash(embedder.model.settings["prompt"], *texts),
             seconds=time.perf_counter() - begun, items_encoded=embedder.encoded - before,
-            queries_per_s=asked / seconds if asked else None)
+            queries_per_s=asked / seconds if asked else None,
+            ranked_hash=ranked_hash(task, embedder, dim, __file__))
         old = read_score(os.path.join(folder, f"{name}_score.json")) if folder else {}
-        same = all(old.get(key) == result[key] for key in ("run_hash", "prompt_hash"))
+        same = all(old.get(key) == result[key] for key in ("run_hash", "ranked_hash"))
         if check_steps and same and "steps_do_nothing" in old:
             result["steps_do_nothing"] = old["steps_do_nothing"]
         elif check_steps:
@@ -376,7 +383,9 @@ def main(argv):
     if process > 0:
         return embedder.serve()
     ours = "-".join(os.path.normpath(cfg.ckpt).split(os.sep)[-2:])
-    folder = root and os.path.join(root, f"{ours}-{name_of_mode(cfg, steps)}-{embedder.run_hash[:6]}")
+    data = os.path.realpath(cfg.data) if cfg.data else f"turtle {cfg.moves} {cfg.rules} {cfg.codes}"
+    key = short_hash(embedder.run_hash, data)[:6]
+    folder = root and os.path.join(root, f"{ours}-{name_of_mode(cfg, steps)}-{key}")
     if not cfg.data:  # drawn for this model
         _, make = find_tasks("", model.processor, moves=cfg.moves, rules=cfg.rules, codes=cfg.codes)
     if not published:  # all are read before the first is encoded; those of MMEB-V2 have been looked at
@@ -397,7 +406,7 @@ def main(argv):
         message = f"interrupted after {len(results)} of {len(names)} tasks"
         if folder:
             message += f"; the embeddings so far are in {embedder.folder}, the same command goes on with them"
-        raise DataError(message) from None
+        raise Interrupted(message) from None
     if world > 1:
         embedder.give(None)
         dist.destroy_process_group()

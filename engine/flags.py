@@ -1,11 +1,15 @@
 """A dataclass is a command line, the comment behind each field its help."""
 
 import inspect
+import io
+import os
 import re
 import sys
+import threading
+import time
 from dataclasses import fields
 
-from files.errors import DataError, last_line, nearest
+from files.errors import DataError, Interrupted, last_line, nearest
 
 
 def parse_flags(config_class, argv, about):
@@ -32,14 +36,41 @@ def parse_flags(config_class, argv, about):
 
 
 def command(main):
-    """Runs main(argv) of a script; what a user did wrong ends it with one line instead of a traceback."""
+    """Runs main(argv) of a script and ends the process: an error, or Ctrl-C, with one line, no traceback."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # names of files may be no text
+            stream.reconfigure(errors="backslashreplace")
     try:
-        sys.exit(main(sys.argv[1:]))
+        status = main(sys.argv[1:])
+        print(end="", flush=True)  # a full disk behind > is an error, too
+        sys.exit(status)
+    except SystemExit as e:
+        if not isinstance(e.code, str):
+            raise
+        status, line = 1, e.code
+    except (KeyboardInterrupt, Interrupted) as e:
+        status, line = 130, str(e) or "interrupted"
     except (DataError, OSError) as e:
-        sys.exit(f"error: {last_line(e)}")
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(130)  # as the shell says it: 128 + SIGINT
+        status, line = 1, f"error: {last_line(e)}"
+    print(line, file=sys.stderr)
+    leave(status)
+
+
+def leave(status, seconds=1):
+    """Ends the process.  Python would wait for its threads: one may be reading a long clip or a dead disk."""
+    until = time.monotonic() + seconds
+    mine = threading.current_thread()
+    others = [thread for thread in threading.enumerate() if thread is not mine and not thread.daemon]
+    try:
+        for thread in others:
+            thread.join(max(0, until - time.monotonic()))
+        print(end="", flush=True)
+        stuck = any(thread.is_alive() for thread in others)
+    except (KeyboardInterrupt, OSError):
+        stuck = True
+    if stuck:
+        os._exit(status)
+    sys.exit(status)
 
 
 def whole_numbers(flag, text, between, needs):

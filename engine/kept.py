@@ -8,23 +8,26 @@ import os
 import re
 import secrets
 from collections import namedtuple
-from contextlib import suppress
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, suppress
 
 import PIL
 import av
 import numpy as np
+import tokenizers
 import torch
 import torch.distributed as dist
 import transformers
-from PIL import Image
-from tqdm.contrib.concurrent import thread_map
+from PIL import ExifTags, Image
+from tqdm import tqdm
 
 from data import target_size
-from engine.ranks import rank_and_world
+from engine.ranks import peer_errors, rank_and_world
 from engine.stream import encoding
 from files.clips import Part
-from files.errors import DataError
-from files.pictures import frame_files
+from files.errors import DataError, readable
+from files.pictures import DECODER_ERRORS, frame_files
+from files.writing import open_target
 from hub.isolated import HOME
 from hub.weights import count_parameters
 
@@ -44,7 +47,12 @@ def code_files():
 
 
 def short_hash(*texts):
-    return hashlib.blake2b("\0".join(texts).encode(), digest_size=8).hexdigest()
+    return hashlib.blake2b(as_bytes("\0".join(texts)), digest_size=8).hexdigest()
+
+
+def as_bytes(text):
+    """For a hash: names of files may be no UTF-8."""
+    return text.encode("utf-8", "surrogatepass")
 
 
 def fingerprint(model):
@@ -89,7 +97,8 @@ class Embedder:
             steps=steps, limit=limit if mode in ("cot", "auto") else None,
             done=done if mode == "auto" else None, protocol=protocol,
             dtype=str(model.lm.norm.weight.dtype), device=model.device.type, torch=torch.__version__,
-            transformers=transformers.__version__, pillow=PIL.__version__, av=av.__version__)
+            transformers=transformers.__version__, tokenizers=tokenizers.__version__,
+            numpy=np.__version__, pillow=PIL.__version__, av=av.__version__)
         self.run_hash = short_hash(json.dumps(self.about, sort_keys=True))
         self.known, self.bad = {}, {}  # key -> vector, reason
         self.planned, self.hashed = set(), {}  # keys that were asked for; file -> what `hash` gives
@@ -114,7 +123,8 @@ class Embedder:
         if not self.folder or not keys:
             return
         if self.file is None:  # with a name of its own, so that no other run's is written over
-            self.file = open(os.path.join(self.folder, f"{self.rank}-{secrets.token_hex(4)}.bin"), "xb")
+            path = os.path.join(self.folder, f"{self.rank}-{secrets.token_hex(4)}.bin")
+            self.file = open_target(path, path, "x", "wb")
         records = np.empty(len(keys), self.record)
         records["key"], records["vector"] = np.frombuffer(b"".join(keys), "V16"), vectors
         self.file.write(records.tobytes())
@@ -144,6 +154,7 @@ class Embedder:
         sources = value if isinstance(value, (list, tuple)) else [value]
         if kind == "video" and isinstance(value, str) and os.path.isdir(value):
             sources = frame_files(value)
+            h.update(b"frames")  # a file that has a picture's bytes, or many, is another clip
         area, count = high, limits.num_frames  # of a video file: only decoding would tell
         if isinstance(value, Part):
             sources = [value.video]
@@ -156,16 +167,23 @@ class Embedder:
                 with suppress(DataError):  # a picture that cannot be used: the error comes when it is read
                     area = math.prod(target_size(*size, low, high, facts))
             elif kind == "image":
-                h.update(str(source).encode())  # broken ones of equal bytes are told apart by their names
+                h.update(as_bytes(str(source)))  # broken ones of equal bytes are told apart by their names
         return area // facts.patch**2 * -(-count // facts.temporal)
 
     def hash(self, source):
         """-> hash of a picture's or video's bytes, and the size of a picture."""
         if isinstance(source, Image.Image):
-            h = hashlib.blake2b(f"{source.mode} {source.size} {source.getpalette()}".encode(), digest_size=16)
+            about = [source.mode, source.size, source.getpalette(), source.info.get("transparency")]
+            with suppress(*DECODER_ERRORS):  # a broken EXIF block says nothing
+                about.append(source.getexif().get(ExifTags.Base.Orientation))
+            h = hashlib.blake2b(repr(about).encode(), digest_size=16)
             h.update(source.tobytes())
             return h.digest(), source.size
-        if source not in self.hashed:
+        file = source
+        with suppress(OSError):  # one that was changed since is read again
+            now = os.stat(source)
+            file = source, now.st_size, now.st_mtime_ns, now.st_ino
+        if file not in self.hashed:
             h, size = hashlib.blake2b(digest_size=16), None
             # of a video, or of what cannot be read, which is an error when it is decoded
             with suppress(OSError, SyntaxError, ValueError, Image.DecompressionBombError):
@@ -174,8 +192,8 @@ class Embedder:
                         h.update(chunk)
                 with Image.open(source) as image:
                     size = image.size
-            self.hashed[source] = h.digest(), size
-        return self.hashed[source]
+            self.hashed[file] = h.digest(), size
+        return self.hashed[file]
 
     def plan(self, sides, weights):
         """-> for each rank its (key, Side)s, batch behind batch, the longest items first; of equal cost."""
@@ -208,24 +226,28 @@ class Embedder:
             self.model, sides, self.mode, self.steps, self.batch_size, label, self.limit, took, sort=False,
             bad=bad if self.skip_bad else None, done=self.done)
         out, begin = np.empty((len(items), self.width), np.float32), 0
-        for vectors in windows:
-            end = begin + len(vectors)
-            out[begin:end] = vectors
-            rows = [i for i in range(begin, end) if i not in bad]
-            self.keep([items[i][0] for i in rows], out[rows])
-            begin = end
+        with closing(windows):  # its threads leave whatever happens here
+            for vectors in windows:
+                end = begin + len(vectors)
+                out[begin:end] = vectors
+                rows = [i for i in range(begin, end) if i not in bad]
+                self.keep([items[i][0] for i in rows], out[rows])
+                begin = end
         return out, bad
 
     def serve(self):
         """What the other ranks do: encode what rank 0 gives out, until there is nothing more."""
         while (items := self.give(None)) is not None:
-            dist.gather_object(self.work(items), None, 0)
+            mine = self.work(items)
+            with peer_errors():
+                dist.gather_object(mine, None, 0)
         dist.destroy_process_group()
 
     def give(self, shares):
         """Rank 0's shares, one for each rank -> this rank's.  None, given by rank 0, ends `serve`."""
         mine = [None]
-        dist.scatter_object_list(mine, shares or [None] * self.world if self.rank == 0 else None, 0)
+        with peer_errors():
+            dist.scatter_object_list(mine, shares or [None] * self.world if self.rank == 0 else None, 0)
         return mine[0]
 
     def share_out(self, shares, label, took):
@@ -234,7 +256,8 @@ class Embedder:
             return [self.work(shares[0], label, took)]
         mine = self.work(self.give(shares), f"{label}, rank 0 of {self.world}", took)
         found = [None] * self.world
-        dist.gather_object(mine, found, 0)
+        with peer_errors():
+            dist.gather_object(mine, found, 0)
         return found
 
     def counts(self):
@@ -245,9 +268,13 @@ class Embedder:
 
     def __call__(self, sides, label, took=None):
         """Sides -> (N, D) unit embeddings on the CPU, NaN where one cannot be read; the reasons, or None."""
-        weights = thread_map(
-            self.weigh, sides, max_workers=8, desc=f"{label}: hashing", unit="item", leave=False,
-            disable=not label)
+        pool = ThreadPoolExecutor(8)
+        try:
+            weights = list(tqdm(
+                pool.map(self.weigh, sides), f"{label}: hashing", len(sides), unit="item", leave=False,
+                disable=not label))
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
         shares = self.plan(sides, weights)
         encoded = sum(map(len, shares))
         self.asked, self.encoded = self.asked + len(sides), self.encoded + encoded
@@ -262,7 +289,7 @@ class Embedder:
         reasons = []
         for weight, side in zip(weights, sides):
             why = self.bad.get(weight.key)
-            if why and not why.startswith(side.where):
+            if why and not why.startswith(readable(side.where)):
                 why = f"{side.where}: the same as {why}"
             reasons.append(why)
         return torch.from_numpy(np.stack([self.known[weight.key] for weight in weights])), reasons

@@ -1,4 +1,4 @@
-"""One run a folder: --out is locked while a run is at work, and nobody's work there is written over."""
+"""One run a folder: it is locked while a run is at work, and nobody's work in --out is written over."""
 
 import os
 import shutil
@@ -8,7 +8,7 @@ from contextlib import contextmanager, suppress
 from engine.log import ROW
 from engine.ranks import say
 from files.errors import DataError, quote, reason
-from files.writing import write_errors
+from files.writing import require_utf8, write_errors
 from hub.folders import CHECKPOINT, LEFT_OVER, LOCK, LOG
 from hub.weights import count_parameters
 
@@ -23,25 +23,18 @@ def exclusive_lock(cfg):
     """Makes --out and takes it for this run alone.  The lock goes with the process, however that ends."""
     out, path = f"--out {quote(cfg.out)}", os.path.join(cfg.out, LOCK)
     made = not os.path.isdir(cfg.out)
+    require_utf8(os.path.realpath(cfg.out))
+
+    def refuse(who):
+        raise DataError(f"{out}: another run is at work there ({who}); wait, or choose another")
+
     try:
         os.makedirs(cfg.out, exist_ok=True)
         file = open(path, "a+")
     except OSError as e:
         raise DataError(f"{out}: nothing can be written there: {reason(e)}; choose another folder") from e
     with file:
-        try:
-            if fcntl:
-                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError) as e:
-            file.seek(0)
-            who = file.read().strip()[:200]
-            raise DataError(f"{out}: another run is at work there ({who}); wait, or choose another") from e
-        except OSError as e:
-            say(f"warning: {out} cannot be locked ({reason(e)}); see to it that no other run writes there")
-        with write_errors(path):
-            file.truncate(0)
-            file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-            file.flush()
+        lock_file(file, out, refuse)
         try:
             check_overwrite(cfg)
             yield
@@ -50,6 +43,30 @@ def exclusive_lock(cfg):
                 with suppress(OSError):
                     os.remove(path)
                     os.rmdir(cfg.out)
+
+
+def lock_file(file, name, busy):
+    """Locks an open file until it is closed -> whether that can be done there.
+
+    busy: called with what the file says of another process that has it; when it returns, that one is waited
+    for.
+    """
+    locked = fcntl is not None
+    try:
+        if locked:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        file.seek(0)
+        busy(file.read().strip()[:200])
+        fcntl.lockf(file, fcntl.LOCK_EX)
+    except OSError as e:
+        locked = False
+        say(f"warning: {name} cannot be locked ({reason(e)}); see to it that no other run writes there")
+    with write_errors(file.name):
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        file.flush()
+    return locked
 
 
 def check_overwrite(cfg):

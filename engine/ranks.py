@@ -110,3 +110,5 @@ class Gather(torch.autograd.Function):
         grad = grad.contiguous()
         dist.all_reduce(grad)
         return grad[dist.get_rank()]
+
+

@@ -9,13 +9,12 @@ from torch.distributed.checkpoint.state_dict import (
     get_model_state_dict, get_optimizer_state_dict, set_optimizer_state_dict, StateDictOptions)
 
 from engine.ranks import rank_and_world, say
-from files.errors import DataError, reason
+from files.errors import DataError, lfs_hint, reason
 from files.writing import write_errors
 from hub.card import write_hub_files
 from hub.folders import (
     checkpoint_files, kept_name, NEWEST, newest_checkpoint, remove_checkpoint, replacing, RUN_STATE)
 from hub.layouts import write_checkpoint
-from hub.weights import lfs_hint
 
 STATE = {"step", "ranks", "optimizer", "progress", "config", "kept"}  # the keys of RUN_STATE
 # May differ when a run goes on: they do not change the result, but for rounding

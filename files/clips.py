@@ -14,7 +14,7 @@ import av
 import numpy as np
 from PIL import Image
 
-from files.errors import DataError, quote
+from files.errors import DataError, lfs_hint, quote
 from files.frames import display_matrix, rgb_of_frame, upright
 from files.pictures import DECODER_ERRORS, frame_files, load_image, MAX_PIXELS, to_rgb
 
@@ -80,7 +80,7 @@ def load_clip(source, count, frame_rate=2.0):
     try:
         return decode_clip(part, count, frame_rate)
     except DECODER_ERRORS as e:  # FFmpegError is an OSError or ValueError
-        raise DataError(f"{source}: cannot be used as a video: {e}") from e
+        raise DataError(f"{source}: cannot be used as a video: {e}{lfs_hint(part.video)}") from e
 
 
 def load_frames(source, count):

@@ -3,11 +3,11 @@
 import json
 import re
 
-from files.errors import DataError, nearest, quote
+from files.errors import DataError, LFS_HINT, LFS_POINTER, nearest, quote
 
 
 def parse_json(text, where):
-    """JSON -> its value; where: for errors."""
+    """JSON as bytes -> its value; where: for errors."""
     def no_key_twice(pairs):
         keys = [key for key, _ in pairs]
         if len(set(keys)) < len(keys):
@@ -20,7 +20,8 @@ def parse_json(text, where):
     except DataError:
         raise
     except (ValueError, RecursionError) as e:
-        raise DataError(f"{where}: not JSON: {e}") from e
+        hint = LFS_HINT if text.startswith(LFS_POINTER) else ""
+        raise DataError(f"{where}: not JSON: {e}{hint}") from e
 
 
 def only_keys(raw, known, where):

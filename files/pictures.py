@@ -10,7 +10,7 @@ import warnings
 import numpy as np
 from PIL import Image, ImageFile, ImageOps, TiffImagePlugin, UnidentifiedImageError
 
-from files.errors import DataError, quote
+from files.errors import DataError, lfs_hint, quote
 
 MAX_PIXELS = 89_478_485  # of a stored picture or frame; Pillow only warns there, here it is an error
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
@@ -42,7 +42,7 @@ def load_image(source):
             return to_rgb(image)
     except DECODER_ERRORS as e:
         name = source if isinstance(source, (str, os.PathLike)) else quote(source)
-        raise DataError(f"{name}: cannot be used as a picture: {e}") from e
+        raise DataError(f"{name}: cannot be used as a picture: {e}{lfs_hint(source)}") from e
 
 
 def frame_files(folder):

@@ -1,6 +1,7 @@
 """Files that are written whole or not at all, and the names they have until then."""
 
 import contextlib
+import io
 import json
 import os
 import secrets
@@ -8,7 +9,36 @@ import shutil
 
 from safetensors import SafetensorError
 
-from files.errors import reason
+from files.errors import DataError, readable, reason
+
+
+class Target(io.FileIO):
+    """A file whose errors name `path`, which it becomes; those of other files in the block stay theirs."""
+
+    def __init__(self, file, path, how):
+        self.path = path
+        with write_errors(path):
+            super().__init__(file, how)
+
+    def write(self, data):
+        with write_errors(self.path):
+            return super().write(data)
+
+    def close(self):
+        with write_errors(self.path):
+            super().close()
+
+    def fileno(self):
+        """numpy and Pillow would write past `write`."""
+        raise io.UnsupportedOperation("fileno")
+
+
+def open_target(file, path, how, mode):
+    """how: "w" or "x"; mode: "wb", or "w": UTF-8, with escapes for what is no character."""
+    raw = io.BufferedWriter(Target(file, path, how))
+    if mode == "wb":
+        return raw
+    return io.TextIOWrapper(raw, encoding="utf-8", errors="backslashreplace")
 
 
 @contextlib.contextmanager
@@ -16,14 +46,14 @@ def writing(path, mode="w"):
     """A new file, with a name of its own until the block ends well; then it becomes `path`."""
     path = os.path.realpath(path)
     if os.path.exists(path) and not os.path.isfile(path):  # /dev/stdout
-        with open(path, mode) as f:
+        with open_target(path, path, "w", mode) as f:
             yield f
         return
     part = temporary_name(path)
     try:
+        with open_target(part, path, "x", mode) as f:
+            yield f
         with write_errors(path):
-            with open(part, mode.replace("w", "x")) as f:
-                yield f
             os.replace(part, path)
     except BaseException:
         with contextlib.suppress(FileNotFoundError):
@@ -43,6 +73,12 @@ def write_json(path, value):
 def writable(file):
     """Whether a file of this name can stand there; it may be there already."""
     return not os.path.isdir(file) and os.path.isdir(os.path.dirname(os.path.abspath(file)))
+
+
+def require_utf8(folder):
+    """DataError for a checkpoint's folder: tokenizers and safetensors take no other names."""
+    if readable(folder) != folder:
+        raise DataError(f"{folder}: a checkpoint cannot be there: this name is no UTF-8; choose another")
 
 
 @contextlib.contextmanager

@@ -39,7 +39,7 @@ def write_hub_files(model, folder, run="Nothing is known here about its training
         settings=json.dumps(model.settings, indent=1, ensure_ascii=False),
         versions=f"torch {torch.__version__}, transformers {transformers.__version__}")
     with write_errors(folder):
-        Path(folder, CARD).write_text(text, encoding="utf-8")
+        Path(folder, CARD).write_text(text, encoding="utf-8", errors="backslashreplace")
         for name in HUB_FILES:
             shutil.copyfile(HERE / name, Path(folder, name))
 

@@ -30,7 +30,7 @@ from pathlib import Path
 
 from backbones.families import BACKBONES
 from files.errors import DataError, quote, reason
-from files.writing import temporary_name, write_json
+from files.writing import require_utf8, temporary_name, write_json
 from hub.weights import INDEX, read_json, weight_files, WEIGHTS
 
 # What a checkpoint of ours consists of, and a model card
@@ -73,6 +73,7 @@ def replacing(path, keep=None):
     `path.XXXXXXXX.old`.
     """
     path = os.path.realpath(path)
+    require_utf8(path)
     temporary, old = temporary_name(path), keep or temporary_name(path, "old")
     there = os.path.exists(path)
     if there:

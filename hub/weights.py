@@ -1,6 +1,5 @@
 """What every Qwen-VL folder holds: configuration, weights, tokenizer.  Errors name the file."""
 
-import contextlib
 import os
 import re
 
@@ -11,8 +10,9 @@ from safetensors import safe_open, SafetensorError
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
-from files.errors import DataError, quote, reason
+from files.errors import DataError, lfs_hint, quote, reason
 from files.jsonl import parse_json
+from files.writing import require_utf8
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -23,6 +23,7 @@ CONFIG_ERRORS = (OSError, ValueError, TypeError, LookupError, RuntimeError, Attr
 
 def local_folder(path, revision=None, token=None):
     """A checkpoint folder, or the name of one on the hub, which is downloaded -> the folder."""
+    require_utf8(path)
     if os.path.isdir(path) and revision is not None:
         raise DataError(f"{path}: a folder here has no revision {quote(revision)}; leave it out, or give the "
                         "name of a repository on the hub")
@@ -146,23 +147,11 @@ def read_tokenizer(path):
 def read_json(file, kind=dict):
     """The object, or another kind of value, in a JSON file of a checkpoint."""
     with open(file, "rb") as f:
-        raw = f.read()
-    try:
-        value = parse_json(raw, file)
-    except DataError as e:
-        raise DataError(f"{e}{lfs_hint(file)}") from e
+        value = parse_json(f.read(), file)
     if not isinstance(value, kind):
         needs = "an object" if kind is dict else f"a {kind.__name__}"
         raise DataError(f"{file}: needs {needs}, got {quote(value)}")
     return value
-
-
-def lfs_hint(file):
-    """What a message adds when a file is only Git LFS's pointer to its contents, otherwise ""."""
-    with contextlib.suppress(OSError), open(file, "rb") as f:
-        if f.read(24) == b"version https://git-lfs.":
-            return "; this file is a Git LFS pointer, the contents were not downloaded: git lfs pull"
-    return ""
 
 
 def quietly(make, *args, **kwargs):

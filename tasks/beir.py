@@ -6,6 +6,10 @@
 
 Of a video file "start" and "end" may say in seconds which part is meant.
 A query with candidates is ranked only against those.  Media paths are relative to DIR.
+
+Without candidates a query is ranked against the corpus, but for a document with the query's own id: that is
+the query itself (ArguAna, Quora) and would be found first.  So BEIR's evaluation leaves it out.  Here it
+counts where the qrels call it relevant: there the two merely have the same number.
 `Task` is what every kind of task becomes before it is ranked.
 """
 
@@ -14,9 +18,20 @@ import os
 import re
 from dataclasses import dataclass, field
 
-from files.errors import DataError, quote
+from files.errors import DataError, lfs_hint, quote
 from files.items import parse_item
 from files.jsonl import parse_json, spans_of
+
+
+@dataclass
+class AllBut:
+    """The candidates of a query that stands in the corpus itself: `size` documents without this row."""
+
+    row: int
+    size: int
+
+    def __len__(self):
+        return self.size - 1
 
 
 @dataclass
@@ -27,7 +42,7 @@ class Task:
     queries: list  # Side
     corpus: list  # Side
     relevant: list  # one dict a query
-    candidates: list  # for each query its list of corpus rows, or None: the whole corpus
+    candidates: list  # for each query its list of corpus rows, AllBut one, or None: the whole corpus
     query_ids: list
     corpus_ids: list
     metric: str = "hit@1"  # the one that is reported
@@ -79,6 +94,8 @@ def read_task(root, name):
             raise DataError(f"{no_document} in {os.path.basename(path)}")
         if among is not None and gold.keys().isdisjoint(among):
             raise DataError(f"{no_document} among its candidates")
+        if among is None and corpus_row.get(query_id, next(iter(gold))) not in gold:
+            among = AllBut(corpus_row[query_id], len(corpus))
         task.queries.append(side)
         task.relevant.append(gold)
         task.candidates.append(among)
@@ -148,7 +165,7 @@ def read_qrels(path, query_row, corpus_row):
         columns = [cell.strip().lower().replace("_", "-") for cell in f.readline().split("\t")]
         if sorted(columns) != sorted(needed):
             raise DataError(f"{path}: line 1 must be a header with the columns {', '.join(needed)}, "
-                            f"got {quote(columns)}")
+                            f"got {quote(columns)}{lfs_hint(path)}")
         for n, line in enumerate(f, 2):
             if not line.strip():
                 continue

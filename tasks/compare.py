@@ -11,7 +11,7 @@ import json
 import numpy as np
 
 from engine.flags import command
-from files.errors import DataError
+from files.errors import DataError, lfs_hint
 from tasks.mmeb import MMEB, modality
 
 
@@ -30,7 +30,7 @@ def main_scores(path):
                 scores[f"{part}/{name.removesuffix('-fixed')}"] = r[metric]
         return scores
     except (ValueError, LookupError, TypeError, AttributeError) as e:
-        why = f"{type(e).__name__} {e}"
+        why = f"{type(e).__name__} {e}{lfs_hint(path)}"
         raise DataError(f"{path}: neither a file that --json writes nor a leaderboard.json: {why}") from e
 
 

@@ -249,6 +249,7 @@ def read_published(root, name, released=False, skip_bad=False, extract=True):
         first = f"; {len(task.bad)} problems, the first: {task.bad[0]}" if task.bad else ""
         raise DataError(f"{name}: no query is left{first}")
     task.about = dict(
-        data=os.path.realpath(root), hub=tree.hub, version=version, revision=tree.revision, rows=count,
+        data=os.path.realpath(root), files_hash=tree.files_hash(), hub=tree.hub, version=version,
+        revision=tree.revision, rows=count,
         renamed=found.renamed, media=sum(tree.media.values()), media_wanted=len(tree.media))
     return task

@@ -6,7 +6,7 @@ import re
 
 from tqdm import tqdm
 
-from files.errors import DataError, quote
+from files.errors import DataError, lfs_hint, quote
 from files.writing import writing
 from tasks.mmeb_readers import video_classes
 
@@ -75,6 +75,8 @@ def classes_of(tree):
             f"{path}: no such file; write the names of the {tree.task.corpus} classes there, one a line, "
             "as they stand in VLM2Vec's src/data/eval_dataset/video_classification_utils.py: "
             "the repository of the rows does not hold them")
+    if hint := lfs_hint(path):
+        raise DataError(f"{path}: no names are in it{hint}")
     try:
         with open(path, encoding="utf-8-sig") as f:
             names = [line.strip() for line in f]

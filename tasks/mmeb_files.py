@@ -5,9 +5,11 @@
 """
 
 import glob
+import hashlib
 import itertools
 import os
 import shlex
+from contextlib import suppress
 from dataclasses import replace
 
 import numpy as np
@@ -16,7 +18,7 @@ from files.errors import DataError, quote
 from files.items import printable, Side
 from files.pictures import frame_files
 from tasks.mmeb_readers import momentseeker, mvbench, pages, ssv2
-from tasks.mmeb_rows import rows_of
+from tasks.mmeb_rows import data_files, rows_of
 
 CLIP_FRAMES = 8  # of every clip
 SSV2_ROWS = 1000  # only the first of SmthSmthV2 count
@@ -87,9 +89,12 @@ class Tree:
         self.judged = {}  # of a document task, query id -> {page: gain}
         self.frames = {}  # folder -> its frames that are used
         self.media = {}  # (kind, name) -> is it there?
+        self.used = set()  # the files of those that are
         self.hub, self.copy, self.jsonl = self.find_rows()
         self.revision = revision(self.copy)
-        extracted = os.path.join("visdoc-tasks", "extracted", *self.hub.split("/"), self.revision)
+        # pages out of other rows are other pages
+        of_rows = self.revision or self.files_hash()
+        extracted = os.path.join("visdoc-tasks", "extracted", *self.hub.split("/"), of_rows)
         self.extracted = os.path.join(root, extracted)
         places = [os.path.join(root, p) for p in media_places(task, self.hub, extracted)]
         self.places = [p for p in places if os.path.isdir(p)]
@@ -137,6 +142,19 @@ class Tree:
         places = " or ".join(self.places) or "the folder of this task, which does not exist"
         raise DataError(f"{quote(name)} is not in {places}")
 
+    def files_hash(self):
+        """Hash of what the files are, by name, size and time: those of the rows, and all media so far."""
+        rows, classes = self.copy, os.path.join(self.root, "classes", f"{self.task.name}.txt")
+        files = [os.path.join(rows, name) for name in data_files(rows)] if rows else []
+        files += glob.glob(os.path.join(glob.escape(self.root), "video-tasks", "data", f"{self.jsonl}.*"))
+        h = hashlib.blake2b(digest_size=8)
+        for file in sorted({*files, classes, *self.used}):
+            with suppress(OSError):
+                about = os.stat(file)
+                name = os.path.relpath(file, self.root)
+                h.update(repr((name, about.st_size, about.st_mtime_ns)).encode())
+        return h.hexdigest()
+
     def has_frames(self, path):
         """Whether a folder holds a clip; its frames are kept: in natural order, at most 8, evenly spaced."""
         if path not in self.frames:
@@ -157,5 +175,6 @@ class Tree:
             self.media.setdefault((kind, name), False)
             media = self.find(name) if kind == "image" else self.frames[self.find(name, self.has_frames)]
             self.media[kind, name] = True
+            self.used.update([media] if kind == "image" else media)
             parts.append((kind, media))
         return Side([*parts, ("text", printable(text, where))], where=where)

@@ -1,13 +1,15 @@
 """MMEB-V2 in print: the paper's table, the leaderboard's file, and a score file for each task."""
 
+import hashlib
 import json
 import os
 import time
 
 import numpy as np
 
+from files.errors import DataError
 from files.writing import write_json, write_text
-from tasks.mmeb import META, MMEB, modality
+from tasks.mmeb import META, MMEB, modality, read_published
 
 # Means over image, video and document tasks and all 78, as the PLUME paper (arXiv 2604.02073) prints them.
 PAPER = {
@@ -95,6 +97,17 @@ def leaderboard(results, ours, model):
     return dict(metadata=metadata, metrics=metrics)
 
 
+def ranked_hash(task, embedder, dim, code):
+    """Hash of all that scores come from: what is ranked, how it is judged, and the file that does it."""
+    judged = [task.query_ids, task.corpus_ids, task.relevant, task.candidates, task.metric, dim]
+    h = hashlib.blake2b(repr(judged).encode("utf-8", "backslashreplace"), digest_size=8)
+    for side in (*task.queries, *task.corpus):
+        h.update(embedder.weigh(side).key)
+    with open(code, "rb") as f:
+        h.update(f.read())
+    return h.hexdigest()
+
+
 def keep_score(path, result, old):
     """Writes a score file.  When all was known, the times are those of the run that encoded it: of `old`."""
     if old and not result["items_encoded"]:
@@ -114,18 +127,31 @@ def read_score(path):
     return value if isinstance(value, dict) else {}
 
 
+def files_now(root, task, released):
+    """The hash of a task's files as they are, or "" when they cannot be used."""
+    try:
+        return read_published(root, task.name, released, skip_bad=True, extract=False).about["files_hash"]
+    except DataError:
+        return ""
+
+
 def report_published(root, names, results, folder, ours, embedder):
     """The paper's table, of this run's tasks and of those on which the checkpoint was scored before."""
-    everything, earlier = {}, 0
+    earlier, changed = {}, []
     for task in MMEB.values():
         name = task.full_name
-        if name in names:
-            continue
-        old = read_score(os.path.join(folder, f"{name}_score.json"))
+        old = read_score(os.path.join(folder, f"{name}_score.json")) if name not in names else {}
         if old.get("run_hash") == embedder.run_hash and old.get("data") == os.path.realpath(root):
-            everything[name], earlier = old, earlier + 1
-    everything |= results
-    also = f" and {earlier} that were scored before with the same checkpoint and settings" if earlier else ""
+            if old.get("files_hash") == files_now(root, task, embedder.about["protocol"] == "released"):
+                earlier[name] = old
+            else:
+                changed.append(name)
+    everything = earlier | results
+    also = ""
+    if earlier:
+        also = f" and {len(earlier)} that were scored before with the same checkpoint, settings and files"
+    if changed:
+        also += f"; scored before, but on other files, so not in the table: {', '.join(changed)}"
     print(f"\n{len(results)} tasks of this command{also}")
     print(paper_table(everything, ours))
     write_json(os.path.join(folder, "leaderboard.json"), leaderboard(everything, ours, embedder.model))

@@ -10,7 +10,7 @@ from collections import Counter
 import yaml
 from huggingface_hub import metadata_load
 
-from files.errors import closest, DataError, quote
+from files.errors import closest, DataError, lfs_hint, quote, reason
 from files.jsonl import parse_json, spans_of
 
 
@@ -43,30 +43,37 @@ def rows_of(folder, subset, split, columns=None):
         raise DataError(f"{folder}: no .parquet, .jsonl, .json or .tsv file of {of_subset}split {split!r}")
     for file in files:
         path = os.path.join(folder, file)
+        if hint := lfs_hint(path):
+            raise DataError(f"{path}: no rows are in it{hint}")
         read = {".parquet": read_parquet, ".tsv": read_tsv}.get(os.path.splitext(file)[1], read_json)
         for n, row in enumerate(read(path, columns), 1):
             yield Row(row, f"{path}: row {n}")
 
 
-def read_parquet(path, columns):
+def read_parquet(path, columns=None):
+    """Its rows as dicts, one by one; columns: those that are read, None: all."""
     try:
         import pyarrow.parquet  # only here: who has no such file does not need it
     except ImportError as e:
         raise DataError(f"{path}: reading .parquet needs pyarrow: pip install pyarrow") from e
     try:
-        with pyarrow.parquet.ParquetFile(path) as file:
+        # as bytes: of a name as text pyarrow takes UTF-8 alone
+        with pyarrow.OSFile(os.fsencode(path)) as raw, pyarrow.parquet.ParquetFile(raw) as file:
             wanted = [c for c in file.schema_arrow.names if not columns or c in columns]
             for batch in file.iter_batches(64, columns=wanted):
                 yield from batch.to_pylist()
-    except (pyarrow.ArrowException, OSError) as e:
-        raise DataError(f"{path}: not a readable .parquet file: {e}") from e
+    except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as e:
+        raise DataError(f"{path}: not a readable .parquet file: {reason(e)}{lfs_hint(path)}") from e
 
 
 def read_tsv(path, columns):
     number = re.compile(r"0|-?[1-9]\d*")  # 007 is a name
-    with open(path, encoding="utf-8-sig", newline="") as file:
-        for row in csv.DictReader(file, delimiter="\t"):
-            yield {k: int(v) if number.fullmatch(v or "") else v for k, v in row.items()}
+    try:
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            for row in csv.DictReader(file, delimiter="\t"):
+                yield {k: int(v) if number.fullmatch(v or "") else v for k, v in row.items()}
+    except (csv.Error, ValueError, TypeError) as e:  # the last one: more cells than columns
+        raise DataError(f"{path}: not a readable .tsv file: {reason(e)}") from e
 
 
 def read_json(path, columns):

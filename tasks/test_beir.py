@@ -3,20 +3,24 @@
 import json
 import re
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
+import torch.nn.functional as F
 
 import eval as evaluation
 from engine import kept
 from files.clips import load_frames
 from files.errors import DataError
 from model import Plume
-from tasks.beir import list_tasks, read_task
+from tasks.beir import AllBut, list_tasks, read_task
 from tasks.find import select
 from test_plume import assert_close
 from tests.processes import call
-from tests.samples import picture, write_clip
+from tests.samples import picture, write_clip, write_lines
+from tests.test_checkpoints import LFS
 
 HEADER = "query-id\tcorpus-id\tscore"
 
@@ -45,6 +49,8 @@ WRONG = [  # file, a pattern and what takes its place, what the error says
     ("queries.jsonl", '"q0"', '"q0", "candidates": ["blue bar"]',
      "no relevant document among its candidates"),
     ("queries.jsonl", '"q0"', '"q0", "candidate": ["blue bar"]', "unknown key 'candidate'"),
+    *[(file, r"(?s)\A.*\Z", LFS, f"{file}: .*; this file is a Git LFS pointer, .*: git lfs pull")
+      for file in ("qrels.tsv", "queries.jsonl", "corpus.jsonl")],
     ("corpus.jsonl", r"(?s)\A(.*?\n)(.*)", r"\1\2\1", "record 13: the id 'red square' stands there twice"),
     ("corpus.jsonl", "../red bar.png", "../gone.png", "gone.png' does not exist"),
     ("corpus.jsonl", '"image"', '"video": "", "image"', "corpus.jsonl: record 1: video is an empty path"),
@@ -142,3 +148,37 @@ def test_beir_s_own_files_are_read_as_its_loader_reads_them(small, tmp_path):
     shutil.copy(folder / "qrels" / "test.tsv", folder / "qrels.tsv")
     with pytest.raises(DataError, match="query '2' has no relevant document in qrels.tsv"):
         read_task(str(tmp_path), "text_ret/scifact")
+
+
+OWN = {  # qrels of queries a, b, c, (candidates of a), documents that may be found for a, hit@1
+    "it is not found": ([("a", "b"), ("b", "a"), ("c", "a")], None, "bc", 1),
+    "it may be judged wrong": ([("a", "a", 0), ("a", "b"), ("b", "a"), ("c", "a")], None, "bc", 1),
+    "unless it is right": ([("a", "a"), ("b", "a"), ("c", "c")], None, "abc", 1),
+    "or one of the right ones": ([("a", "b"), ("a", "a"), ("b", "a"), ("c", "a")], None, "abc", 1),
+    "or a candidate": ([("a", "b"), ("b", "a"), ("c", "a")], ["a", "b"], "ab", 2 / 3),
+}
+
+
+@pytest.mark.parametrize("case", OWN)
+def test_a_document_with_the_query_s_own_id_does_not_count(tmp_path, case):
+    """ArguAna: the query is a document itself, and would always be the first that is found."""
+    rows, among, found, hit = OWN[case]
+    folder, ids = tmp_path / "text_ret" / "own", ["a", "b", "c"]
+    folder.mkdir(parents=True)
+    write_lines(folder / "corpus.jsonl", [dict(_id=name, text=name) for name in ids])
+    first = dict(_id="a", text="a") | (dict(candidates=among) if among else {})
+    write_lines(folder / "queries.jsonl", [first, dict(_id="b", text="b"), dict(_id="c", text="c")])
+    qrels = ["\t".join([*row[:2], str(row[2] if row[2:] else 1)]) for row in rows]
+    (folder / "qrels.tsv").write_text("\n".join([HEADER, *qrels]))
+    task = read_task(str(tmp_path), "text_ret/own")
+    corpus = F.normalize(torch.tensor([[1.0, 0, 0], [0.9, 0.5, 0], [0.7, 0, 0.7]]), dim=1)
+    whole = corpus, [None] * 3
+    scores = evaluation.evaluate(*evaluation.without_bad(task, whole, whole))  # the queries are the documents
+    assert set(scores["found"]["a"]) == set(found)
+    sizes = [len(found) if name == "a" else 3 - ((name, name) not in rows) for name in ids]
+    assert scores["candidates"] == pytest.approx(np.mean(sizes))
+    assert scores["hit@1"] == pytest.approx(hit)
+    assert scores["ranks"].keys() == {*ids}
+    task = replace(task, relevant=[{2: 1}] * 3, candidates=[AllBut(1, 3), AllBut(0, 3), None])
+    rest, _ = evaluation.without_bad(task, whole, (corpus, ["broken", None, None]))
+    assert rest.candidates == [AllBut(0, 2), None, None]  # of the rows that are left

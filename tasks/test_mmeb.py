@@ -9,6 +9,7 @@ import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -24,11 +25,13 @@ from tasks.beir import Task
 from tasks.find import select
 from tasks.miniature import CHOOSE, CLIP_QUERIES, INST, Miniature, PAGE_TARGET
 from tasks.mmeb import META, MMEB, modality, read_published
+from tasks.mmeb_corpus import classes_of
 from tasks.mmeb_report import paper_rows
 from tasks.mmeb_rows import row_files, rows_of
 from test_plume import HERE, make_model, mixed_items
 from tests.processes import call, run, run_ranks
 from tests.samples import edit_json, NAMES, picture
+from tests.test_checkpoints import LFS
 
 DOCVQA = "vidore/docvqa_test_subsampled_beir"
 FIRST, EVERY, GONE = slice(1), slice(None), object()  # rows to edit; what takes a column away
@@ -275,6 +278,12 @@ def test_embeddings_of_another_checkpoint_mode_or_setting_are_never_used(small, 
     model, again = Plume.from_pretrained(small), Plume.from_pretrained(small)
     runs = [run_hash(model), run_hash(model, steps=4), run_hash(model, "single", None)]
     runs.append(run_hash(model, protocol="released"))
+    runs += [run_hash(model, "cot", None), run_hash(model, "cot", None, limit=5)]
+    runs += [run_hash(model, "auto", None), run_hash(model, "auto", None, done=0.4)]
+    for library in (torch, np, kept.transformers, kept.tokenizers, kept.PIL, kept.av):
+        with monkeypatch.context() as patch:
+            patch.setattr(library, "__version__", "0")
+            runs.append(run_hash(model))
     with torch.no_grad():
         model.adapter.state_dict()["ln.bias"][3] += 1e-6
     runs.append(run_hash(model))
@@ -305,19 +314,60 @@ def test_embeddings_of_another_checkpoint_mode_or_setting_are_never_used(small, 
     assert len(set(runs)) == len(runs) > 30
 
 
-def test_items_are_known_by_their_content_and_weighed_by_their_tokens(small, world):
+def alike(folder):
+    """Items with the same bytes or pixels that look different."""
+    frames = [picture("red", "bar", at=at) for at in (0, 9)]
+    (folder / "frames").mkdir()
+    for file in (folder / "frames" / "a.gif", folder / "a.gif"):
+        frames[0].save(file, save_all=True, append_images=frames[1:])
+    clips = [str(folder / "frames"), str(folder / "a.gif")]
+    pictures = [frames[0].quantize(4) for _ in range(3)] + [frames[0].copy(), frames[0].copy()]
+    pictures[1].info["transparency"], pictures[2].info["transparency"] = 0, 1
+    pictures[3].getexif()[kept.ExifTags.Base.Orientation] = 6
+    return [parse_item(dict(video=clip)) for clip in clips] + [parse_item(image) for image in pictures]
+
+
+def test_items_are_known_by_their_content_and_weighed_by_their_tokens(small, world, tmp_path):
     model = Plume.from_pretrained(small)
     red = str(world / "red bar.png")
-    again = str(shutil.copy(red, world / "again.png"))
+    again = str(shutil.copy(red, tmp_path / "again.png"))
     items = mixed_items(world) + ["red ", dict(image=red, text="x"), dict(video=[red]), dict(image=again)]
     sides = [parse_item(item) for item in items]
-    weights = [kept.Embedder(model, "latent", 8).weigh(side) for side in sides]
+    embedder = kept.Embedder(model, "latent", 8)
+    weights = [embedder.weigh(side) for side in sides]
     assert len({weight.key for weight in weights}) == len(items) - 1
     assert weights[-1].key == weights[2].key  # that of the red bar
+    assert len({embedder.weigh(side).key for side in alike(tmp_path)}) == 7
+    before = embedder.weigh(sides[-1])
+    picture("blue", "bar").save(again)
+    assert embedder.weigh(sides[-1]) != before  # written over while it is at work
     # tokens of the prompt around each item
     beside = [len(model.processor.render(s)["ids"]) - w.tokens for s, w in zip(sides, weights)]
     del beside[4]  # of a video file: only decoding would tell
     assert max(beside) - min(beside) < 8
+
+
+def test_scores_of_other_files_are_not_in_the_table_and_pages_of_other_rows_are_taken_anew(
+        small, counts, tmp_path):
+    mini, docvqa = Miniature(tmp_path / "mmeb", ["MSVD", "MSCOCO_t2i", "ViDoRe_docvqa"]), "ViDoRe_docvqa"
+    flags = ["--data", mini.root, "--ckpt", small, "--scores", tmp_path / "scores", "--task"]
+
+    def printed(task="MSVD"):
+        return call("eval.py", *flags, task).stdout
+
+    def page():
+        return read_published(str(mini.root), docvqa).corpus[0].parts[0][1]
+
+    assert "2 tasks of this command\n" in printed(f"MSCOCO_t2i,{docvqa}")
+    assert "1 tasks of this command and 2 that were scored before" in printed()
+    media = next((mini.root / "image-tasks").rglob("*.jpg"))
+    media.write_bytes(media.read_bytes() + b" ")
+    assert re.search("and 1 that were .* not in the table: image_ret/MSCOCO_t2i\n", printed())
+    printed("MSCOCO_t2i")
+    first = page()
+    edit(mini, f"{docvqa}/qrels", FIRST, dict(score=2))
+    assert f"so not in the table: vidore_v1/{docvqa}\n" in printed()
+    assert page() != first and Path(page()).read_bytes() == Path(first).read_bytes()
 
 
 @pytest.mark.parametrize("mask", [0o022, 0o007, 0o077])
@@ -633,6 +683,24 @@ def test_ids_in_a_tsv_are_texts_and_what_is_a_number_and_nothing_else_stays_one(
     (tmp_path / "test.tsv").write_text("query\tcorpus\tscore\n007\t0010\t1\n7\t-3\t0\n1e3\t+5\t2\n")
     cells = [tuple(row.values()) for row in rows_of(str(tmp_path), "", "test")]
     assert cells == [("007", "0010", 1), (7, -3, 0), ("1e3", "+5", 2)]
+
+
+@pytest.mark.parametrize("suffix", [".parquet", ".jsonl", ".json", ".tsv"])
+def test_rows_that_cannot_be_read_are_an_error_of_their_file(tmp_path, suffix):
+    file = tmp_path / f"test{suffix}"
+    for content, why in ((LFS.encode(), "Git LFS pointer.*git lfs pull"), (b"a\tb\n\xff\0\t\"\n" * 9, "")):
+        file.write_bytes(content)
+        with pytest.raises(DataError, match=f"{re.escape(str(file))}: .*{why}"):
+            list(rows_of(str(tmp_path), "", "test"))
+
+
+def test_names_of_classes_and_scores_that_are_pointers_are_called_so(tmp_path):
+    (tmp_path / "classes").mkdir()
+    (tmp_path / "classes" / "K700.txt").write_text(LFS)
+    with pytest.raises(DataError, match="K700.txt: .*Git LFS pointer"):
+        classes_of(SimpleNamespace(root=str(tmp_path), task=MMEB["K700"]))
+    scores = [tmp_path / "classes" / "K700.txt"] * 2
+    assert "Git LFS pointer" in call("tasks.compare", *scores, check=False).stderr
 
 
 def test_only_the_first_1000_rows_of_ssv2_count_and_parquet_without_pyarrow_says_what_to_install(

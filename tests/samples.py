@@ -8,6 +8,7 @@ from fractions import Fraction
 
 import av
 import numpy as np
+import pytest
 from PIL import Image, ImageDraw
 from safetensors.torch import load_file, save_file
 
@@ -209,6 +210,19 @@ def write_task(folder, queries, documents):
 
 def write_lines(path, rows):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+ODD = "\udcff"  # the byte ff in a name, as Python has it: no UTF-8
+
+
+def odd_folder(parent):
+    """A folder whose name is no UTF-8; where there are no such names, the test is skipped."""
+    folder = parent / ODD
+    try:
+        folder.mkdir()
+    except OSError as e:
+        pytest.skip(f"names are text here: {e}")
+    return folder
 
 
 def shard(folder):

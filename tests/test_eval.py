@@ -2,9 +2,17 @@
 
 import json
 import math
+import os
 import re
+import resource
+import shutil
+import signal
+import socket
+import threading
+import time
 from dataclasses import replace
 from types import SimpleNamespace
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -12,13 +20,15 @@ import torch
 import torch.nn.functional as F
 
 import eval as evaluation
+from engine import kept, stream
 from files.errors import DataError
 from files.items import parse_item
 from files.records import Pairs
 from model import Plume
 from tasks.beir import list_tasks, read_task, Task
 from test_plume import make_model, SHARED
-from tests.processes import call, run
+from tests.processes import call, run, Started
+from tests.samples import NAMES, ODD, odd_folder, picture
 from tests.test_runs import refused
 
 
@@ -116,6 +126,152 @@ def test_latent_steps_that_do_nothing_are_found_with_fewer_queries_and_said():
     assert len(evaluation.evenly_spaced(150, 100)) == 100 and evaluation.evenly_spaced(3, 100) == [0, 1, 2]
     scores = evaluation.evaluate(task, (vectors, vectors))
     assert "not above K = 0" in evaluation.table({"x/y": scores | dict(steps_do_nothing=True)})
+
+
+EDITS = {  # file of the task, what stands there, what takes its place
+    "qrels": ("qrels.tsv", "q3\tgreen square", "q3\tblue circle"),
+    "another grade": ("qrels.tsv", "q4\tgreen circle\t1", "q4\tgreen circle\t2"),
+    "queries": ("queries.jsonl", "Find the picture: red bar", "Find the picture: red bars"),
+    "candidates": ("queries.jsonl", '"q0",', '"q0", "candidates": ["red square", "red circle"],'),
+    "corpus": ("corpus.jsonl", '"Represent."', '"Represent it."'),
+    "ids": ("corpus.jsonl", '"blue square"', '"Blue square"'),
+    "media": ("red bar.png", None, None),
+}
+
+
+def test_what_is_kept_of_a_task_is_used_while_all_that_it_depends_on_is_as_it_was(small, world, tmp_path):
+    """The note of the idle steps is the dearest of what is kept; scores stand in a file for each task."""
+    root, scores = tmp_path / "a" / "tasks", tmp_path / "scores"
+    shutil.copytree(world, tmp_path / "a", ignore=shutil.ignore_patterns("*.mp4", "video_cls"))
+
+    def evaluated(*flags, data=root, ckpt=small):
+        """-> how often the idle steps were looked at, how many score files there are"""
+        with mock.patch.object(evaluation, "steps_do_nothing", return_value=True) as looked:
+            call("eval.py", "--data", data, "--ckpt", ckpt, "--scores", scores, *flags)
+        return looked.call_count, len(list(scores.rglob("*_score.json")))
+
+    assert (evaluated(), evaluated()) == ((1, 1), (0, 1))
+    for what, (name, old, new) in EDITS.items():
+        (file,) = (tmp_path / "a").rglob(name)
+        if old is None:
+            picture("red", "bar", at=9).save(file)
+        else:
+            assert old in file.read_text(), what
+            file.write_text(file.read_text().replace(old, new, 1))
+            qrels = file.with_name("qrels.tsv")
+            if what == "ids":
+                qrels.write_text(qrels.read_text().replace("\tblue square", "\tBlue square"))
+        assert (evaluated(), evaluated()) == ((1, 1), (0, 1)), what
+
+    make_model(latent_steps=3).float().save_pretrained(tmp_path / "other")
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    assert evaluated("--steps=2") == (1, 2) and evaluated("--dim=16") == (1, 3)
+    assert evaluated("--mode=single") == (0, 4)  # it has no steps
+    assert evaluated(ckpt=tmp_path / "other") == (1, 5)
+    assert evaluated(data=tmp_path / "b" / "tasks") == (1, 6)
+    assert evaluated() == evaluated(data=tmp_path / "b" / "tasks") == (0, 6)  # nobody wrote over it
+    assert evaluated(data=os.path.relpath(root)) == (0, 6)
+
+
+def test_names_that_are_no_utf_8_are_evaluated_and_named(small, world, tmp_path):
+    data = odd_folder(tmp_path)
+    folder = data / "image_ret" / ODD
+    shutil.copytree(world / "tasks" / "image_ret" / "t2i", folder)
+    for file in world.glob("*.png"):
+        shutil.copy(file, data / f"{file.stem}{ODD}.png")
+    corpus = folder / "corpus.jsonl"
+    corpus.write_text(corpus.read_text().replace("../", "").replace(".png", r"\udcff.png"))
+    command = ["eval.py", "--data", data, "--ckpt", small, "--scores", data, "--json", data / f"{ODD}.json"]
+    assert r"image_ret/\udcff" in run(*command).stdout and "24 known from before" in run(*command).stdout
+    (data / f"red bar{ODD}.png").write_bytes(b"no picture")
+    refused(r"(?m)^error: .*\\xff/corpus.jsonl: record 3: .*red bar\\xff.png: cannot be used", *command)
+
+
+def read_for_ever(read, model, i, *rest):
+    """In place of read_item: a long clip."""
+    if i == 1:
+        print("reading", flush=True)
+        time.sleep(600)
+    return read(model, i, *rest)
+
+
+def read_or_fail(read, model, i, *rest):
+    """Another one is read for ever when this one cannot be read."""
+    if i == 0:
+        raise OSError("the disk is gone")
+    return read_for_ever(read, model, i, *rest)
+
+
+def weigh_for_ever(target_size, *given):
+    print("reading", flush=True)
+    time.sleep(600)
+
+
+def fill_disk(code_files):
+    """No file may be longer, as on a full disk."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (8000, 8000))
+    return code_files()
+
+
+ENDS = {  # what takes the place of a function, signals, status, what is said
+    "Ctrl-C while one is read": ("engine.stream.read_item", read_for_ever, 1, 130, "^interrupted.* goes on"),
+    "and once more": ("engine.stream.read_item", read_for_ever, 2, 130, "^interrupted"),
+    "Ctrl-C while one is hashed": ("engine.kept.target_size", weigh_for_ever, 1, 130, "^interrupted"),
+    "an error": ("engine.stream.read_item", read_or_fail, 0, 1, "^error: the disk is gone"),
+    "a full disk": ("engine.kept.code_files", fill_disk, 0, 1, r"^error: .*\.(bin|npy): cannot be written"),
+}
+
+
+@pytest.mark.parametrize("way", ENDS)
+@pytest.mark.parametrize("script", ["eval.py", "tools.search"])
+def test_every_end_is_soon_with_one_line_and_the_right_status(small, world, tmp_path, script, way):
+    name, function, signals, status, line = ENDS[way]
+    command = ["tools.search", world, "--index", tmp_path, "--batch_size", 2]
+    if script == "eval.py":
+        command = ["eval.py", "--data", world / "tasks", "--scores", tmp_path]
+    started = Started(*command, "--ckpt", small, patch=(name, function))
+    if function is not fill_disk:
+        started.wait_for("reading")
+    begun = time.monotonic()
+    for _ in range(signals):
+        time.sleep(0.2)
+        os.killpg(started.pid, signal.SIGINT)
+    assert started.wait(60) == status
+    assert time.monotonic() - begun < 10
+    *_, last = started.stderr.splitlines()
+    assert re.search(line, last) and "Traceback" not in started.stderr, started.stderr
+    assert "Exception" not in started.stderr
+
+
+def test_an_error_beside_the_threads_that_read_ahead_ends_them(small, world, tmp_path, monkeypatch):
+    monkeypatch.setattr(stream, "AHEAD", 1)  # a full buffer: they wait for what was read to be used
+    embedder = kept.Embedder(Plume.from_pretrained(small, "cpu"), "single", None, 1, folder=str(tmp_path))
+    monkeypatch.setattr(embedder, "keep", mock.Mock(side_effect=OSError("the disk is full")))
+    before, sides = threading.active_count(), [parse_item(world / f"{name}.png") for name in NAMES]
+    with pytest.raises(OSError) as error:  # who holds the error holds the frames that it came through
+        embedder.work([(b"", side) for side in sides])
+    until = time.monotonic() + 5
+    while threading.active_count() > before and time.monotonic() < until:
+        time.sleep(0.01)
+    assert threading.active_count() == before and "full" in str(error.value)
+
+
+def fail_on_rank_1(read, *rest):
+    if os.environ["RANK"] == "1":
+        raise DataError("an item that cannot be read")
+    return read(*rest)
+
+
+def test_when_a_rank_ends_the_others_end_with_one_line(small, world):
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = str(free.getsockname()[1])
+    ranks = [Started("eval.py", "--data", world / "tasks", "--ckpt", small, "--batch_size=2",
+                     patch=("engine.stream.read_item", fail_on_rank_1), WORLD_SIZE="2", RANK=str(rank),
+                     LOCAL_RANK=str(rank), MASTER_ADDR="localhost", MASTER_PORT=port) for rank in range(2)]
+    assert [rank.wait(60) for rank in ranks] == [1, 1]
+    for rank, why in zip(ranks, ("another rank has ended, its own message", "an item that cannot be read")):
+        assert f"error: {why}" in rank.stderr and "Traceback" not in rank.stderr, rank.stderr
 
 
 @pytest.mark.skipif(not SHARED.exists(), reason="no ../shared/data")

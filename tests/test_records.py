@@ -2,15 +2,21 @@
 
 import json
 import re
+import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
+from engine.lock import exclusive_lock
 from files.errors import DataError, last_line, quote
 from files.items import parse_item, parse_side, parse_target
 from files.records import Pairs
-from tests.samples import picture, record, REPLY, turns
+from files.writing import write_text
+from model import Plume
+from tests.samples import ODD, odd_folder, picture, record, REPLY, turns, write_lines
+from tests.test_checkpoints import LFS
 
 
 def side(text, reply=REPLY, **media):
@@ -148,6 +154,38 @@ def test_items_are_checked(why, items):
     for item in items:
         with pytest.raises(DataError, match=f"item.*{why}"):
             parse_item(item)
+
+
+def test_names_need_not_be_utf_8_and_every_message_can_be_printed(world, model, tmp_path):
+    folder = odd_folder(tmp_path)
+    odd = folder / f"{ODD}.png"
+    shutil.copy(world / "red bar.png", odd)
+    write_lines(folder / f"{ODD}.jsonl", [query("<image>", image=[odd.name]), record(qry=dict(image=ODD))])
+    pairs = Pairs(str(folder / f"{ODD}.jsonl"), skip_bad=True)
+    assert len(pairs) == 1 and pairs.names == ["d"] and pairs[0][0].hash()
+    model.processor.render(pairs[0][0])
+    odd.write_bytes(b"no picture")
+    why = {}
+    model.encode([dict(image=odd)], bad=why)
+    for text in (why[0], *pairs.bad):
+        assert r"\xff" in text and text.encode()  # UTF-8, or an error
+    write_text(folder / "page.html", ODD)
+    assert (folder / "page.html").read_text(encoding="utf-8") == r"\udcff"
+    for refused in (model.save_pretrained, Plume.from_pretrained):
+        with pytest.raises(DataError, match=r"\\xff.*: a checkpoint cannot be there"):
+            refused(folder)
+    with pytest.raises(DataError, match="cannot be there"), exclusive_lock(SimpleNamespace(out=str(folder))):
+        pass
+
+
+@pytest.mark.parametrize("item", [
+    dict(image="a.png"), dict(video="a.mp4"), dict(video="a.mp4", start=1), dict(video=["a.png"])])
+def test_a_medium_that_is_a_pointer_of_git_lfs_is_called_so(model, tmp_path, monkeypatch, item):
+    monkeypatch.chdir(tmp_path)
+    for name in ("a.png", "a.mp4"):
+        (tmp_path / name).write_text(LFS)
+    with pytest.raises(DataError, match=r"a\.\w+.*: cannot be used as .*Git LFS pointer.*git lfs pull"):
+        model.encode([item])
 
 
 def broken(rows):

@@ -30,6 +30,7 @@ from files.errors import DataError, nearest, quote, reason
 from files.items import listed, parse_side
 from files.jsonl import parse_json, spans_of
 from files.writing import writable, writing
+from tasks.mmeb_rows import read_parquet
 
 
 @dataclass
@@ -47,12 +48,7 @@ def rows_of(path):
             for n, (_, _, text) in enumerate(spans_of(f, path), 1):
                 yield n, parse_json(text, f"{path}: row {n}")
         return
-    try:
-        from pyarrow.parquet import ParquetFile
-    except ImportError:
-        raise DataError(f"{path}: reading parquet needs a package: pip install pyarrow") from None
-    batches = ParquetFile(path).iter_batches(256)
-    yield from enumerate((row for batch in batches for row in batch.to_pylist()), 1)
+    yield from enumerate(read_parquet(path), 1)
 
 
 def triplet(row, media):
@@ -227,6 +223,8 @@ def main(argv):
                 raise DataError(f"{cfg.data}: row {n}: not as --help describes it: {reason(e)}") from e
             f.write(json.dumps(dict(dataset_name=name, **record)) + "\n")
             negatives += len(record.get("neg", []))
+        if n == 0:
+            raise DataError(f"{cfg.data}: no row is in it")
     print(f"{n} pairs with {negatives} hard negatives in {cfg.out}")
 
 

@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from engine.flags import command, parse_flags
 from engine.kept import Embedder
-from files.errors import closest, DataError, quote, reason
+from files.errors import closest, DataError, Interrupted, quote, reason
 from files.items import parse_item
 from files.writing import writable, writing
 from tasks.find import load_model
@@ -127,17 +127,19 @@ def main(argv):
     place = cfg.index or os.path.join(folder, ".plume")
     try:
         os.makedirs(place, exist_ok=True)
+        embedder = Embedder(
+            model, cfg.mode, steps, cfg.batch_size, skip_bad=True, folder=os.path.join(place, "embeddings"))
+        index = Index(place, embedder)
     except OSError as e:
         raise DataError(f"{place}: the index cannot be there: {reason(e)}; name a folder with --index") from e
-    embedder = Embedder(
-        model, cfg.mode, steps, cfg.batch_size, skip_bad=True, folder=os.path.join(place, "embeddings"))
-    index = Index(place, embedder)
     files, others = scan(folder, place, cfg.every)
     try:
         print(index.update(folder, files, model.processor.limits.max_pixels))
+    except OSError as e:
+        raise DataError(f"{e}; the index needs a folder where there is room: --index") from e
     except KeyboardInterrupt:
-        raise DataError(f"interrupted: {len(index.items)} items are in the index, the same command goes on "
-                        "with the rest") from None
+        raise Interrupted(f"interrupted: {len(index.items)} items are in the index, the same command goes on "
+                          "with the rest") from None
     print_rest(index, others)
     if query is None:
         return

@@ -2,6 +2,7 @@
 
 import contextlib
 import glob
+import importlib.metadata
 import importlib.util
 import itertools
 import json
@@ -10,18 +11,22 @@ import secrets
 import stat
 import time
 from collections import Counter
+from pathlib import Path
 
 import av
 import numpy as np
 from tqdm import tqdm
 
+from engine.kept import short_hash
+from engine.lock import lock_file
 from files.clips import is_clip_file, read_headers, VIDEO_OPTIONS, VIDEO_SUFFIXES
-from files.errors import DataError
+from files.errors import DataError, readable
 from files.items import parse_item
 from files.jsonl import parse_json
 from files.pages import pages
 from files.pictures import DECODER_ERRORS, IMAGE_SUFFIXES
 from files.writing import write_text, writing
+from hub.folders import LOCK
 
 KINDS = dict.fromkeys(VIDEO_SUFFIXES, "video") | dict.fromkeys(IMAGE_SUFFIXES, "image")
 if importlib.util.find_spec("pypdfium2"):  # an extra of this tool
@@ -34,38 +39,74 @@ class Index:
 
     def __init__(self, folder, embedder):
         self.embedder = embedder
-        self.own = os.path.join(folder, embedder.run_hash)
-        self.items, self.bad, self.vectors = [], [], np.empty((0, embedder.width), np.float32)
+        # how files become items is this file's, and the PDF reader's
+        reader = importlib.metadata.version("pypdfium2") if ".pdf" in KINDS else ""
+        source = Path(__file__).read_text(encoding="utf-8")
+        self.own = os.path.join(folder, short_hash(embedder.run_hash, source, reader))
         os.makedirs(self.own, exist_ok=True)
-        if os.path.exists(self.file("items.jsonl")):
-            head, *self.items = read_lines(self.file("items.jsonl"))
-            self.bad = read_lines(self.file("bad.jsonl"))
-            self.vectors = np.load(self.file(head["vectors"]), mmap_mode="r")
+        self.read()
 
     def file(self, name):
         return os.path.join(self.own, name)
 
-    def write(self):
-        """items.jsonl, which names its vectors, comes last: what is read always belongs together."""
+    def read(self):
+        """What the last run wrote; nothing where that is not whole: then the index is made anew."""
+        self.named, self.items, self.bad = "", [], []
+        self.vectors = np.empty((0, self.embedder.width), np.float32)
+        for _ in range(3):  # another run may just put a new one in its place
+            with contextlib.suppress(FileNotFoundError, ValueError, LookupError, TypeError, EOFError):
+                head, *lines = read_lines(self.file("items.jsonl"))
+                vectors = np.load(self.file(head["vectors"]), mmap_mode="r")
+                items = [item for item in lines if "why" not in item]
+                if vectors.shape == (len(items), self.embedder.width):
+                    self.named, self.items, self.vectors = head["vectors"], items, vectors
+                    self.bad = [item for item in lines if "why" in item]
+                    return
+
+    def write(self, alone):
+        """items.jsonl, which names its vectors, comes last: what is read always belongs together.
+
+        alone: no other run is at work, so that what no list names is what a killed one left behind.
+        """
         name = f"vectors-{secrets.token_hex(4)}.npy"
         with writing(self.file(name), "wb") as f:
             np.save(f, self.vectors)
-        write_lines(self.file("bad.jsonl"), self.bad)
-        write_lines(self.file("items.jsonl"), [dict(vectors=name), *self.items])
-        for old in glob.glob(glob.escape(self.own) + "/vectors-*.npy"):
-            if os.path.basename(old) != name:
-                with contextlib.suppress(OSError):  # another run is reading it
-                    os.remove(old)
+        write_lines(self.file("bad.jsonl"), self.bad)  # for people
+        write_lines(self.file("items.jsonl"), [dict(vectors=name), *self.items, *self.bad])
+        old, self.named = [self.named], name
+        if alone:
+            old = [other for other in os.listdir(self.own) if other.startswith("vectors-") and other != name]
+            old += glob.glob("*.jsonl.*.writing", root_dir=self.own)
+        for other in filter(None, old):
+            with contextlib.suppress(OSError):  # another run is reading it
+                os.remove(self.file(other))
+
+    @contextlib.contextmanager
+    def locked(self):
+        """One run at a time brings the index up to date -> whether that is certain; others wait for it."""
+        try:
+            file = open(self.file(LOCK), "a+")
+        except OSError:  # nothing can be written there, and nothing need be when all is as it was
+            yield False
+            return
+        with file:
+            yield lock_file(file, self.own, say_who_is_waited_for)
 
     def update(self, folder, files, area):
         """Makes the index that of these files (see `scan`) -> a line on what was done."""
+        with self.locked() as alone:
+            self.read()
+            return self.renew(folder, files, area, alone)
+
+    def renew(self, folder, files, area, alone):
+        """`update`, of what is read and locked."""
         begun, before = time.perf_counter(), self.embedder.encoded
-        known, gone = (*self.items, *self.bad), [item for item in self.items if item["path"] not in files]
-        same = {item["path"] for item in known
-                if (about := files.get(item["path"])) and about.items() <= item.items()}
+        known = [item for item in (*self.items, *self.bad) if is_of(item, files)]
+        gone = [item for item in self.items if item["path"] not in files]
+        same = {item["path"] for item in known}
         new = {path: about for path, about in files.items() if path not in same}
-        if new or any(item["path"] not in same for item in known):
-            self.renew(folder, same, new, area)
+        if new or len(known) < len(self.items) + len(self.bad):
+            self.encode(folder, files, new, area, alone)
         hashes = {item["hash"] for item in self.items}
         moved = {item["path"] for item in gone if item["hash"] in hashes}
         deleted = {item["path"] for item in gone} - moved
@@ -74,11 +115,12 @@ class Index:
                 f"{len(deleted):,} deleted; {encoded:,} items encoded, {len(self.items):,} in the index; "
                 f"{took:.1f} s")
 
-    def renew(self, folder, same, new, area):
-        """Keeps the files `same` alone and adds those of `new`; when it is stopped, what is done by then."""
-        kept = [row for row, item in enumerate(self.items) if item["path"] in same]
+    def encode(self, folder, files, new, area, alone):
+        """Keeps what is of the files and adds those of `new`; when it is stopped, what is done by then."""
+        kept = [row for row, item in enumerate(self.items) if is_of(item, files)]
         items, vectors = [self.items[row] for row in kept], [self.vectors[kept]]
-        bad, whole = [item for item in self.bad if item["path"] in same], Counter()
+        bad, whole = [item for item in self.bad if is_of(item, files)], Counter()
+        same = {item["path"] for item in (*items, *bad)}
         parts = self.parts(folder, new, area, bad, whole)
         try:
             while chunk := list(itertools.islice(parts, 4 * self.embedder.batch_size)):
@@ -98,7 +140,7 @@ class Index:
             rows = [row for row, item in enumerate(items) if item["path"] in complete]
             self.items, self.vectors = [items[row] for row in rows], np.concatenate(vectors)[rows]
             self.bad = [item for item in bad if item["path"] in complete]
-            self.write()
+            self.write(alone)
 
     def parts(self, folder, files, area, bad, whole):
         """Yields (key, item, Side) of everything in these files.
@@ -124,6 +166,16 @@ class Index:
         """-> the nearest items as (score, item), best first"""
         scores = self.vectors @ vector
         return [(float(scores[row]), self.items[row]) for row in np.argsort(-scores)[:count]]
+
+
+def is_of(item, files):
+    """Whether an item of the index is of one of these files as it is now."""
+    about = files.get(item["path"])
+    return about is not None and about.items() <= item.items()
+
+
+def say_who_is_waited_for(who):
+    print(f"another run is at work on this index ({who}): waiting until it is done", flush=True)
 
 
 def read_lines(file):
@@ -165,7 +217,8 @@ def scan(folder, index, every):
                 continue
             time = max(about.st_mtime_ns, about.st_ctime_ns)  # the second one tells other rights, too
             files[os.path.relpath(path, folder)] = dict(
-                kind=kind, size=about.st_size, time=time, every=every if kind == "video" else 0)
+                kind=kind, size=about.st_size, time=time, file=about.st_ino,  # of two folders in one index
+                every=every if kind == "video" else 0)
     return files, others
 
 
@@ -213,7 +266,7 @@ def media_of_item(folder, item):
 
 def printable(path):
     """A path as text, with escapes for what cannot be shown."""
-    text = os.fsencode(path).decode("utf-8", "backslashreplace")
+    text = readable(path)
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 

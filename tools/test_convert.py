@@ -1,13 +1,15 @@
 """The command python -m tools.convert: rows as others write them become records that train."""
 
 import os
+import re
 
 import pytest
 from PIL import Image
 
 from files.records import Pairs
 from tests.processes import call
-from tests.samples import picture, write_lines
+from tests.samples import ODD, odd_folder, picture, write_lines
+from tests.test_checkpoints import LFS
 
 
 def user(text):
@@ -94,3 +96,46 @@ def test_a_row_that_is_not_right_is_named_and_nothing_is_written(pictures, row, 
     write_lines(data, [dict(anchor="a", positive="b"), row])
     assert why in call("tools.convert", "--data", data, "--out", out, check=False).stderr
     assert not list((pictures / "out").iterdir())
+
+
+def harmed(raw):
+    """{what was done to a file: its bytes}, and what the error says"""
+    second = raw.index(b"row 150")  # the first rows can be read
+    return {
+        "a pointer": (LFS.encode(), "Git LFS pointer.*git lfs pull"),
+        "cut off": (raw[: len(raw) // 2], ""),
+        "damaged": (raw[:second] + bytes(64) + raw[second + 64 :], ""),
+        "its end damaged": (raw[:-60] + bytes(40) + raw[-20:], ""),
+        "empty": (b"", ""),
+    }
+
+
+@pytest.mark.parametrize("harm", ["a pointer", "cut off", "damaged", "its end damaged", "empty"])
+@pytest.mark.parametrize("suffix", [".parquet", ".jsonl", ".json", ".jsonl.gz"])
+def test_a_file_that_cannot_be_read_is_named_and_not_the_one_that_is_written(tmp_path, suffix, harm):
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    data, out = tmp_path / f"in{suffix}", tmp_path / "out.jsonl"
+    rows = pyarrow.Table.from_pylist([dict(anchor=f"row {n}", positive="b") for n in range(300)])
+    parquet.write_table(rows, data, row_group_size=100, compression="none", use_dictionary=False)
+    content, why = harmed(data.read_bytes())[harm]
+    data.write_bytes(content)
+    failed = call("tools.convert", "--data", data, "--out", out, check=False)
+    assert re.search(f"^{re.escape(str(data))}.*{why}", failed.stderr) and "written" not in failed.stderr
+    assert list(tmp_path.iterdir()) == [data]
+
+
+def test_names_need_not_be_utf_8_and_a_file_without_rows_is_refused(tmp_path):
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    folder = odd_folder(tmp_path)
+    picture("red", "bar").save(tmp_path / "red.png")
+    os.rename(tmp_path / "red.png", folder / ODD)
+    write_lines(folder / "rows.jsonl", [dict(anchor=dict(image=ODD), positive="b")])
+    ((image, _),) = converted(folder / "rows.jsonl", folder / f"{ODD}.jsonl")
+    assert os.path.samefile(image[0][1], folder / ODD)
+    rows = pyarrow.Table.from_pylist([dict(anchor="a", positive="b")])
+    for table, name in ((rows, "one"), (rows.slice(0, 0), "none")):
+        parquet.write_table(table, tmp_path / "rows")
+        os.rename(tmp_path / "rows", folder / f"{name}.parquet")
+    assert converted(folder / "one.parquet", tmp_path / "one.jsonl") == [[[("text", "a")], [("text", "b")]]]
+    failed = call("tools.convert", "--data", folder / "none.parquet", "--out", tmp_path / "o", check=False)
+    assert "none.parquet: no row is in it" in failed.stderr and not (tmp_path / "o").exists()

@@ -1,10 +1,14 @@
 """The command python -m tools.search, on real files that change between two runs."""
 
+import contextlib
+import functools
 import importlib.util
 import itertools
+import json
 import os
 import re
 import shutil
+import signal
 import time
 from types import SimpleNamespace
 from unittest import mock
@@ -18,8 +22,9 @@ from files import pages
 from files.errors import DataError
 from model import Plume
 from test_plume import assert_close
-from tests.processes import call
-from tests.samples import pdf, picture, write_clip, write_lines
+from tests.processes import call, run, Started
+from tests.samples import ODD, odd_folder, pdf, picture, write_clip, write_lines
+from tools import search_index
 from tools.search_index import Index, media_of_item, name_of, scan
 
 LINE = re.compile(r"^ *\d+ +(-?\d\.\d{3})  (.*)$", re.M)
@@ -170,6 +175,141 @@ def test_the_gallery_is_one_file_with_every_picture_and_odd_names_are_shown(smal
     assert not re.search("<(script|link|iframe)", text)
     assert "is it a &lt;red&gt;" in text and "&lt;b&gt;.png" in text and "http" not in text
     assert f"gallery: {html}, 12 of 12 results" in printed
+
+
+def stop_at_the_list(write, file, lines, seconds):
+    """In place of write_lines: the vectors are written, the list that names them is not."""
+    if file.endswith("items.jsonl"):
+        print("vectors are written", flush=True)
+        time.sleep(seconds)
+    write(file, lines)
+
+
+def stopped_at_the_list(small, folder, seconds):
+    patch = "tools.search_index.write_lines", functools.partial(stop_at_the_list, seconds=seconds)
+    started = Started("tools.search", folder, "--ckpt", small, patch=patch)
+    started.wait_for("vectors are written")
+    return started
+
+
+def left_in(folder):
+    """The files of the folder's only index beside its embeddings, and whether its list is whole."""
+    (items,) = (folder / ".plume").glob("*/items.jsonl")
+    head, *lines = map(json.loads, items.read_text().splitlines())
+    good = [line for line in lines if "why" not in line]
+    assert len(np.load(items.with_name(head["vectors"]))) == len(good)
+    names = {path.name for path in items.parent.iterdir()}
+    assert names == {head["vectors"], "items.jsonl", "bad.jsonl", ".plume.lock"}
+    return sorted(line["path"] for line in good)
+
+
+def test_two_updates_at_once_leave_one_index_that_is_whole(small, folder):
+    first = stopped_at_the_list(small, folder, 1)
+    picture("black", "bar").save(folder / "later.png")
+    second = run("tools.search", folder, "a bar", "--ckpt", small)
+    assert re.search(r"another run is at work on this index \(process \d+ on .*\): waiting", second.stdout)
+    assert "5 files as they were, 1 new" in second.stdout or "6 files as they were, 1 new" in second.stdout
+    assert first.wait() == 0 and "later.png" in left_in(folder) and len(left_in(folder)) == 6
+
+
+def test_a_run_that_is_killed_between_two_files_leaves_an_index_that_is_whole(small, folder):
+    names = []
+    for change in ("none", "broken", "mended"):
+        if change != "none":
+            good = folder / "deep" / "red.png"
+            good.write_bytes(b"x") if change == "broken" else picture("red", "bar").save(good)
+        killed = stopped_at_the_list(small, folder, 60)
+        os.killpg(killed.pid, signal.SIGKILL)
+        killed.wait()
+        printed, found = searched(small, folder, "a bar")
+        names.append(left_in(folder))
+        assert len(found) == len(names[-1]) == (4 if change == "broken" else 5), change
+        assert f"{2 if change == 'broken' else 1} cannot be read" in printed
+        assert "6 files as they were, 0 new" in searched(small, folder)[0]  # broken ones, too
+    assert names[0] == names[2] and set(names[0]) - set(names[1]) == {"deep/red.png"}
+
+
+@pytest.mark.parametrize("harm", ["vectors are gone", "vectors are cut off", "the list is cut off", "empty"])
+def test_an_index_that_is_not_whole_is_made_anew(small, folder, harm):
+    expected = searched(small, folder, "a bar")[1]
+    (vectors,), (items,) = ((folder / ".plume").glob(f"*/{name}") for name in ("vectors-*", "items.jsonl"))
+    if harm == "vectors are gone":
+        vectors.unlink()
+    elif harm == "vectors are cut off":
+        vectors.write_bytes(vectors.read_bytes()[:-100])
+    else:
+        items.write_bytes(items.read_bytes()[:-9] if harm == "the list is cut off" else b"")
+    printed, found = searched(small, folder, "a bar")
+    assert found == expected and "5 items encoded" not in printed and left_in(folder)
+
+
+@contextlib.contextmanager
+def reading_only(folder):
+    """Nothing new in it; whoever may write everywhere is somebody else meanwhile."""
+    root, below = os.geteuid() == 0, [path for path in folder.rglob("*") if path.is_dir()]
+    above = [path for path in folder.parents if root and not path.stat().st_mode & 0o001]
+    modes = {path: path.stat().st_mode for path in (folder, *below, *above)}
+    try:
+        for path in modes:
+            path.chmod(0o755 if path in above else 0o555)
+        if root:
+            os.seteuid(65534)
+        yield
+    finally:
+        if root:
+            os.seteuid(0)
+        for path, mode in modes.items():
+            path.chmod(mode)
+
+
+def test_an_index_that_cannot_be_written_is_searched_until_something_is_new(small, folder, tmp_path):
+    os.remove(folder / "around")
+    small = shutil.copytree(small, tmp_path / "small")
+    words = ["tools.search", folder, "a bar", "--ckpt", small]
+    with reading_only(tmp_path):
+        refused = call(*words, check=False).stderr
+    found = searched(small, folder, "a bar")[1]
+    with reading_only(tmp_path):
+        assert searched(small, folder, "a bar")[1] == found
+    picture("black", "bar").save(folder / "later.png")
+    with reading_only(tmp_path):
+        late = call(*words, check=False).stderr
+    for error in (refused, late):
+        assert ".plume" in error and "--index" in error and "Permission" in error
+
+
+def test_folders_in_one_index_are_told_apart_and_so_are_ways_to_read_them(small, tmp_path, monkeypatch):
+    folders = [tmp_path / "a", tmp_path / "b"]
+    for folder, colour in zip(folders, ("red", "blue")):
+        folder.mkdir()
+        picture(colour, "square").save(folder / "x.bmp")
+        os.utime(folder / "x.bmp", (4e9, 4e9))  # the same name, size and time
+    place = ["--index", tmp_path / "index"]
+    (first,), (second,) = (searched(small, folder, "red", *place)[1].values() for folder in folders)
+    assert abs(first - second) > 1e-4 and searched(small, folders[0], "red", *place)[1] == {"x.bmp": first}
+    monkeypatch.setattr(search_index, "__file__", __file__)
+    printed, _ = searched(small, folders[0], "red", *place)
+    assert "0 files as they were, 1 new" in printed and "0 items encoded" in printed
+
+
+def test_a_folder_with_names_that_are_no_utf_8_is_searched(small, folder):
+    odd = odd_folder(folder)
+    for name in ("broken.png", "notes.txt"):
+        os.rename(folder / name, odd / f"{ODD}{name[-4:]}")
+    shutil.copy(folder / "clip.mp4", odd / f"{ODD}.mp4")
+    shutil.copy(folder / "deep" / "red.png", odd / f"red{ODD}.png")
+    (odd / f"cut{ODD}.mp4").write_bytes((folder / "clip.mp4").read_bytes()[:900])
+    (odd / f"x.{ODD}").write_text("x")
+    words = [folder, "red", "--image", odd / f"red{ODD}.png", "--every", 1, "--ckpt", small]
+    printed = run("tools.search", *words, "--html", odd / f"{ODD}.html", "--count", 50).stdout
+    found = [name for _, name in LINE.findall(printed)]
+    assert {r"\xff/red\xff.png", r"\xff/\xff.mp4", r"\xff/\xff.mp4 1 - 2 s"} <= {*found} and len(found) == 13
+    assert "2 cannot be read" in printed and r".\xff 1" in printed and "gallery: " in printed
+    assert re.search(r"\\xff/\\xff.png: cannot be used as a picture", printed)
+    assert re.search(r"\\xff/cut\\xff.mp4: cannot be used as a video", printed)
+    assert r"\xff/red\xff.png" in (odd / f"{ODD}.html").read_text(encoding="utf-8")
+    other = run("tools.search", odd, "red", "--ckpt", small, "--index", odd / ODD).stdout
+    assert r"red\xff.png" in other and len(LINE.findall(other)) == 2
 
 
 def test_an_empty_folder_has_an_empty_index_and_a_file_is_no_place_for_one(small, folder, tmp_path):
