@@ -7,7 +7,6 @@ import re
 import resource
 import shutil
 import signal
-import socket
 import threading
 import time
 from dataclasses import replace
@@ -27,7 +26,7 @@ from files.records import Pairs
 from model import Plume
 from tasks.beir import list_tasks, read_task, Task
 from test_plume import make_model, SHARED
-from tests.processes import call, run, Started
+from tests.processes import call, run, start_ranks, Started
 from tests.samples import NAMES, ODD, odd_folder, picture
 from tests.test_runs import refused
 
@@ -263,15 +262,11 @@ def fail_on_rank_1(read, *rest):
 
 
 def test_when_a_rank_ends_the_others_end_with_one_line(small, world):
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = str(free.getsockname()[1])
-    ranks = [Started("eval.py", "--data", world / "tasks", "--ckpt", small, "--batch_size=2",
-                     patch=("engine.stream.read_item", fail_on_rank_1), WORLD_SIZE="2", RANK=str(rank),
-                     LOCAL_RANK=str(rank), MASTER_ADDR="localhost", MASTER_PORT=port) for rank in range(2)]
+    ranks = start_ranks(2, "eval.py", "--data", world / "tasks", "--ckpt", small, "--batch_size=2",
+                        patch=("engine.stream.read_item", fail_on_rank_1))
     assert [rank.wait(60) for rank in ranks] == [1, 1]
-    for rank, why in zip(ranks, ("another rank has ended, its own message", "an item that cannot be read")):
-        assert f"error: {why}" in rank.stderr and "Traceback" not in rank.stderr, rank.stderr
+    for rank, why in zip(ranks, ("rank 0 stops: another rank has ended", "error: an item that cannot be read")):
+        assert f"\n{why}" in f"\n{rank.stderr}" and "Traceback" not in rank.stderr, rank.stderr
 
 
 @pytest.mark.skipif(not SHARED.exists(), reason="no ../shared/data")
