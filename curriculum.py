@@ -27,9 +27,13 @@ import random
 import re
 from dataclasses import dataclass, replace
 
-# A sentence with the blank in front of it, and a word with its own.
-SENTENCE = re.compile(r".+?(?:[.!?;]+(?=\s|\Z)|[。！？；]+|\Z)", re.S)
-WORD = re.compile(r"\s*\S+")
+# What stands in front of the first word: blanks, punctuation, and numbers of a list, as 1. (2) b) IV. A. Red
+NUMBER = r"(?:\d{1,3}(?:\.\d+)*|[ivxIVX]{2,5}|[a-zA-Z](?=\)|\.\s\w\w))[.)]"
+LEAD = rf"(?:\W*{NUMBER}[^\w\s]*\s)*\W*(?=\w)"
+# A sentence, and a word with the blank in front of it, on a new line (or in a new sentence) with its lead.
+SENTENCE = re.compile(rf"{LEAD}.+?(?:[.!?;]+(?=\s|\Z)|[。！？；]+|\Z)(?:\W+\Z)?|\W+\Z", re.S)
+WORD = re.compile(rf"(?:(?:(?<![^.!?;])|(?=\s*\n)){LEAD})?\s*\S+(?:\s+\Z)?|\s+\Z")
+LEAD_OR_BLANKS = re.compile(rf"{LEAD}|\s*")  # where there is no word, punctuation says something
 
 
 @dataclass(frozen=True)
@@ -210,6 +214,4 @@ def segment(text, parts):
         places = range(cut[-1] + 1, n - (parts - i) + 1)
         wanted = ends[-1] * i / parts
         cut.append(min(places, key=lambda place: abs(ends[place] - wanted), default=min(i, n)))
-    out = ["".join(units[a:b]) for a, b in zip(cut, [*cut[1:], n])]
-    out[-1] += text[ends[-1] :]  # a blank at the end belongs to no word
-    return out
+    return ["".join(units[a:b]) for a, b in zip(cut, [*cut[1:], n])]

@@ -25,6 +25,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_res
 
 from backbones.families import BACKBONES, QWEN2_VL
 from backbones.tokens import text_reader
+from curriculum import LEAD_OR_BLANKS
 from files.clips import load_clip, Part
 from files.errors import DataError, quote
 from files.items import Side
@@ -307,17 +308,21 @@ class Processor:
         return dict(suffix=suffix, cut=len(rest) - len(kept), gate_at=gate_at)
 
     def replaced(self, side, stage, curriculum):
-        """(latent step, token): where a step stands for a part of the rationale, that part's first token.
+        """(latent step, token): where a step stands for a part of the rationale, that part's `first_said`.
 
         An adaptive curriculum has <eot> for every step behind the last part.
         """
         if not stage or not stage.latent_steps:
             return []
         parts = curriculum.parts(side.rationale)[: stage.index]
-        tokens = [self.encode(part) for part in parts]
-        if curriculum.adaptive:
-            tokens = [ids or [self.id["<eot>"]] for ids in tokens]
-        return [(i * curriculum.steps_per_segment, ids[0]) for i, ids in enumerate(tokens) if ids]
+        return [(i * curriculum.steps_per_segment, self.first_said(part)) for i, part in enumerate(parts)
+                if part or curriculum.adaptive]
+
+    def first_said(self, part):
+        """The first token that says something: no blank, mark or number of a list, if there is another."""
+        tokens, lead = self.backend.encode(part, add_special_tokens=False), LEAD_OR_BLANKS.match(part).end()
+        behind = [token for token, (_, end) in zip(tokens.ids, tokens.offsets) if end > lead]
+        return [*behind, *tokens.ids, self.id["<eot>"]][0]
 
 
 # ---- batches
@@ -428,8 +433,9 @@ class Batches(torch.utils.data.Dataset):
 
     micro: collated batches of up to `micro_batch` queries, followed by their targets and these by their hard
     negatives (0: all B in one);
-    target (B, 1+M): hashes of target and hard negatives, M: the most that a record of the file has; valid
-    (B, 1+M): which of them there are; negative_at (n,): flat places in (B, M) of those in `micro`;
+    query (B,): hashes of the queries; target (B, 1+M): of target and hard negatives, M: the most that a
+    record of the file has; valid (B, 1+M): which of them there are; negative_at (n,): flat places in (B, M)
+    of those in `micro`, whose text is in no loss;
     step, dataset (name), stage, cut (rationale tokens lost to max_len), and bad: with skip_bad a record whose
     media cannot be read is named there and left out of every loss.
     """
@@ -459,12 +465,13 @@ class Batches(torch.utils.data.Dataset):
         for i in range(0, len(rows), size):
             part = rows[i : i + size]
             queries, targets = [row[0] for row in part], [row[1] for row in part]
-            negatives = [negative for row in part for negative in row[2:]]
+            negatives = [dict(negative, labelled=False) for row in part for negative in row[2:]]
             micro.append(dict(collate(queries + targets + negatives, self.processor), pairs=len(part)))
         return dict(
             micro=micro, step=step, stage=stage, bad=bad,
             dataset=self.pairs.names[self.pairs.dataset[indices[0]]],
-            target=target, valid=valid, negative_at=valid[:, 1:].flatten().nonzero()[:, 0],
+            query=torch.from_numpy(self.pairs.query_hash[indices]), target=target, valid=valid,
+            negative_at=valid[:, 1:].flatten().nonzero()[:, 0],
             cut=sum(sample["cut"] for row in rows for sample in row))
 
 

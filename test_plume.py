@@ -42,7 +42,7 @@ from adapter import balance_loss, TransitionAdapter
 from backbones.families import Limits
 from backbones.reference import transformers_inputs
 from backbones.shapes import SHAPES
-from curriculum import Curriculum, Progress, segment, Stage
+from curriculum import Curriculum, Progress, segment, SENTENCE, Stage
 from data import Batches, collate, Processor
 from files.errors import DataError
 from files.items import parse_item, parse_side, Side
@@ -524,6 +524,8 @@ def test_gate_and_replay_are_the_same_for_every_prefetch_and_after_a_resume():
     "A. B! C? D; E. F.",
     "Two sentences only. But with many words in them all.",
     "3.14 is a number. It has a point. That is no end. So four!",
+    "第一句。第二句！第三句？第四句；第五",
+    "1. First of all.\n2. Second, too.\n\n3) Third.\n- Fourth. * Fifth; (6) sixth. 1.2. Last",
     " led by a blank  and ended by one \n",
 ])
 @pytest.mark.parametrize("parts", [1, 2, 4, 8])
@@ -537,6 +539,38 @@ def test_segments_join_to_the_rationale_and_never_cut_a_word(text, parts):
         assert all(c.strip() for c in cut)
     if text == "A. B! C? D; E. F." and parts <= 6:  # it has six sentences
         assert all(c.strip()[-1] in ".!?;" for c in cut)
+
+
+UNITS = {
+    "It is round.\nIt is red.\nSo an apple.": ["It is round.", "\nIt is red.", "\nSo an apple."],
+    "1. First.\n2. Second.": ["1. First.", "\n2. Second."],
+    "1. 2. Two. 3) three. x": ["1. 2. Two.", " 3) three.", " x"],
+    "(1) one. (2) Two.": ["(1) one.", " (2) Two."], "a. Red one. B. Blue.": ["a. Red one.", " B. Blue."],
+    "1.2. Deep. **2.** IV. Four.": ["1.2. Deep.", " **2.** IV. Four."],
+    "- It is. * So.": ["- It is.", " * So."], "A. B! C? D.": ["A.", " B!", " C?", " D."],
+    "It is 3.5 m. Or 12. So.": ["It is 3.5 m.", " Or 12.", " So."], "... And so. \n": ["... And so. \n"],
+    "1. 红色。2. 蓝色。": ["1. 红色。", "2. 蓝色。"], "“好。”然后": ["“好。", "”然后"],
+}
+
+
+def test_a_unit_says_something_and_is_read_as_the_first_token_that_does(model):
+    for text, units in UNITS.items():
+        assert SENTENCE.findall(text) == units, text
+    p = model.processor
+    said = {"\nIt is": "I", " It": "I", "1. it": " it", "\n(2) - it": " it", " 3.5 m": "3", '"it"': "i",
+            "7.": "7", " ...": ".", "\n\n": "\n", "第一": p.tokenizer.decode(p.encode("第一")[:1])}
+    assert {part: p.tokenizer.decode([p.first_said(part)]) for part in said} == said
+    rng = np.random.default_rng(0)
+    pieces = ["It", " is", "red", "1", " 2", ". ", "!", ";", "\n", " ", "- ", "a) ", "。", "3.5"]
+    for _ in range(300):
+        text = "".join(rng.choice(pieces, rng.integers(1, 20)))
+        side = Side([("text", "what?")], text, "it")
+        for c in (Curriculum(4, 1), Curriculum(4, 1, adaptive=True)):
+            parts = c.parts(text)
+            assert "".join(parts) == text
+            for step, token in p.replaced(side, Stage(4, 4, True), c):
+                assert p.tokenizer.decode([token]).strip() or not parts[step].strip(), text
+        assert not {unit.strip() for unit in SENTENCE.findall(text)[:-1]} & {"", "1.", "2.", "-"}, text
 
 
 def test_every_stage_and_placement_is_the_documented_text(model):
@@ -662,25 +696,62 @@ def test_too_long_loses_rationale_only_and_otherwise_is_an_error(model, world):
 
 
 # ---- losses
-def by_hand(query, candidates, names, scale):
-    """Symmetric InfoNCE from its definition; candidates and their names of every query, its target first."""
-    total = 0
+def by_hand(query, candidates, names, scale, asked=None):
+    """Symmetric InfoNCE from its definition; candidates and their names of every query, its target first.
+
+    asked: the names of the queries; None: each is another.
+    """
+    total, asked = 0, asked or list(range(len(query)))
+    pairs = {(name, called[0]) for name, called in zip(asked, names)}  # what is right anywhere
     for i, q in enumerate(query):
         target, name = candidates[i][0], names[i][0]
-        others = [c for row, called in zip(candidates, names) for c, n in zip(row, called) if n != name]
-        queries = [other for other, called in zip(query, names) if called[0] != name]
+        others = [c for row, called in zip(candidates, names)
+                  for c, n in zip(row, called) if (asked[i], n) not in pairs]
+        queries = [other for other, what in zip(query, asked) if (what, name) not in pairs]
         for x, right, wrong in ((q, target, others), (target, q, queries)):
             logits = scale * torch.stack([right, *wrong]) @ x
             total = total + logits.logsumexp(0) - logits[0]
     return total / 2 / len(query)
 
 
-@pytest.mark.parametrize("targets", [[1, 2, 3, 4], [1, 2, 1, 1], [5, 5, 5, 5]])
-def test_info_nce_by_hand_with_equal_targets(targets):
-    q, p = F.normalize(torch.randn(2, 4, 6, dtype=torch.float64), dim=-1)
-    hashes, valid = torch.tensor(targets).view(1, 4, 1), torch.ones(1, 4, 1, dtype=torch.bool)
-    ours = train.info_nce(q, p[:, None], hashes, valid, 7.0)
-    assert_close(ours, by_hand(q, p[:, None], [[t] for t in targets], 7.0), "InfoNCE", 1e-9)
+def on_two_ranks(monkeypatch, query, candidates, asked, called, valid, scale):
+    """InfoNCE of a batch whose halves are on two ranks: the mean of theirs."""
+    halves = [x.unflatten(0, (2, -1)) for x in (query, candidates, asked, called, valid)]
+    losses, (queries, targets, *hashes) = [], halves
+    for rank in range(2):
+        monkeypatch.setattr(train, "rank_and_world", lambda rank=rank: (rank, 2, rank))
+        monkeypatch.setattr(
+            train, "all_gather", lambda x: queries[:, :, None] if x.shape[1] == 1 else targets)
+        losses.append(train.info_nce(queries[rank], targets[rank], *hashes, scale))
+    monkeypatch.undo()
+    return sum(losses) / 2
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_info_nce_by_hand_with_equal_queries_targets_and_hard_negatives_on_two_ranks(seed, monkeypatch):
+    """No two that are a pair somewhere in the batch are negatives of each other."""
+    rng, B, M = np.random.default_rng(seed), 8, 2
+    vectors = F.normalize(torch.randn(2, 12, 6, dtype=torch.float64), dim=-1)
+    asked, called = rng.integers(3 + seed, size=B), rng.integers(4 + seed, size=(B, 1 + M))
+    valid = torch.tensor(rng.random((B, 1 + M)) < 0.7)
+    valid[:, 0] = True
+    called[~valid] = 0  # as Batches has it
+    query, candidates = vectors[0][asked], vectors[1][called]
+    rows = [[c for c, there in zip(row, known) if there] for row, known in zip(candidates, valid)]
+    names = [row[known].tolist() for row, known in zip(called, valid.numpy())]
+    expected = by_hand(query, rows, names, 7.0, asked.tolist())
+    given = query, candidates, torch.tensor(asked), torch.tensor(called), valid
+    one = train.info_nce(*given[:2], *(x[None] for x in given[2:]), 7.0)
+    assert_close(one, expected, "InfoNCE", 1e-9)
+    assert_close(on_two_ranks(monkeypatch, *given, 7.0), expected, "two ranks", 1e-9)
+
+
+def test_a_perfect_model_has_no_loss_where_a_query_has_two_right_targets():
+    query = torch.eye(3, dtype=torch.float64)[[0, 0, 1, 2]]  # two pairs of the same query
+    hashes, valid = torch.tensor([[[1, 2], [2, 1], [3, 1], [4, 2]]]), torch.ones(1, 4, 2, dtype=torch.bool)
+    candidates = torch.stack([query, query[[0, 0, 0, 0]]], 1)
+    loss = train.info_nce(query, candidates, torch.tensor([[7, 7, 8, 9]]), hashes, valid, 50.0)
+    assert loss < 1e-9
 
 
 def test_the_loss_is_the_weighted_sum_of_its_parts(model, world):
@@ -704,6 +775,11 @@ def test_the_loss_is_the_weighted_sum_of_its_parts(model, world):
     assert len(out["per_token"]["gate_loss"]) == 8
 
 
+def first_said(p, part):
+    """The first token of a sentence or word that is no blank."""
+    return next(token for token in p.encode(part) if p.tokenizer.decode([token]).strip())
+
+
 def test_every_latent_state_reads_the_token_it_replaced(model, world):
     pairs, rows, p = Pairs(str(world / "train.jsonl")), np.array([0, 2, 4]), model.processor
 
@@ -717,10 +793,11 @@ def test_every_latent_state_reads_the_token_it_replaced(model, world):
     sides = [pairs[i][0] for i in rows] + [pairs[i][1] for i in rows]
     by_row, first = [], []
     for b, side in enumerate(sides):
-        tokens = [p.encode(part)[0] for part in segment(side.rationale, 4)]  # the first of each
+        parts = segment(side.rationale, 4)
+        tokens = [first_said(p, part) for part in parts]
         for part in range(3):  # the state in front of latent steps 0, 2, 4 predicts that of parts 0, 1, 2
             by_row.append(-model.backbone.lm_head(states[b, 2 * part]).log_softmax(-1)[tokens[part]])
-        first.append(batch["suffix"][b].tolist().index(tokens[3]))
+        first.append(batch["suffix"][b].tolist().index(p.encode(parts[3])[0]))
     assert_close(out["per_token"]["read"], torch.stack(by_row), "read", 1e-9)
     assert_close(train.losses(out, batch, train.Config())["read"], torch.stack(by_row).mean(), "mean", 1e-9)
     columns = batch["label_at"][batch["gate_at"]] % batch["suffix"].shape[1]
@@ -833,8 +910,8 @@ def test_two_ranks_by_torchrun_train_the_weights_of_one(world, tmp_path):
     flags = ["--data", world / "train.jsonl", "--steps", 38, "--global_batch", 4, "--workers", 0, "--lr=1e-3",
              "--checkpointing", *GATED, "--last_stage=0.05"]
     run("train.py", "--out", tmp_path / "one", *flags)
-    printed = torchrun(2, "train.py", "--out", tmp_path / "two", *flags).stdout
-    assert "global contrastive batch 4 = 2 ranks x 2" in printed
+    done = torchrun(2, "train.py", "--out", tmp_path / "two", *flags)
+    assert "global contrastive batch 4 = 2 ranks x 2" in done.stdout and "deprecated" not in done.stderr
     run_ranks(2, "train.py", "--out", tmp_path / "shards", "--fsdp", "--micro_batch", 1, *flags)
     one, two, shards = (log(tmp_path / name) for name in ("one", "two", "shards"))
     assert [r["stage"] for r in one] == [r["stage"] for r in two] == [r["stage"] for r in shards]

@@ -35,13 +35,13 @@ from engine.flags import command, parse_flags
 from engine.lock import check_disk_space, exclusive_lock
 from engine.log import announce, Log
 from engine.ranks import (
-    all_gather, all_gather_objects, all_reduce_sums, global_mean, peer_errors, pick_device, rank_and_world,
-    say)
+    all_gather, all_gather_objects, all_reduce_sums, ddp, global_mean, peer_errors, pick_device,
+    rank_and_world, say)
 from engine.resume import resume, save
 from engine.stop import bind_to_parent, check_finite, end_workers, ending_workers, StopOnSignal
 from engine.train_flags import check_flags
 from files.errors import DataError, nearest
-from files.records import Pairs
+from files.records import hold_out, Pairs
 from hub.card import about_run
 from hub.folders import checkpoints_in, newest_checkpoint
 from latent import unit
@@ -225,7 +225,7 @@ def train(cfg, given, curriculum, device, dtype):
     held = readable_pairs(cfg, pairs, held, model.processor)
     parallel = model
     if world > 1 and not cfg.fsdp:
-        parallel = DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
+        parallel = ddp(model)
     batches = Batches(pairs, model.processor, curriculum, cfg.skip_bad, cfg.micro_batch)
     sampler = StepSampler(schedule, progress, start, rank, world)
     ahead = iter(data_loader(batches, sampler, cfg.workers, device))  # held until `end_workers`
@@ -289,7 +289,8 @@ def losses(out, batch, cfg):
     A new loss is an entry of `parts` and its weight w_NAME in Config.  `gate_loss` only opens the gate.
     """
     pairs, tokens = out["per_pair"], out["per_token"]
-    target, valid = all_gather(batch["target"]), all_gather(batch["valid"])  # (ranks, B, 1+M)
+    hashes = all_gather(batch["query"]), all_gather(batch["target"])  # (ranks, B), (ranks, B, 1+M)
+    valid = all_gather(batch["valid"])  # (ranks, B, 1+M)
     negatives = torch.ones_like(batch["negative_at"], dtype=torch.bool)  # there are none in bad records
     real = torch.cat([batch["valid"][:, 0].repeat(2), negatives])
     router = (pairs["router"] * real[:, None, None]).sum(0)
@@ -298,7 +299,7 @@ def losses(out, batch, cfg):
 
     def contrast(x):
         query, candidates = candidates_by_query(x, batch)
-        return info_nce(query, candidates, target, valid, cfg.scale)
+        return info_nce(query, candidates, *hashes, valid, cfg.scale)
 
     parts = dict(
         ce=global_mean(tokens["ce"]),
@@ -322,29 +323,35 @@ def candidates_by_query(x, batch):
     return query, torch.cat([target[:, None], negative.view(B, M, x.shape[1])], 1)
 
 
-def info_nce(query, candidates, hashes, valid, scale):
+def info_nce(query, candidates, query_hash, hashes, valid, scale):
     """Symmetric InfoNCE of this rank's B pairs against the pairs and hard negatives of all ranks.
 
-    query (B, D), candidates (B, 1+M, D) unit rows: the target, then its hard negatives; hashes (ranks, B,
-    1+M) of the candidates: one that equals a query's target is no negative of that query; valid (ranks, B,
-    1+M): which there are.  The mean over ranks is the global batch's.
+    query (B, D), candidates (B, 1+M, D) unit rows: the target, then its hard negatives; query_hash (ranks, B)
+    and hashes (ranks, B, 1+M) of the candidates: equal ones are the same; valid (ranks, B, 1+M): which there
+    are.  A query and a candidate that are a pair anywhere in the global batch are never negatives of each
+    other: with pairs (q, a) and (q, b), b and every hard negative equal to a or b are none of q's, and q is
+    none of a's or b's.  The mean over ranks is the global batch's.
     """
-    to_candidates = contrastive_cross_entropy(query, candidates, hashes, valid, scale)
-    to_queries = contrastive_cross_entropy(
-        candidates[:, 0], query[:, None], hashes[..., :1], valid[..., :1], scale)
     rank, counts = rank_and_world()[0], valid[..., 0]
+    asked, targets, each = query_hash.flatten(), hashes[..., 0].flatten(), hashes.flatten()
+    same_query = (query_hash[rank][:, None] == asked) & counts.flatten()  # (B, ranks * B)
+    same_target = (hashes[rank][:, :1] == targets) & counts.flatten()
+    right = same_query.float() @ (targets[:, None] == each).float() > 0  # (B, ranks * B * (1+M))
+    asks_it = same_target.float() @ (asked[:, None] == asked).float() > 0  # (B, ranks * B)
+    to_candidates = contrastive_cross_entropy(query, candidates, right | ~valid.flatten(), scale)
+    to_queries = contrastive_cross_entropy(
+        candidates[:, 0], query[:, None], asks_it | ~counts.flatten(), scale)
     return ((to_candidates + to_queries) / 2 * counts[rank]).sum() * len(counts) / counts.sum().clamp(min=1)
 
 
-def contrastive_cross_entropy(x, candidates, hashes, valid, scale):
+def contrastive_cross_entropy(x, candidates, hidden, scale):
     """Cross-entropy (B,) of each row's own first candidate among the candidates of all ranks.
 
-    x (B, D), candidates (B, C, D), hashes and valid (ranks, B, C).
+    x (B, D), candidates (B, C, D), hidden (B, ranks * B * C): those that do not count.
     """
     rank, (B, C) = rank_and_world()[0], candidates.shape[:2]
     row = torch.arange(B, device=x.device)
     label = (rank * B + row) * C
-    hidden = (hashes[rank][:, :1] == hashes.flatten()) | ~valid.flatten()  # (B, ranks * B * C)
     hidden[row, label] = False
     logits = scale * x @ all_gather(candidates).flatten(0, 2).T
     return F.cross_entropy(logits.masked_fill(hidden, float("-inf")), label, reduction="none")
@@ -369,7 +376,7 @@ def backward(model, batch, cfg, autocast):
     with torch.random.fork_rng(gpus, enabled=several), torch.set_grad_enabled(not several):
         outs = [forward(part) for part in micro]
     leaves = tree_map(lambda x: x.detach().requires_grad_(), outs)
-    whole = to_device({name: batch[name] for name in ("target", "valid", "negative_at")}, device)
+    whole = to_device({name: batch[name] for name in ("query", "target", "valid", "negative_at")}, device)
     parts = losses(join_micro_batches(leaves, [part["pairs"] for part in micro]), whole, cfg)
     parts["loss"].backward()
     for i, part in enumerate(micro):
@@ -424,11 +431,13 @@ def read_pairs(cfg):
 
 def make_schedule(cfg, pairs):
     """-> Schedule of the whole run, numbers of the pairs that are held out of it"""
-    held = np.random.default_rng([cfg.seed, 2]).permutation(len(pairs))
-    held = held[: min(256, len(pairs) // 10) if cfg.eval_every else 0]
-    steps = cfg.steps or max(1, round(cfg.epochs * (len(pairs) - len(held)) / cfg.global_batch))
-    dataset = pairs.dataset.copy()
-    dataset[held if cfg.data else pairs.twins(held)] = -1  # in no batch
+    held, dataset = [], pairs.dataset.copy()
+    if cfg.eval_every:
+        held, out = hold_out(pairs, cfg.seed)
+        dataset[out] = -1  # in no batch
+        if len(out) > len(held):
+            say(f"{len(out) - len(held)} pairs with the queries of held-out ones are left out of training")
+    steps = cfg.steps or max(1, round(cfg.epochs * (dataset >= 0).sum() / cfg.global_batch))
     return Schedule(dataset, pairs.names, cfg.global_batch, steps, cfg.seed), held
 
 
@@ -521,8 +530,9 @@ def readable_pairs(cfg, pairs, rows, processor):
     """The held-out rows whose media can be read; the first bad one is an error without --skip_bad."""
     good = []
     for i in rows:
+        sides = pairs[i]
         try:
-            for side in pairs[i]:
+            for side in sides:
                 processor.render(side)
             good.append(i)
         except DataError as e:
@@ -534,25 +544,27 @@ def readable_pairs(cfg, pairs, rows, processor):
         say(f"{len(good)} pairs are held out; hit@1 by chance {1 / len(targets):.1%}")
     elif cfg.eval_every:
         raise DataError(f"--eval_every {cfg.eval_every}: a tenth of {len(pairs)} pairs leaves none to "
-                        "hold out that can be read; leave it out")
+                        "hold out that can be read, with all pairs of the same query; leave it out")
     return good
 
 
 def hit_at_1(model, pairs, rows, autocast):
     """hit@1 of the held-out queries against their targets: latent, or auto if the model says when it is done.
 
-    Then a row may write as many tokens as the longest rationale and answer there have, and 16 for the tags.
-    The same number on all ranks: the first one's.
+    Any target that stands with the same query is right.  In auto a row may write as many tokens as the
+    longest rationale and answer there have, and 16 for the tags.  All ranks give the first one's number.
     """
     queries, targets = zip(*[pairs[i][:2] for i in rows])
     _, first, gold = np.unique([target.key() for target in targets], return_index=True, return_inverse=True)
+    asked = [query.key() for query in queries]
+    right = set(zip(asked, gold))
     mode = "auto" if model.says_when_done else "latent"
     texts = [side.rationale + side.answer for side in (*queries, *targets)]
     limit = 16 + max(map(len, model.processor.tokenizer(texts).input_ids))
     with autocast:
         q = model.encode(list(queries), mode, limit=limit)
         t = model.encode([targets[i] for i in first], mode, limit=limit)
-    hit = float(((q @ t.T).argmax(1) == gold).mean())
+    hit = float(np.mean([pair in right for pair in zip(asked, (q @ t.T).argmax(1))]))
     return all_gather_objects(hit)[0] if dist.is_initialized() else hit
 
 

@@ -1,10 +1,12 @@
 """Where it runs: device, dtype, ranks; and what goes between the ranks' processes."""
 
+import inspect
 import os
 from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
 
 from engine.threads import describe_threads
 from files.errors import DataError, quote, reason
@@ -87,8 +89,16 @@ def all_reduce_sums(scalars, device):
 
 def global_mean(x):
     """x (n,), another n on every rank -> its part of the mean: the mean of the parts is that of all."""
-    count = all_gather(torch.tensor(float(len(x)), device=x.device))
+    count = all_gather(x.new_full((), len(x)))  # no copy to the device, which would be waited for
     return x.sum() * len(count) / count.sum().clamp(min=1)
+
+
+def ddp(model):
+    """The model, its gradients averaged over ranks; its buffers are constants and stay as they are."""
+    names = inspect.signature(DistributedDataParallel).parameters
+    new, old = "forward_sync_buffers", "broadcast_buffers"  # torch warns of the old one where the new one is
+    sent = {new if new in names else old: False}
+    return DistributedDataParallel(model, gradient_as_bucket_view=True, **sent)
 
 
 def all_gather(x):

@@ -30,13 +30,28 @@ class Side:
     where: str = "item"  # file and record, for errors
 
     def key(self):
-        """Equal for sides with the same text and media: what makes two targets the same target."""
-        return repr([(kind, v if isinstance(v, (str, list, Part)) else id(v)) for kind, v in self.parts])
+        """Equal for sides with the same text and media: what makes two targets the same target.
+
+        A file is known by its path, however that is spelled; of a picture in memory only itself is the same.
+        """
+        return repr([(kind, v if kind in ("text", "disc") else one_name(v)) for kind, v in self.parts])
 
     def hash(self):
-        """`key` as a signed number of 64 bits."""
-        digest = hashlib.blake2b(self.key().encode(), digest_size=8).digest()
-        return int.from_bytes(digest, "little", signed=True)
+        return hash_of(self.key().encode())
+
+
+def hash_of(text):
+    """Bytes -> a signed number of 64 bits."""
+    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little", signed=True)
+
+
+def one_name(medium):
+    """What stands for a medium in `Side.key`."""
+    if isinstance(medium, list):
+        return [one_name(frame) for frame in medium]
+    if isinstance(medium, Part):
+        return replace(medium, video=os.path.abspath(medium.video))
+    return os.path.abspath(medium) if isinstance(medium, str) else id(medium)
 
 
 def parse_item(item, root="", where="item"):

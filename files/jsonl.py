@@ -47,7 +47,8 @@ def spans_of(f, path):
     start = 0
     for line in f:
         if text := line.strip(blank):
-            yield start, start + len(line), text
+            begin = start + line.index(text)
+            yield begin, begin + len(text), text
         start += len(line)
 
 

@@ -108,7 +108,7 @@ def test_what_is_held_out_of_training_is_not_trained_on_in_an_equal_pair():
     assert len(held) == 256 and min(world.lengths[held]) == 2 and len(short) > 9000
     assert not out & {known(i) for i in short}
     plain = World("train", "image_ret")
-    assert plain.twins([3, 4000]).tolist() == [3, 4000]  # of 8 moves there are programs enough
+    assert len(set(plain.query_hash)) == len(plain)  # of 8 moves there are programs enough
 
 
 def test_every_query_shows_its_rule_book():

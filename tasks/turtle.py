@@ -6,6 +6,7 @@ Programs may have other lengths (`moves`), a rule book at the start may give the
 (`rules`), and pages may bear a code word that belongs to the answer (`codes`).
 """
 
+import functools
 import string
 from dataclasses import replace
 
@@ -112,13 +113,15 @@ class World:
         _, _, shown = self.families[self.names[self.dataset[i]]]
         return self.query(i), state_side(self.target[i], shown, self.backbone)
 
-    def twins(self, rows):
-        """The numbers of all pairs that are equal to one of these: a few moves make few programs."""
+    @functools.cached_property
+    def query_hash(self):
+        """(N,) equal for pairs that are equal: a few moves make few programs."""
         key = np.zeros(len(self), np.int64)
-        for values, count in ((self.dataset, 8), (self.lengths, 16), (self.starts, 64), (self.target, 64)):
-            key = key * count + values % count
-        key = key * 3**LONGEST + self.programs
-        return np.flatnonzero(np.isin(key, key[rows]))
+        targets = len(STATES) * (1 + 26**LETTERS)
+        parts = (self.dataset, 8), (self.lengths, 16), (self.starts, len(STATES)), (self.target, targets)
+        for values, count in parts:
+            key = key * count + values
+        return key * 3**LONGEST + self.programs
 
     def rule(self, i):
         return RULES[0 if self.rules is None else self.rules[i]]

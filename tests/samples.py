@@ -190,11 +190,15 @@ def make_world(root):
 
 
 def with_hard_negatives(records):
-    """The pairs without names of data sets; three have 1 to 3: texts, other pairs' targets, one its own."""
+    """The pairs without names of data sets; three have 1 to 3: texts, other pairs' targets, one its own.
+
+    Two have the same query.
+    """
     pairs = [dict(qry=record["qry"], pos=record["pos"]) for record in records]
     pairs[1]["neg"] = ["nothing red"]
     pairs[2]["neg"] = [pairs[3]["pos"], "nothing at all"]
     pairs[3]["neg"] = []
+    pairs[7]["qry"] = pairs[2]["qry"]
     pairs[5]["neg"] = [pairs[5]["pos"], pairs[0]["pos"], dict(text="Represent.", image="black bar.png")]
     return pairs
 

@@ -17,8 +17,8 @@ from files.errors import DataError
 from files.items import Side
 from model import Plume
 from test_plume import (
-    assert_close, GOLDEN, log, make_model, mixed_items, naive, naive_words, our_rollout, QUICK, rendered,
-    weights)
+    assert_close, first_said, GOLDEN, log, make_model, mixed_items, naive, naive_words, our_rollout, QUICK,
+    rendered, weights)
 from tests.processes import call, run
 from tests.samples import edit_json
 
@@ -120,6 +120,15 @@ def test_held_out_queries_may_write_what_the_longest_rationale_needs(monkeypatch
     assert needed <= limit < needed + 16
 
 
+def test_every_target_of_a_held_out_query_is_a_hit(monkeypatch):
+    m, texts = make_model(), ["ax", "ay", "bz", "bx"]
+    pairs = [(Side([("text", q)]), Side([("text", t)])) for q, t in texts]
+    found = {"a": [1.0, 0, 0], "b": [0, 1.0, 0], "x": [0.1, 0.1, 0.8], "y": [0.9, 0, 0], "z": [0.3, 0, 0.9]}
+    monkeypatch.setattr(m, "encode", lambda items, *rest, **more: np.array(
+        [found[side.parts[0][1]] for side in items]))
+    assert train.hit_at_1(m, pairs, range(4), contextlib.nullcontext()) == 1  # a finds y, b finds x
+
+
 @pytest.mark.parametrize("rationale, units", [
     ("", [""]), (" one", [" one"]), (" one two three", [" one", " two", " three"]),
     ("A b. C d! E", ["A b.", " C d!", " E"])])
@@ -128,7 +137,7 @@ def test_an_adaptive_curriculum_gives_each_unit_a_step(model, rationale, units):
     for S in (2, 4):
         c = Curriculum(S, 1, adaptive=True)
         assert c.parts(rationale) == units + [""] * (S - len(units))
-        first = [p.encode(part)[0] if part else p.id["<eot>"] for part in c.parts(rationale)]
+        first = [first_said(p, part) if part else p.id["<eot>"] for part in c.parts(rationale)]
         for stage in [Stage(s, s, answer) for s in range(S + 1) for answer in (True, False)]:
             left = "".join(units[stage.index :])
             answer = "\n<answer>it</answer>" if stage.answer or left else ""

@@ -1,6 +1,7 @@
 """Batches: which records make which step; losses, gradients in pieces; learning rate; what is trained."""
 
 import contextlib
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -10,8 +11,9 @@ import torch.nn.functional as F
 import model as plume_model
 import train
 from adapter import balance_loss
-from curriculum import Curriculum, Progress
+from curriculum import Curriculum, Progress, Stage
 from data import Batches, Schedule, StepSampler
+from engine import ranks
 from files.errors import DataError
 from files.records import Pairs
 from test_plume import assert_close, by_hand, FINAL, GATED, gradients, log, make_model, weights, whole
@@ -129,6 +131,62 @@ def test_hard_negatives_are_candidates_of_every_query_but_those_whose_target_the
         assert_close(parts[loss], by_hand(query, candidates, names, 10), loss, 1e-9)
     router = out["per_pair"]["router"].mean(0)
     assert_close(parts["bal"], balance_loss(router), "balance", 1e-12)
+
+
+def test_the_text_of_hard_negatives_is_in_no_loss(world, tmp_path):
+    """They are seen by contrast and router alone: with and without them the rest is the same."""
+    sides = [dict(conversations=turns(f"question {i}", f"<think>One {i}. Two. Three. Four.</think>{i}"))
+             for i in range(6)]
+    for name, more in (("hard", dict(neg=[sides[4], sides[5]])), ("plain", {})):
+        write_lines(tmp_path / name, [record(qry=sides[i], pos=sides[i + 2], **more) for i in range(2)])
+    m, found = make_model(), []
+    for name in ("hard", "plain"):
+        batches = Batches(Pairs(str(tmp_path / name)), m.processor, Curriculum(), micro_batch=1)
+        batch = batches[0, Stage(2, 4, True), np.arange(2)]
+        assert train.batch_counts(batch)["gated"] == 4
+        found.append(train.backward(m, batch, train.Config(), contextlib.nullcontext()))
+    hard, plain = found
+    for name in ("ce", "read", "gate_loss"):
+        assert_close(hard[name], plain[name], name, 1e-12)
+    assert hard["gen"] > plain["gen"] and hard["bal"] != plain["bal"]
+
+
+def test_pairs_of_one_query_are_no_negatives_of_each_other_with_hard_negatives(tmp_path):
+    spelled = [dict(text="a"), "a", "b", dict(conversations=turns("a", "<think>So.</think>"))]
+    rows = [("x", ["y", "v"]), ("y", ["w"]), ("x", []), ("z", ["b", "x", "z"])]
+    write_lines(tmp_path / "t.jsonl", [record(qry=q, pos=p, neg=n) for q, (p, n) in zip(spelled, rows)])
+    m, pairs = make_model(), Pairs(str(tmp_path / "t.jsonl"))
+    batch = whole(Batches(pairs, m.processor, Curriculum())[0, FINAL, np.arange(4)])
+    out, names = m(batch, 8), [[p, *n] for p, n in rows]
+    parts = train.losses(out, batch, train.Config(matryoshka="32"))
+    for name, vectors in (("gen", out["per_pair"]["gen"]), ("disc", out["per_pair"]["disc"]),
+                          ("matryoshka", F.normalize(out["per_pair"]["gen"][:, :32], dim=-1))):
+        query, target, negative = vectors.split([4, 4, 6])
+        own = iter(negative)
+        candidates = [[target[i], *(next(own) for _ in called[1:])] for i, called in enumerate(names)]
+        assert_close(parts[name], by_hand(query, candidates, names, 10, list("aaba")), name, 1e-9)
+
+
+def test_the_losses_copy_no_number_to_the_device(world):
+    m, pairs = make_model(), Pairs(str(world / "hard.jsonl"))
+    batch = whole(Batches(pairs, m.processor, Curriculum())[0, FINAL, np.arange(4)])
+    out, waits = m(batch, 8), AssertionError("the device would be waited for")
+    with mock.patch.object(torch, "tensor", side_effect=waits):
+        train.losses(out, batch, train.Config(matryoshka="32"))
+
+
+def newer_torch(model, gradient_as_bucket_view, broadcast_buffers=None, forward_sync_buffers=None):
+    return broadcast_buffers, forward_sync_buffers
+
+
+def older_torch(model, gradient_as_bucket_view, broadcast_buffers=True):
+    return broadcast_buffers
+
+
+@pytest.mark.parametrize("torch_has, sent", [(newer_torch, (None, False)), (older_torch, False)])
+def test_buffers_are_not_sent_in_the_words_of_this_torch(torch_has, sent, monkeypatch):
+    monkeypatch.setattr(ranks, "DistributedDataParallel", torch_has)
+    assert ranks.ddp("model") == sent
 
 
 def test_matryoshka_is_the_same_loss_on_the_first_components(world):

@@ -1,6 +1,7 @@
 """Training records and items: every spelling that is in use, and an error for every other."""
 
 import json
+import os
 import re
 import shutil
 from types import SimpleNamespace
@@ -9,10 +10,11 @@ import numpy as np
 import pytest
 import torch
 
+import train
 from engine.lock import exclusive_lock
 from files.errors import DataError, last_line, quote
-from files.items import parse_item, parse_side, parse_target
-from files.records import Pairs
+from files.items import parse_item, parse_side, parse_target, Side
+from files.records import hold_out, Pairs
 from files.writing import write_text
 from model import Plume
 from tests.samples import ODD, odd_folder, picture, record, REPLY, turns, write_lines
@@ -79,6 +81,82 @@ def test_byte_order_mark_line_ends_and_equal_targets(world, tmp_path):
     (tmp_path / "a.jsonl").write_bytes(b"\xef\xbb\xbf" + b"\r\n".join(lines) + b"\r\n\r\n")
     hashes = Pairs(str(tmp_path / "a.jsonl"), str(world)).target
     assert len(hashes) == 4 and hashes[0] == hashes[1] and len(set(hashes)) == 3  # the media count, too
+
+
+@pytest.mark.parametrize("array", [False, True])
+def test_a_record_that_is_no_longer_the_one_of_the_start_is_an_error(world, tmp_path, array):
+    def write(path, *questions):
+        rows = [json.dumps(record(qry=question, pos="x")) for question in questions]
+        path.write_text(f"[{', '.join(rows)}]" if array else "\ufeff" + " \n\n".join(rows), encoding="utf-8")
+
+    file, new = tmp_path / "a.json", tmp_path / "new.json"
+    write(file, "one", "two")
+    times = file.stat().st_atime_ns, file.stat().st_mtime_ns
+    pairs = Pairs(str(file), str(world))
+    assert [pairs[i][0].parts[0][1] for i in range(2)] == ["one", "two"]
+    for questions in (("one", "six"), ("three", "four"), ("one",), ("one", "two", "three")):
+        write(new, *questions)
+        new.replace(file)
+        os.utime(file, ns=times)  # neither name nor time tells
+        if questions[1:2] == ("two",):  # what was read is still there
+            assert len(list(pairs.texts())) == 12
+        else:
+            with pytest.raises(DataError, match="a.json: was changed .* record 2 is another; put it back"):
+                pairs[1]
+    write(file, "six", "ten")
+    with pytest.raises(DataError, match="was changed"):
+        next(iter(torch.utils.data.DataLoader(pairs, batch_size=None, num_workers=1)))
+    file.unlink()
+    with pytest.raises(DataError, match="a.json: was removed"):
+        pairs[0]
+
+
+def test_what_is_equal_is_equal_in_every_spelling(world, tmp_path, monkeypatch):
+    monkeypatch.chdir(world)
+    names = "red bar.png", "./red bar.png", f"../{world.name}/red bar.png", str(world / "red bar.png")
+    spelled = [[query("<image>", image=name), query("<video>", video=[name])] for name in names]
+    clips = [dict(video=name.replace("png", "mp4"), start=0, end=1) for name in names]
+    kinds = [*zip(*spelled), [record(qry=clip) for clip in clips],
+             [record(qry=side("what <disc_emb>")), dict(pos="yes", qry=side("what <disc_emb>", "another"))]]
+    hashes = []
+    for rows in kinds:
+        lines = [json.dumps(row, indent=indent).replace("\n", "") for row in rows for indent in (None, 8)]
+        (tmp_path / "a.jsonl").write_text("\n".join(lines))
+        for media in (str(world), "."):
+            hashes.append({int(h) for h in Pairs(str(tmp_path / "a.jsonl"), media).query_hash})
+    assert all(len(found) == 1 for found in hashes) and len(set.union(*hashes)) == len(kinds)
+    assert str(id(None)) not in Side([("disc", None)]).key()  # another number in every process
+
+
+def held_out(tmp_path, rows):
+    """-> sets of the keys of held-out queries and of those in batches, how many pairs there are of each"""
+    write_lines(tmp_path / "t.jsonl", rows)
+    pairs = Pairs(str(tmp_path / "t.jsonl"))
+    schedule, held = train.make_schedule(train.Config(data="t.jsonl", eval_every=1, steps=3), pairs)
+    trained = np.concatenate(schedule.rows)
+    return {pairs[i][0].key() for i in held}, {pairs[i][0].key() for i in trained}, len(held), len(trained)
+
+
+def test_a_held_out_query_is_in_no_batch_with_any_target(tmp_path, capsys):
+    thrice = [record(qry=f"query {i}", pos=f"target {i}") for i in range(100)] * 3
+    held, trained, count, rest = held_out(tmp_path, thrice)
+    assert (count, len(held), rest) == (30, 10, 270) and not held & trained
+    several = [record(qry=f"query {i % 60}", pos=f"target {i % 7}", dataset_name=str(i % 2))
+               for i in range(300)]
+    held, trained, count, rest = held_out(tmp_path, several)
+    assert (count, len(held), rest) == (30, 6, 270) and not held & trained
+    one = [record(qry="the same", pos=f"target {i}") for i in range(150)]
+    held, trained, count, rest = held_out(tmp_path, one + thrice[:150])  # 150 of the 300 cannot be held out
+    assert (count, rest) == (30, 270) and not held & trained
+    assert held_out(tmp_path, one)[2:] == (0, 150)
+    assert "left out" not in capsys.readouterr().out
+    many = [record(qry=f"query {i % 900}", pos="x") for i in range(3600)]
+    held, trained, count, rest = held_out(tmp_path, many)
+    assert (count, rest) == (256, 3240) and not held & trained
+    assert "104 pairs with the queries of held-out ones are left out" in capsys.readouterr().out
+    plain = Pairs(str(tmp_path / "t.jsonl"))
+    plain.query_hash = np.arange(3600)
+    assert np.array_equal(hold_out(plain, 5)[0], np.random.default_rng([5, 2]).permutation(3600)[:256])
 
 
 @pytest.mark.parametrize("text", [

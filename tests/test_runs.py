@@ -20,7 +20,6 @@ import torch
 import latent
 import train
 from curriculum import Curriculum, Progress
-from data import Schedule
 from engine.log import wandb_id
 from files.errors import DataError
 from files.records import Pairs
@@ -367,16 +366,36 @@ def test_the_paper_s_preset_and_hit_at_1_on_held_out_pairs(world, tmp_path):
     rows = log(one)
     assert [("hit" in r) for r in rows] == [False, True, False, True]
     m, pairs = Plume.from_pretrained(one / "checkpoint", "cpu"), Pairs(str(file), str(world))
-    held = np.random.default_rng([0, 2]).permutation(48)[:4]
+    schedule, held = train.make_schedule(train.Config(data=str(file), steps=40, eval_every=2), pairs)
+    assert len(held) == 4 and sorted(held % 24)[::2] == sorted(held % 24)[1::2]  # two pairs, each twice
     queries, targets = (m.encode([pairs[i][side] for i in held]) for side in (0, 1))
     nearest = held[(queries @ targets.T).argmax(1)]
     assert rows[-1]["hit"] == np.mean(pairs.target[nearest] == pairs.target[held])
-    schedule = Schedule(np.where(np.isin(np.arange(48), held), -1, pairs.dataset), pairs.names, 8, 40, 0)
     assert not np.isin(held, np.concatenate([schedule[step] for step in range(40)])).any()
     run_ranks(2, *flags, "--out", two, "--fsdp")
     assert [r.get("hit") for r in log(two)] == [r.get("hit") for r in rows]
-    file.write_text("\n".join(lines[:8]))
-    refused("leaves none to hold out", *flags, "--out", tmp_path / "few")
+    file.write_text("\n".join(lines[::2] * 8))  # 96 pairs of 12 queries; then of 1
+    assert "8 pairs are held out" in run(*flags, "--out", tmp_path / "groups", "--steps=1").stdout
+    file.write_text("\n".join(lines[:1] * 30))
+    refused("leaves none to hold out .* the same query", *flags, "--out", tmp_path / "few")
+
+
+def rewrite_at_step_4(backward, model, batch, *rest):
+    """Every record becomes another one of the same length."""
+    if batch["step"] == 4:
+        path = Path(sys.argv[sys.argv.index("--data") + 1])
+        path.write_text(path.read_text().replace("shows one thing", "shows two hats"))
+    return backward(model, batch, *rest)
+
+
+def test_data_that_are_rewritten_during_a_run_end_it(world, tmp_path):
+    file = tmp_path / "t.jsonl"
+    shutil.copy(world / "train.jsonl", file)
+    command = ["train.py", "--data", file, "--media", world, "--out", tmp_path / "out", *QUICK, "--steps=99",
+               "--skip_bad", "--workers=0"]
+    refused("t.jsonl: was changed while it was in use: record [0-9]+ is another", *command,
+            patch=("train.backward", rewrite_at_step_4))
+    assert len(log(tmp_path / "out")) == 5
 
 
 REFUSED = {  # flags: what the error says
