@@ -287,25 +287,26 @@ class Processor:
         lead += self.template["answer"].split("{answer}")[0]
         if answer:
             closing += self.template["answer"].replace("{answer}", answer)
-        rest, lead, closing = self.encode(rest), self.encode(lead), self.encode(closing)
+        tokens, lead, closing = self.encode(rest), self.encode(lead), self.encode(closing)
         room = self.limits.max_len - used - len(closing) - 2  # <eot>, <gen_emb>
         if room < 0:
             raise DataError(
                 f"{side.where}: {used} tokens of question, media and latent steps and {len(closing) + 2} "
                 f"behind them exceed max_len {self.limits.max_len}; raise max_len, or lower max_pixels, "
                 "video_max_pixels or num_frames")
-        kept, eot = rest[:room], [self.id["<eot>"]]
+        kept, eot = tokens[:room], [self.id["<eot>"]]
         if curriculum and curriculum.rest_of_rationale == "after":
             thought = eot + kept
         else:
             thought = kept + eot
         gate_at = None
         if side.rationale and kept:
-            gate_at = thought.index(kept[0])
+            said = self.first_said(rest)
+            gate_at = thought.index(said if said in kept else kept[0])
         elif side.rationale:  # the answer, behind what every answer begins with
             gate_at = 1 + len(os.path.commonprefix([lead, closing]))
         suffix = thought + closing + [self.id["<gen_emb>"]]
-        return dict(suffix=suffix, cut=len(rest) - len(kept), gate_at=gate_at)
+        return dict(suffix=suffix, cut=len(tokens) - len(kept), gate_at=gate_at)
 
     def replaced(self, side, stage, curriculum):
         """(latent step, token): where a step stands for a part of the rationale, that part's `first_said`.

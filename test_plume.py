@@ -560,6 +560,9 @@ def test_a_unit_says_something_and_is_read_as_the_first_token_that_does(model):
     said = {"\nIt is": "I", " It": "I", "1. it": " it", "\n(2) - it": " it", " 3.5 m": "3", '"it"': "i",
             "7.": "7", " ...": ".", "\n\n": "\n", "第一": p.tokenizer.decode(p.encode("第一")[:1])}
     assert {part: p.tokenizer.decode([p.first_said(part)]) for part in said} == said
+    side = Side([("text", "what?")], "Red.\n2. it.", "it")
+    left = p.render(side, Stage(1, 1, True), Curriculum(2, 1))  # the gate looks at the same token of the rest
+    assert p.tokenizer.decode([left["suffix"][left["gate_at"]]]) == " it"
     rng = np.random.default_rng(0)
     pieces = ["It", " is", "red", "1", " 2", ". ", "!", ";", "\n", " ", "- ", "a) ", "。", "3.5"]
     for _ in range(300):

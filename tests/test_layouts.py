@@ -5,7 +5,6 @@ import os
 import pickle
 import re
 import warnings
-from dataclasses import asdict
 
 import huggingface_hub
 import jinja2
