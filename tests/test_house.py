@@ -89,7 +89,7 @@ def test_commands_set_how_threads_wait_before_torch_is_imported(monkeypatch):
     monkeypatch.delenv("GOMP_SPINCOUNT", raising=False)
     monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
     for before, given, expected in (
-            ("", {}, ", GOMP_SPINCOUNT=10000"), (late, {}, ""),
+            ("", {}, ", GOMP_SPINCOUNT=5000"), (late, {}, ""),
             ("", dict(GOMP_SPINCOUNT="7"), ", GOMP_SPINCOUNT=7"),
             ("", dict(OMP_WAIT_POLICY="PASSIVE"), ", OMP_WAIT_POLICY=PASSIVE")):
         assert run(HERE, "-c", told.format(before), **given) == f"2 threads{expected}\n"
