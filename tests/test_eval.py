@@ -265,7 +265,8 @@ def test_when_a_rank_ends_the_others_end_with_one_line(small, world):
     ranks = start_ranks(2, "eval.py", "--data", world / "tasks", "--ckpt", small, "--batch_size=2",
                         patch=("engine.stream.read_item", fail_on_rank_1))
     assert [rank.wait(60) for rank in ranks] == [1, 1]
-    for rank, why in zip(ranks, ("rank 0 stops: another rank has ended", "error: an item that cannot be read")):
+    reasons = "rank 0 stops: another rank has ended", "error: an item that cannot be read"
+    for rank, why in zip(ranks, reasons):
         assert f"\n{why}" in f"\n{rank.stderr}" and "Traceback" not in rank.stderr, rank.stderr
 
 
