@@ -10,6 +10,7 @@ step.  Ctrl-C finishes the step, writes a checkpoint and stops.
 
 import engine.threads  # before torch
 
+import gc
 import math
 import os
 import shlex
@@ -444,6 +445,7 @@ def make_schedule(cfg, pairs):
 def data_loader(batches, sampler, workers, device):
     """Batches from data workers, none of which runs ahead of the step whose stage is known."""
     ahead = min(4, max(1, (Progress.DELAY - 1) // workers)) if workers else None
+    gc.collect()  # whatever waits for its threads when it is freed: a worker does not have them
     return torch.utils.data.DataLoader(
         batches, batch_size=None, sampler=sampler, num_workers=workers, prefetch_factor=ahead,
         pin_memory=device.type == "cuda", worker_init_fn=bind_to_parent)

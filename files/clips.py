@@ -111,10 +111,13 @@ def decode_clip(part, count, frame_rate):
     matrix = first_matrix(source, track) if track.decoder else None  # that decoder does not pass it on
 
     def shown(frame):
+        nonlocal matrix
+        if matrix is None:  # once: the side data of a frame keep it in memory until garbage is collected
+            matrix = display_matrix(frame)
         image = rgb_of_frame(frame, codec)
         if shape != size:
             image = image.resize(shape, Image.BICUBIC)
-        return to_rgb(upright(image, matrix or display_matrix(frame)))
+        return to_rgb(upright(image, matrix))
 
     def decoded(track):
         frames, begin = [], []

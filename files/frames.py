@@ -12,11 +12,15 @@ from files.pictures import to_rgb
 
 
 def rgb_of_frame(frame, codec):
-    """The pixels as they are stored; what is transparent is white, as in a picture."""
+    """The pixels as they are stored; what is transparent is white, as in a picture.
+
+    By one thread: a frame keeps those that have converted it, and a process that is forked afterwards would
+    wait for them for ever when it frees the frame.
+    """
     parts = frame.format.components
     if not frame.format.has_palette and not any(part.is_alpha for part in parts):
-        return frame.to_image()
-    pixels = frame.to_ndarray(format="rgba")
+        return frame.to_image(threads=1)
+    pixels = frame.to_ndarray(format="rgba", threads=1)
     if codec == "rawvideo" and not pixels[..., 3].any():  # in an AVI file 8 of the 32 bits say nothing
         pixels = pixels[..., :3]
     return to_rgb(Image.fromarray(pixels))

@@ -1,8 +1,10 @@
 """Pictures and clips from anywhere: right pixels, or one error that names the file."""
 
+import gc
 import io
 import json
 import math
+import os
 import re
 import shutil
 import subprocess
@@ -607,3 +609,17 @@ def test_all_nasty_files_do_what_a_good_loader_does_and_have_the_right_pixels(mo
     ramp = pixels_of(str(NASTY / "gray16.png"))
     assert ramp.min() < 10 and ramp.max() > 245 and len(np.unique(ramp)) > 50
     assert load_frames(str(NASTY / "vertical_rotated.mp4"), 8)[0].size == (64, 96)
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/task"), reason="threads are counted on Linux")
+def test_decoded_frames_keep_no_threads_for_which_a_forked_process_would_wait(tmp_path):
+    grey_clip(str(tmp_path / "a.mp4"), range(0, 240, 20), size=(256, 256))
+    load_frames(str(tmp_path / "a.mp4"), 4)
+    gc.collect()
+    gc.disable()
+    before = len(os.listdir("/proc/self/task"))
+    try:
+        load_frames(str(tmp_path / "a.mp4"), 8)
+        assert len(os.listdir("/proc/self/task")) <= before
+    finally:
+        gc.enable()
