@@ -27,9 +27,11 @@ import random
 import re
 from dataclasses import dataclass, replace
 
-# What stands in front of the first word: blanks, punctuation, and numbers of a list, as 1. (2) b) IV. A. Red
+# What stands in front of the first thing that is said: blanks, marks, and numbers of a list, as 1. (2) b) IV.
+MARK = r"[\s*•#>|_()\[\]\"'“”‘’.,:;!?…。！？；]|-(?=\s)"
+MARKS = rf"(?:{MARK}){{0,80}}"  # a text may be nothing else: with a bound it takes no time to find that out
 NUMBER = r"(?:\d{1,3}(?:\.\d+)*|[ivxIVX]{2,5}|[a-zA-Z](?=\)|\.\s\w\w))[.)]"
-LEAD = rf"(?:\W*{NUMBER}[^\w\s]*\s)*\W*(?=\w)"
+LEAD = rf"(?:{MARKS}{NUMBER}[^\w\s]*\s)*{MARKS}(?!{MARK})(?=\S)"
 # A sentence, and a word with the blank in front of it, on a new line (or in a new sentence) with its lead.
 SENTENCE = re.compile(rf"{LEAD}.+?(?:[.!?;]+(?=\s|\Z)|[。！？；]+|\Z)(?:\W+\Z)?|\W+\Z", re.S)
 WORD = re.compile(rf"(?:(?:(?<![^.!?;])|(?=\s*\n)){LEAD})?\s*\S+(?:\s+\Z)?|\s+\Z")

@@ -27,7 +27,7 @@ from backbones.families import BACKBONES, QWEN2_VL
 from backbones.tokens import text_reader
 from curriculum import LEAD_OR_BLANKS
 from files.clips import load_clip, Part
-from files.errors import DataError, quote
+from files.errors import DataError, quote, readable
 from files.items import Side
 from files.pictures import load_image
 
@@ -242,7 +242,7 @@ class Processor:
             patches, grid = patchify(frames, size, self.backbone)
             return patches, grid, self.shown(kind, grid, seconds)
         except DataError as e:
-            if isinstance(source, (str, os.PathLike, Part)) and str(source) not in str(e):
+            if isinstance(source, (str, os.PathLike, Part)) and readable(str(source)) not in str(e):
                 raise DataError(f"{source}: {e}") from e
             raise
 
@@ -301,8 +301,7 @@ class Processor:
             thought = kept + eot
         gate_at = None
         if side.rationale and kept:
-            said = self.first_said(rest)
-            gate_at = thought.index(said if said in kept else kept[0])
+            gate_at = thought.index(kept[0]) + min(self.place_of_said(rest), len(kept) - 1)
         elif side.rationale:  # the answer, behind what every answer begins with
             gate_at = 1 + len(os.path.commonprefix([lead, closing]))
         suffix = thought + closing + [self.id["<gen_emb>"]]
@@ -320,10 +319,13 @@ class Processor:
                 if part or curriculum.adaptive]
 
     def first_said(self, part):
-        """The first token that says something: no blank, mark or number of a list, if there is another."""
+        """The first token that says something; of an empty part <eot>."""
+        return self.encode(part)[self.place_of_said(part)] if part else self.id["<eot>"]
+
+    def place_of_said(self, part):
+        """Of the first token that is no blank, mark or number of a list; 0 where there is nothing else."""
         tokens, lead = self.backend.encode(part, add_special_tokens=False), LEAD_OR_BLANKS.match(part).end()
-        behind = [token for token, (_, end) in zip(tokens.ids, tokens.offsets) if end > lead]
-        return [*behind, *tokens.ids, self.id["<eot>"]][0]
+        return next((i for i, (_, end) in enumerate(tokens.offsets) if end > lead), 0)
 
 
 # ---- batches

@@ -38,7 +38,7 @@ from tqdm import tqdm
 from engine.eval_flags import check_flags
 from engine.flags import command, parse_flags
 from engine.kept import Embedder, short_hash
-from engine.ranks import rank_and_world
+from engine.ranks import rank_and_world, watch_peers
 from files.errors import DataError, Interrupted
 from files.writing import write_json
 from hub.settings import RELEASED
@@ -358,6 +358,7 @@ def main(argv):
     names = select(names, cfg.task, cfg.data or "turtle world")
     if world > 1:
         dist.init_process_group("gloo", timeout=datetime.timedelta(days=1))  # only embeddings travel
+    peers_are_done = watch_peers()
     if published and process == 0:
         require_tasks(cfg.data, names, released, cfg.skip_bad)
 
@@ -381,7 +382,9 @@ def main(argv):
         model, cfg.mode, steps, cfg.batch_size, cfg.limit, cfg.done, cfg.protocol, cfg.skip_bad,
         folder=root and os.path.join(root, "embeddings"))
     if process > 0:
-        return embedder.serve()
+        embedder.serve()
+        peers_are_done()
+        return dist.destroy_process_group()
     ours = "-".join(os.path.normpath(cfg.ckpt).split(os.sep)[-2:])
     data = os.path.realpath(cfg.data) if cfg.data else f"turtle {cfg.moves} {cfg.rules} {cfg.codes}"
     key = short_hash(embedder.run_hash, data)[:6]
@@ -409,6 +412,7 @@ def main(argv):
         raise Interrupted(message) from None
     if world > 1:
         embedder.give(None)
+        peers_are_done()
         dist.destroy_process_group()
 
     # report

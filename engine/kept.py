@@ -241,7 +241,6 @@ class Embedder:
             mine = self.work(items)
             with peer_errors():
                 dist.gather_object(mine, None, 0)
-        dist.destroy_process_group()
 
     def give(self, shares):
         """Rank 0's shares, one for each rank -> this rank's.  None, given by rank 0, ends `serve`."""

@@ -8,7 +8,7 @@ from contextlib import contextmanager, suppress
 from engine.log import ROW
 from engine.ranks import say
 from files.errors import DataError, quote, reason
-from files.writing import require_utf8, write_errors
+from files.writing import require_utf8
 from hub.folders import CHECKPOINT, LEFT_OVER, LOCK, LOG
 from hub.weights import count_parameters
 
@@ -62,10 +62,9 @@ def lock_file(file, name, busy):
     except OSError as e:
         locked = False
         say(f"warning: {name} cannot be locked ({reason(e)}); see to it that no other run writes there")
-    with write_errors(file.name):
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-        file.flush()
+    with suppress(OSError):  # a full disk: what stands there is only for people
+        os.truncate(file.fileno(), 0)
+        os.write(file.fileno(), f"process {os.getpid()} on {socket.gethostname()}\n".encode())
     return locked
 
 

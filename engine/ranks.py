@@ -1,7 +1,11 @@
 """Where it runs: device, dtype, ranks; and what goes between the ranks' processes."""
 
 import inspect
+import datetime
 import os
+import sys
+import threading
+import time
 from contextlib import contextmanager
 
 import torch
@@ -72,6 +76,35 @@ def peer_errors():
         raise SystemExit(f"rank {rank_and_world()[0]} stops: another rank has ended: {reason(e)}") from e
 
 
+def watch_peers(seconds=3):
+    """Ends this process soon after another rank's end, whatever it is doing -> to be called when all is done.
+
+    Each rank waits in a thread for a word of the next one; where that comes to an end without it, the wait
+    fails.  seconds: time for this rank to end in its own way, by the same Ctrl-C.
+    """
+    rank, world, _ = rank_and_world()
+    if world == 1:
+        return lambda: None
+    group = dist.new_group(backend="gloo", timeout=datetime.timedelta(days=1))
+
+    def watch():
+        try:
+            dist.recv(torch.zeros(1), (rank + 1) % world, group)
+        except RuntimeError:
+            time.sleep(seconds)
+            print(f"\nrank {rank} stops: another rank has ended", file=sys.stderr, flush=True)
+            os._exit(1)
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+
+    def done():
+        dist.send(torch.zeros(1), (rank - 1) % world, group)
+        thread.join()
+
+    return done
+
+
 def all_gather_objects(x):
     """A list of every rank's x."""
     out = [None] * dist.get_world_size()
@@ -120,5 +153,3 @@ class Gather(torch.autograd.Function):
         grad = grad.contiguous()
         dist.all_reduce(grad)
         return grad[dist.get_rank()]
-
-

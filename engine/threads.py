@@ -10,9 +10,10 @@ import sys
 
 SETTINGS = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")  # a user's own wins
 
+if "torch" not in sys.modules:  # a command, not a user's program
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # data workers and `encode` bring their own
 if "torch" not in sys.modules and not any(name in os.environ for name in SETTINGS):
     os.environ["GOMP_SPINCOUNT"] = "5000"  # OpenMP's own is 300,000
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # data workers and `encode` bring their own
 
 
 def describe_threads(number):

@@ -22,6 +22,7 @@ class Interrupted(DataError):
 def readable(text):
     """The text as every terminal and file takes it: a byte of a name that is no UTF-8 becomes \\xff."""
     text = re.sub("[\udc80-\udcff]", escaped_byte, text)
+    text = re.sub(r"\\udc([89a-f][0-9a-f])", r"\\x\1", text)  # as Python's repr has it
     return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 

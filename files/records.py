@@ -13,7 +13,7 @@ from files.items import hash_of, parse_side
 from files.jsonl import only_keys, parse_json, spans_of
 
 RECORD_KEYS = ("dataset_name", "qry", "pos", "neg")
-START_AGAIN = "; put it back and go on with --resume, or start again"
+START_AGAIN = "; put it back, and go on from the last checkpoint with --resume, or start again"
 
 
 def hold_out(pairs, seed, most=256):

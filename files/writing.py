@@ -87,6 +87,8 @@ def write_errors(file):
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as e:  # torch and safetensors have their own
+        if str(e).startswith("DataLoader worker"):  # torch raises it in whatever is going on
+            raise
         folder = os.path.dirname(os.path.abspath(file))
         full = os.path.isdir(folder) and shutil.disk_usage(folder).free < 1 << 20
         raise OSError(f"{file}: cannot be written: {'the disk is full' if full else reason(e)}") from e

@@ -94,8 +94,9 @@ def read_task(root, name):
             raise DataError(f"{no_document} in {os.path.basename(path)}")
         if among is not None and gold.keys().isdisjoint(among):
             raise DataError(f"{no_document} among its candidates")
-        if among is None and corpus_row.get(query_id, next(iter(gold))) not in gold:
-            among = AllBut(corpus_row[query_id], len(corpus))
+        own = corpus_row.get(query_id)
+        if among is None and own is not None and own not in gold:
+            among = AllBut(own, len(corpus))
         task.queries.append(side)
         task.relevant.append(gold)
         task.candidates.append(among)

@@ -1,5 +1,6 @@
 """Ranking, metrics and the command line of eval.py."""
 
+import functools
 import json
 import math
 import os
@@ -255,16 +256,20 @@ def test_an_error_beside_the_threads_that_read_ahead_ends_them(small, world, tmp
     assert threading.active_count() == before and "full" in str(error.value)
 
 
-def fail_on_rank_1(read, *rest):
+def fail_on_rank_1(busy, read, *rest):
+    """busy: rank 0 is at work for a long time and asks nobody anything."""
     if os.environ["RANK"] == "1":
         raise DataError("an item that cannot be read")
+    time.sleep(300 * busy)
     return read(*rest)
 
 
-def test_when_a_rank_ends_the_others_end_with_one_line(small, world):
+@pytest.mark.parametrize("busy", [False, True])
+def test_when_a_rank_ends_the_others_end_with_one_line(small, world, busy):
     ranks = start_ranks(2, "eval.py", "--data", world / "tasks", "--ckpt", small, "--batch_size=2",
-                        patch=("engine.stream.read_item", fail_on_rank_1))
-    assert [rank.wait(60) for rank in ranks] == [1, 1]
+                        patch=("engine.stream.read_item", functools.partial(fail_on_rank_1, busy)))
+    assert ranks[1].wait(60) == 1
+    assert ranks[0].wait(10) == 1
     reasons = "rank 0 stops: another rank has ended", "error: an item that cannot be read"
     for rank, why in zip(ranks, reasons):
         assert f"\n{why}" in f"\n{rank.stderr}" and "Traceback" not in rank.stderr, rank.stderr

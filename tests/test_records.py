@@ -1,10 +1,12 @@
 """Training records and items: every spelling that is in use, and an error for every other."""
 
+import errno
 import json
 import os
 import re
 import shutil
 from types import SimpleNamespace
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -12,10 +14,10 @@ import torch
 
 import train
 from engine.lock import exclusive_lock
-from files.errors import DataError, last_line, quote
+from files.errors import DataError, last_line, quote, readable
 from files.items import parse_item, parse_side, parse_target, Side
 from files.records import hold_out, Pairs
-from files.writing import write_text
+from files.writing import write_errors, write_text
 from model import Plume
 from tests.samples import ODD, odd_folder, picture, record, REPLY, turns, write_lines
 from tests.test_checkpoints import LFS
@@ -275,3 +277,14 @@ def test_the_error_of_a_data_worker_is_its_message_alone():
         next(iter(torch.utils.data.DataLoader([7], num_workers=1, collate_fn=broken)))
     assert last_line(error.value) == "record 7: files.errors.DataError: bad"
     assert last_line(OSError("disk\nfull")) == "disk\nfull"
+
+
+def test_a_lock_needs_no_room_and_errors_of_data_workers_are_not_the_file_s(tmp_path):
+    full = OSError(errno.ENOSPC, "No space left on device")
+    cfg = SimpleNamespace(out=str(tmp_path), resume=True)
+    with mock.patch("os.write", side_effect=full), exclusive_lock(cfg):
+        pass
+    killed = RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. ")
+    with pytest.raises(RuntimeError, match="^DataLoader worker"), write_errors(str(tmp_path / "file")):
+        raise killed
+    assert quote("a\udcff.png") == r"'a\udcff.png'" and readable(quote("a\udcff.png")) == r"'a\xff.png'"

@@ -150,7 +150,7 @@ def main(argv):
     for number, (score, name, _) in enumerate(found, 1):
         print(f"{number:4}  {score:6.3f}  {name}")
     if cfg.html:
-        print(write_gallery(cfg.html, folder, query, found))
+        print(printable(write_gallery(cfg.html, folder, query, found)))
 
 
 if __name__ == "__main__":
