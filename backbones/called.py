@@ -40,5 +40,6 @@ def check_called(model):
                 "wrapped around it would have no effect and no gradient. Leave it out of the adapter's "
                 "target_modules (q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj and "
                 "embed_tokens are called; with all-linear exclude_modules=['lm_head', "
-                "'patch_embed.proj']) and modules_to_save, train its own weight, or merge it (peft: merge_and_unload)")
+                "'patch_embed.proj']) and modules_to_save, train its own weight, or merge it (peft: "
+                "merge_and_unload)")
     model.checked = modules
