@@ -33,7 +33,7 @@ MARKS = rf"(?:{MARK}){{0,80}}"  # a text may be nothing else: with a bound it ta
 NUMBER = r"(?:\d{1,3}(?:\.\d+)*|[ivxIVX]{2,5}|[a-zA-Z](?=\)|\.\s\w\w))[.)]"
 LEAD = rf"(?:{MARKS}{NUMBER}[^\w\s]*\s)*{MARKS}(?!{MARK})(?=\S)"
 # A sentence, and a word with the blank in front of it, on a new line (or in a new sentence) with its lead.
-SENTENCE = re.compile(rf"{LEAD}.+?(?:[.!?;]+(?=\s|\Z)|[。！？；]+|\Z)(?:\W+\Z)?|\W+\Z", re.S)
+SENTENCE = re.compile(rf"(?:{LEAD})?.+?(?:[.!?;]+(?=\s|\Z)|[。！？；]+|\Z)(?:\W+\Z)?|\W+\Z", re.S)
 WORD = re.compile(rf"(?:(?:(?<![^.!?;])|(?=\s*\n)){LEAD})?\s*\S+(?:\s+\Z)?|\s+\Z")
 LEAD_OR_BLANKS = re.compile(rf"{LEAD}|\s*")  # where there is no word, punctuation says something
 

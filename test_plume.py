@@ -566,8 +566,8 @@ def test_a_unit_says_something_and_is_read_as_the_first_token_that_does(model):
     assert p.tokenizer.decode([left["suffix"][left["gate_at"]]]) == " it"
     rng = np.random.default_rng(0)
     pieces = ["It", " is", "red", "1", " 2", ". ", "!", ";", "\n", " ", "- ", "a) ", "。", "3.5"]
-    for _ in range(300):
-        text = "".join(rng.choice(pieces, rng.integers(1, 20)))
+    texts = ["".join(rng.choice(pieces, rng.integers(1, 20))) for _ in range(300)]
+    for text in (*texts, "... " * 40 + "It is.", " " * 200 + "It. So", "- " * 100 + "It"):
         side = Side([("text", "what?")], text, "it")
         for c in (Curriculum(4, 1), Curriculum(4, 1, adaptive=True)):
             parts = c.parts(text)
