@@ -432,10 +432,15 @@ class StepSampler(torch.utils.data.Sampler):
 
 
 class Batches(torch.utils.data.Dataset):
-    """(step, stage, indices) -> a batch of B pairs, collated in micro-batches.
+    """(step, stage, indices) -> a batch of B pairs: queries, targets and hard negatives by their lengths.
 
-    micro: collated batches of up to `micro_batch` queries, followed by their targets and these by their hard
-    negatives (0: all B in one);
+    micro: micro-batches, each a list of groups of rows, each a batch of `collate`: of about equal lengths, so
+    that there is little padding; all in one micro-batch, or with micro_tokens several of at most so many
+    columns, latent steps and suffix included, in which a visual token counts twice: the vision tower sees it,
+    too (a row that has more is alone);
+    order (2B + n,): the places of all queries, then targets, then hard negatives among the rows of `micro`;
+    blank: a micro-batch of one row of no text, for a rank that has fewer of them than others;
+    columns: how many are computed; real: how many of them are no padding;
     query (B,): hashes of the queries; target (B, 1+M): of target and hard negatives, M: the most that a
     record of the file has; valid (B, 1+M): which of them there are; negative_at (n,): flat places in (B, M)
     of those in `micro`, whose text is in no loss;
@@ -443,14 +448,15 @@ class Batches(torch.utils.data.Dataset):
     media cannot be read is named there and left out of every loss.
     """
 
-    def __init__(self, pairs, processor, curriculum, skip_bad=False, micro_batch=0):
+    def __init__(self, pairs, processor, curriculum, skip_bad=False, micro_tokens=0):
         self.pairs, self.processor, self.curriculum = pairs, processor, curriculum
-        self.skip_bad, self.micro_batch = skip_bad, micro_batch
+        self.skip_bad, self.micro_tokens = skip_bad, micro_tokens
 
     def __getitem__(self, job):
         step, stage, indices = job
         target = torch.zeros(len(indices), 1 + self.pairs.negatives, dtype=torch.long)
         valid, rows, bad = torch.zeros_like(target, dtype=torch.bool), [], []
+        blank = self.processor.render(Side([("text", "")]), stage, self.curriculum) | dict(labelled=False)
         for row, i in enumerate(indices):
             sides = self.pairs[i]
             try:
@@ -462,20 +468,77 @@ class Batches(torch.utils.data.Dataset):
                 if not self.skip_bad:
                     raise
                 bad.append(str(e))
-                blank = self.processor.render(Side([("text", "")]), stage, self.curriculum)
-                rows.append([dict(blank, labelled=False)] * 2)
-        size, micro = self.micro_batch or len(rows), []
-        for i in range(0, len(rows), size):
-            part = rows[i : i + size]
-            queries, targets = [row[0] for row in part], [row[1] for row in part]
-            negatives = [dict(negative, labelled=False) for row in part for negative in row[2:]]
-            micro.append(dict(collate(queries + targets + negatives, self.processor), pairs=len(part)))
+                rows.append([blank] * 2)
+        queries, targets = [row[0] for row in rows], [row[1] for row in rows]
+        negatives = [dict(negative, labelled=False) for row in rows for negative in row[2:]]
+        samples = queries + targets + negatives
+        lengths = np.array([(len(s["ids"]), stage.latent_steps + len(s["suffix"])) for s in samples])
+        visual = np.array([sum(map(len, s["pixels"])) for s in samples]) // self.processor.backbone.merge**2
+        micro = fill_micro_batches(group_by_length(lengths), lengths, visual, self.micro_tokens)
+        groups = [group for part in micro for group in part]
         return dict(
-            micro=micro, step=step, stage=stage, bad=bad,
-            dataset=self.pairs.names[self.pairs.dataset[indices[0]]],
+            micro=[[collate([samples[i] for i in group], self.processor) for group in part] for part in micro],
+            order=torch.from_numpy(np.concatenate(groups).argsort()), blank=[collate([blank], self.processor)],
+            columns=sum(columns_of(lengths[group]) for group in groups), real=int(lengths.sum()),
+            step=step, stage=stage, bad=bad, dataset=self.pairs.names[self.pairs.dataset[indices[0]]],
             query=torch.from_numpy(self.pairs.query_hash[indices]), target=target, valid=valid,
             negative_at=valid[:, 1:].flatten().nonzero()[:, 0],
             cut=sum(sample["cut"] for row in rows for sample in row))
+
+
+def columns_of(lengths):
+    """Columns of a group of rows, padding included.  lengths (n, 2): of each prefix, and of what follows."""
+    return len(lengths) * int(lengths.max(0).sum())
+
+
+def group_by_length(lengths, padding=0.05):
+    """Rows in groups of about equal lengths: at most a share `padding` of their columns is padding.
+
+    lengths: see `columns_of`.  One group is cut in two again and again, where it saves most; more groups
+    than needed would cost more than the padding.  -> arrays of row numbers, those of the longest rows first.
+    """
+    groups = [np.arange(len(lengths))]
+    cuts = [best_cut(lengths)]
+    while sum(columns_of(lengths[group]) for group in groups) * (1 - padding) > lengths.sum():
+        at = max(range(len(cuts)), key=lambda i: cuts[i][0])
+        group, (_, *halves) = groups.pop(at), cuts.pop(at)
+        groups += [group[half] for half in halves]
+        cuts += [best_cut(lengths[group[half]]) for half in halves]
+    return sorted(groups, key=lambda group: -lengths[group].sum(1).max())
+
+
+def best_cut(lengths):
+    """-> columns saved, and rows of the two parts: shorter prefixes and longer ones, or so by what follows."""
+    saved, parts, rows = 0, None, np.arange(1, len(lengths))
+    for column in lengths.T:
+        order = np.argsort(column, kind="stable")
+        ahead = np.maximum.accumulate(lengths[order]).sum(1)[:-1] * rows
+        behind = np.maximum.accumulate(lengths[order[::-1]]).sum(1)[-2::-1] * rows[::-1]
+        gain = columns_of(lengths) - ahead - behind
+        if len(gain) and gain.max() > saved:
+            cut = 1 + gain.argmax()
+            saved, parts = gain.max(), (order[:cut], order[cut:])
+    return saved, *(parts or ())
+
+
+def fill_micro_batches(groups, lengths, visual, most):
+    """Groups of rows -> lists of groups of at most `most` columns and visual tokens (n,); 0: one list.
+
+    A group that does not fit is cut; a row that has more is alone.
+    """
+    if not most:
+        return [groups]
+    micro, left = [[]], most
+    for group in groups:
+        each = lengths[group].max(0).sum() + visual[group].max()
+        while len(group):
+            if left < each and micro[-1]:
+                micro.append([])
+                left = most
+            part, group = np.split(group, [max(1, left // each)])
+            micro[-1].append(part)
+            left -= len(part) * each
+    return micro
 
 
 def to_device(batch, device):

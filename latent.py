@@ -94,6 +94,22 @@ def rollout(lm, adapter, prefix, steps, suffix, rule="mrope", checkpointing=Fals
     return Rollout(anchor, z, *behind)
 
 
+def rollout_of_groups(lm, adapter, groups, steps, rule="mrope", checkpointing=False):
+    """`rollout` of rows in groups, which are padded to their own longest row alone -> [Rollout].
+
+    groups: [(prefix, suffix)].  All rows take their latent steps together: a step has no padding.
+    """
+    caches, *states = zip(*[prefill(lm, prefix, rule, checkpointing) for prefix, _ in groups])
+    sizes, whole = [len(z) for z in states[1]], join_caches(caches)
+    behind = latent_steps(lm, adapter, steps, *map(torch.cat, states), whole)
+    split_slots(whole, caches, sizes)
+    rows, rollouts = zip(*states, *(part.split(sizes) for part in behind)), []
+    for (_, suffix), cache, (anchor, z, pos, latents, last, router) in zip(groups, caches, rows):
+        more, h = last_and_suffix(lm, last, pos, steps, suffix, cache, checkpointing)
+        rollouts.append(Rollout(anchor, z, torch.cat([latents, more], 1), h, router))
+    return rollouts
+
+
 def prefill(lm, prefix, rule="mrope", checkpointing=False):
     """-> Cache, anchor h(<disc_emb>) (B, D), z_0 = h(<bot>) (B, D), position behind the prefix (B,)"""
     cache = Cache(prefix.lengths, prefix.x.shape[1])
@@ -104,27 +120,62 @@ def prefill(lm, prefix, rule="mrope", checkpointing=False):
 
 def steps_and_suffix(lm, adapter, steps, anchor, z, pos, suffix, cache, checkpointing=False, hook=None):
     """What comes behind the prefix -> latents (B, K, D), suffix (B, T, D), router probabilities (B, K, E)."""
-    states, probs, columns, loops = [], [], suffix, steps
+    latents, last, router = latent_steps(lm, adapter, steps, anchor, z, pos, cache, hook)
+    more, h = last_and_suffix(lm, last, pos, steps, suffix, cache, checkpointing)
+    return torch.cat([latents, more], 1), h, router
+
+
+def latent_steps(lm, adapter, steps, anchor, z, pos, cache, hook=None):
+    """-> latents z_1 .. (B, K-n, D), inputs (B, n, D) of the n steps that are left, router (B, K, E).
+
+    Nothing but the suffix waits for z_K: the last step is left to the suffix's pass, so that there are K in
+    all and not K + 1.
+    """
+    latents, probs = [z.new_zeros(len(z), 0, z.shape[1])], []
     if isinstance(adapter, TransitionAdapter) and adapter.kind == "parallel":
         # K learnt tokens instead, all of them in one pass with the suffix
         learnt = adapter.tokens.weight[:steps].expand(len(z), -1, -1)  # (B, K, D)
-        columns, loops = torch.cat([learnt, suffix], 1), 0
-    for k in range(loops):
+        return *latents, learnt, z.new_zeros(len(z), 0, 0)
+    last = latents[0]
+    for k in range(steps):
         x, r = adapter(z, k, anchor)  # (B, D), (B, E)
         probs.append(r)
-        if hook is not None:
-            x = hook(k, x)
+        last = (x if hook is None else hook(k, x))[:, None]
         if k < steps - 1:
-            z = decoder(lm, x[:, None], pos[:, None] + k, cache)[:, 0]  # z_{k+1}
-            states.append(z)
-        else:  # nothing but the suffix waits for z_K: both take one pass, K in all and not K + 1
-            columns = torch.cat([x[:, None], suffix], 1)
-    T, L = suffix.shape[1], columns.shape[1]  # L = T + 1, without a latent step T, in parallel T + K
-    places = pos[:, None] + torch.arange(steps + T - L, steps + T, device=pos.device)
-    h = decoder(lm, columns, places, cache, checkpointing)  # (B, L, D)
-    latents = torch.cat([*(z[:, None] for z in states), h[:, : L - T]], 1)
+            z = decoder(lm, last, pos[:, None] + k, cache)[:, 0]  # z_{k+1}
+            latents.append(z[:, None])
     router = torch.stack(probs, 1) if probs else z.new_zeros(len(z), 0, 0)
-    return latents, h[:, L - T :], router
+    return torch.cat(latents, 1), last, router
+
+
+def last_and_suffix(lm, last, pos, steps, suffix, cache, checkpointing=False):
+    """The pass of the inputs (B, n, D) of the last steps and the suffix -> h of both, (B, n, D), (B, T, D)."""
+    n, end = last.shape[1], steps + suffix.shape[1]
+    places = pos[:, None] + torch.arange(steps - n, end, device=pos.device)
+    h = decoder(lm, torch.cat([last, suffix], 1), places, cache, checkpointing)  # (B, n + T, D)
+    return h[:, :n], h[:, n:]
+
+
+def join_caches(caches):
+    """The caches of several prefixes, without slots, as one of all rows: a copy; of one, itself."""
+    if len(caches) == 1:
+        return caches[0]
+    P = max(cache.hide.shape[-1] for cache in caches)
+    whole = copy.copy(caches[0])
+    whole.hide = torch.cat([F.pad(c.hide, (0, P - c.hide.shape[-1]), value=float("-inf")) for c in caches])
+    whole.prefix = []
+    for layers in zip(*(cache.prefix for cache in caches)):  # of each cache (k, v)
+        padded = [[F.pad(x, (0, 0, 0, P - x.shape[2])) for x in kind] for kind in zip(*layers)]
+        whole.prefix.append(tuple(map(torch.cat, padded)))
+    whole.slots = [(k[:, :, :0], v[:, :, :0]) for k, v in whole.prefix]
+    return whole
+
+
+def split_slots(whole, caches, sizes):
+    """The slots of all rows back to the caches of their groups, of so many rows each."""
+    for i, (k, v) in enumerate(whole.slots):
+        for cache, *slots in zip(caches, k.split(sizes), v.split(sizes)):
+            cache.slots[i] = slots
 
 
 def naive_rollout(inner, adapter, inputs, positions, disc, steps, suffix, rule="mrope"):

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils._pytree import tree_map
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForImageTextToText
 
@@ -32,7 +33,8 @@ from hub.layouts import read_checkpoint, write_checkpoint
 from hub.settings import DEFAULTS, fill_settings, RELEASED_PROMPT
 from hub.weights import align_weights, quietly
 from latent import (
-    at_least_float32, greedy, length_of, Prefix, rollout, select_column, single_pass, unit, until_done)
+    at_least_float32, greedy, length_of, Prefix, rollout, rollout_of_groups, select_column, single_pass, unit,
+    until_done)
 
 SPECIAL_IDS = ("image_pad", "video_pad", "vision_start", "vision_end")  # tokens that a configuration names
 # The fixed strings around every item, one token each: in a tiny model they would be most of the work.
@@ -85,32 +87,39 @@ class Plume(nn.Module):
             deepstack = tuple((media, features) for features in later)
         return Prefix(x, batch["positions"], batch["lengths"], batch["disc"], deepstack)
 
-    def forward(self, batch, steps):
-        """One training pass over a collated batch (data.collate) with K = steps.
+    def forward(self, groups, steps):
+        """One training pass over the groups of rows of a micro-batch (each a batch of data.collate), K = steps.
 
-        -> dict(per_pair=, per_token=), two dicts of tensors.
-        per_pair, a row for every query, then one for every target, then hard negatives: gen, disc (B, D) unit
-        embeddings; router (B, K, E) probabilities.
+        -> dict(per_pair=, per_token=), two dicts of tensors, in the order of the groups and their rows.
+        per_pair, a row for every query, target and hard negative: gen, disc (B, D) unit embeddings; router
+        (B, K, E) probabilities.
         per_token, of any length: ce (N,) cross-entropy of every labelled token of the suffix; gate_loss (n,)
         that of the first token that can be wrong; read (m,) that of the token each latent step replaced,
         read from the state that the step starts from.
         """
-        head, rule = self.backbone.lm_head.weight, self.settings["latent_positions"]
-        suffix = self.lm.embed_tokens(batch["suffix"])  # (B, T, D)
-        r = rollout(self.lm, self.adapter, self.prefix(batch), steps, suffix, rule, self.checkpointing)
+        rule, embed = self.settings["latent_positions"], self.lm.embed_tokens
+        inputs = [(self.prefix(batch), embed(batch["suffix"])) for batch in groups]  # suffix (B, T, D)
+        rollouts = rollout_of_groups(self.lm, self.adapter, inputs, steps, rule, self.checkpointing)
+        outs = [self.outputs(batch, r) for batch, r in zip(groups, rollouts)]
+        out = tree_map(lambda *parts: torch.cat(parts), *outs)
+        has_media = any(batch["pixels"] is not None for batch in groups)
+        for module, used in ((self.adapter, steps), (self.backbone.model.visual, has_media)):
+            if not used:  # its gradient is 0, not missing: all ranks have gradients of the same parameters
+                unused = sum(0 * p.sum() for p in module.parameters() if p.requires_grad)
+                out["per_pair"]["gen"] = out["per_pair"]["gen"] + unused
+        return out
+
+    def outputs(self, batch, r):
+        """What `forward` gives, of one group and its Rollout."""
+        head = self.backbone.lm_head.weight
         states = torch.cat([r.start[:, None], r.latents], 1)  # (B, K+1, D) z_0 .. z_K
         before = torch.cat([states[:, -1:], r.suffix[:, :-1]], 1)  # (B, T, D) predicts the suffix
         ce = cross_entropy(before.flatten(0, 1)[batch["label_at"]], head, batch["labels"])
         rows, step, tokens = batch["replaced"].unbind(1)
         read = cross_entropy(states[rows, step], head, tokens)
         gen = unit(select_column(r.suffix, batch["gen"]))
-        visual, has_media = self.backbone.model.visual, batch["pixels"] is not None
-        for module, used in ((self.adapter, steps), (visual, has_media)):
-            if not used:  # its gradient is 0, not missing: all ranks have gradients of the same parameters
-                gen = gen + sum(0 * p.sum() for p in module.parameters() if p.requires_grad)
         per_pair = dict(gen=gen, disc=unit(r.anchor), router=r.router)
-        per_token = dict(ce=ce, gate_loss=ce[batch["gate_at"]], read=read)
-        return dict(per_pair=per_pair, per_token=per_token)
+        return dict(per_pair=per_pair, per_token=dict(ce=ce, gate_loss=ce[batch["gate_at"]], read=read))
 
     def embed(self, batch, mode="latent", steps=None, limit=512, done=0.5):
         """A collated batch on the model's device -> (B, D) unit float32, and Spent.  See `encode`.

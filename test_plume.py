@@ -133,10 +133,12 @@ def rendered(m, items, **kw):
     return [m.processor.render(parse_item(i), **kw) for i in items]
 
 
-def whole(batch):
-    """A batch of Batches that is all in one micro-batch, as one dict."""
-    (micro,) = batch["micro"]
-    return {k: v for k, v in batch.items() if k != "micro"} | micro
+def whole(batches, job):
+    """A batch of Batches, all rows in one group as they come, as one dict."""
+    with mock.patch.object(data, "group_by_length", lambda lengths: [np.arange(len(lengths))]):
+        batch = batches[job]
+    ((group,),) = batch["micro"]
+    return {k: v for k, v in batch.items() if k != "micro"} | group
 
 
 def gradients(m):
@@ -761,8 +763,8 @@ def test_a_perfect_model_has_no_loss_where_a_query_has_two_right_targets():
 def test_the_loss_is_the_weighted_sum_of_its_parts(model, world):
     pairs = Pairs(str(world / "train.jsonl"))
     rows = np.flatnonzero(pairs.dataset == 0)[:4]
-    batch = whole(Batches(pairs, model.processor, Curriculum(last_stage=1.0))[0, FINAL, rows])
-    out = model(batch, 8)
+    batch = whole(Batches(pairs, model.processor, Curriculum(last_stage=1.0)), (0, FINAL, rows))
+    out = model([batch], 8)
     cfg = train.Config(w_ce=0.5, w_gen=2.0, w_disc=3.0, w_bal=0.7, w_read=0.3, scale=9.0)
     parts = train.losses(out, batch, cfg)
     for name in ("gen", "disc"):
@@ -788,10 +790,10 @@ def test_every_latent_state_reads_the_token_it_replaced(model, world):
     pairs, rows, p = Pairs(str(world / "train.jsonl")), np.array([0, 2, 4]), model.processor
 
     def batch_at(stage):
-        return whole(Batches(pairs, p, Curriculum())[0, stage, rows])
+        return whole(Batches(pairs, p, Curriculum()), (0, stage, rows))
 
     batch = batch_at(Stage(3, 6, True))
-    out = model(batch, 6)
+    out = model([batch], 6)
     r = rollout(model.lm, model.adapter, model.prefix(batch), 6, model.lm.embed_tokens(batch["suffix"]))
     states = torch.cat([r.start[:, None], r.latents], 1)  # (B, K+1, D)
     sides = [pairs[i][0] for i in rows] + [pairs[i][1] for i in rows]
@@ -809,7 +811,7 @@ def test_every_latent_state_reads_the_token_it_replaced(model, world):
     last = batch_at(FINAL)
     answers = [p.tokenizer.tokenize(side.answer)[0] for side in sides]
     assert p.tokenizer.convert_ids_to_tokens(last["labels"][last["gate_at"]]) == answers
-    assert len(model(batch_at(Stage(0, 0, True)), 0)["per_token"]["read"]) == 0
+    assert len(model([batch_at(Stage(0, 0, True))], 0)["per_token"]["read"]) == 0
 
 
 # ---- checkpoints
@@ -850,36 +852,39 @@ def test_a_checkpoint_carries_its_chat_template(world, tmp_path):
 
 
 # ---- two ranks
-def batch_of_eight(records, processor, rank=0, ranks=1, micro_batch=0):
-    """A rank's share of a global batch that has equal targets within and across ranks and micro-batches."""
+def eight_pairs(records, processor, rank=0, ranks=1, micro_tokens=0):
+    """-> Batches and a rank's job in them: equal targets within and across ranks and micro-batches."""
     pairs, share = Pairs(str(records)), 8 // ranks
     rows = np.flatnonzero(pairs.dataset == 0)[[0, 1, 2, 3, 2, 5, 0, 7]]
-    batches = Batches(pairs, processor, Curriculum(last_stage=1.0), micro_batch=micro_batch)
-    return batches[1, FINAL, rows[rank * share : (rank + 1) * share]]
+    batches = Batches(pairs, processor, Curriculum(last_stage=1.0), micro_tokens=micro_tokens)
+    return batches, (1, FINAL, rows[rank * share : (rank + 1) * share])
 
 
 @pytest.mark.parametrize("file", ["train.jsonl", "hard.jsonl"])
 def test_two_ranks_and_all_micro_batches_have_the_gradients_of_one_big_batch(file, world, tmp_path):
     """GradCache against the loss of the whole batch in one piece; with hard negatives, too."""
-    records = world / file
-    run("tests/gradients.py", 1, records, tmp_path / "one rank")
-    run_ranks(2, "tests/gradients.py", 2, records, tmp_path / "two ranks")
+    records, ways = world / file, ("one", "copies", "shards")
+    run("tests/gradients.py", "one", records, tmp_path / "one")
+    for way in ("copies", "shards"):
+        run_ranks(2, "tests/gradients.py", way, records, tmp_path / way)
     m = make_model()
-    batch = whole(batch_of_eight(records, m.processor))
-    parts = train.losses(m(batch, 8), batch, train.Config())
+    batch = whole(*eight_pairs(records, m.processor))
+    parts = train.losses(m([batch], 8), batch, train.Config())
     parts["loss"].backward()
     expected = gradients(m)
     assert len(expected) > 40 and parts["bal"] > 0
     assert expected.keys() >= {"adapter.router.weight", "backbone.model.visual.patch_embed.proj.weight"}
 
-    one, two = (torch.load(tmp_path / name, weights_only=True) for name in ("one rank", "two ranks"))
-    assert list(one) == list("012345678") and list(two) == list("01234")
-    for ranks, sizes in (("one rank", one), ("two ranks", two)):
-        for size, grads in sizes.items():
-            what = f"{ranks}, micro-batches of {size}"
+    kept = {way: torch.load(tmp_path / way, weights_only=True) for way in ways}
+    counts = {way: [grads.pop("micro-batches").tolist() for grads in kept[way].values()] for way in ways}
+    assert counts["one"][0] == [1] and counts["one"][-1] == [len(batch["ids"])]
+    assert counts["copies"] == counts["shards"] and any(one != other for one, other in counts["copies"])
+    for way in ways:
+        for size, grads in kept[way].items():
+            what = f"{way}, {size} columns at a time"
             assert_close(grads.pop("bal"), parts["bal"].detach(), f"{what}: balance loss", 1e-12)
             gen = grads.pop("gen")
-            if ranks == "one rank":  # of two each has its share
+            if way == "one":  # of two ranks each has its share
                 assert_close(gen, parts["gen"].detach(), f"{what}: InfoNCE", 1e-12)
             assert grads.keys() == expected.keys()
             for name, g in expected.items():
@@ -916,7 +921,7 @@ def test_two_ranks_by_torchrun_train_the_weights_of_one(world, tmp_path):
     run("train.py", "--out", tmp_path / "one", *flags)
     done = torchrun(2, "train.py", "--out", tmp_path / "two", *flags)
     assert "global contrastive batch 4 = 2 ranks x 2" in done.stdout and "deprecated" not in done.stderr
-    run_ranks(2, "train.py", "--out", tmp_path / "shards", "--fsdp", "--micro_batch", 1, *flags)
+    run_ranks(2, "train.py", "--out", tmp_path / "shards", "--fsdp", "--micro_tokens", 99, *flags)
     one, two, shards = (log(tmp_path / name) for name in ("one", "two", "shards"))
     assert [r["stage"] for r in one] == [r["stage"] for r in two] == [r["stage"] for r in shards]
     latest = Progress(Curriculum(1, 4, last_stage=0.05, gate=99), 38).entry[1]

@@ -2,7 +2,7 @@
 
     python train.py                                                turtle world, tiny preset, a laptop
     python train.py --data pairs.jsonl                             your pairs, tiny preset, from scratch
-    torchrun --nproc_per_node=8 train.py --data pairs.jsonl --preset qwen2vl_2b --micro_batch 8
+    torchrun --nproc_per_node=8 train.py --data pairs.jsonl --preset qwen2vl_2b --micro_tokens 32768
 
 Writes OUT/checkpoint (for Plume.from_pretrained, eval.py --ckpt and --resume) and OUT/log.jsonl, one object a
 step.  Ctrl-C finishes the step, writes a checkpoint and stops.
@@ -98,8 +98,8 @@ class Config:  # --help prints the comments
     reset_moments: bool = False  # forget AdamW's moments when the stage changes
     # optimization
     global_batch: int = 32  # pairs in one contrastive batch, over all ranks; part of the recipe
-    micro_batch: int = 0  # pairs that a rank runs through the model at a time: memory, not recipe;
-    #     0: its whole share of the global batch
+    micro_tokens: int = 0  # columns that a rank runs through the model at a time, a visual token counts
+    #     twice: memory, not recipe; 0: its whole share of the global batch
     epochs: float = 1.5  # passes over the data; ignored when --steps is given
     steps: int = 0  # optimizer steps; 0: from --epochs
     lr: float = 2e-3  # peak learning rate for the tiny preset in turtle world;
@@ -227,7 +227,7 @@ def train(cfg, given, curriculum, device, dtype):
     parallel = model
     if world > 1 and not cfg.fsdp:
         parallel = ddp(model)
-    batches = Batches(pairs, model.processor, curriculum, cfg.skip_bad, cfg.micro_batch)
+    batches = Batches(pairs, model.processor, curriculum, cfg.skip_bad, cfg.micro_tokens)
     sampler = StepSampler(schedule, progress, start, rank, world)
     ahead = iter(data_loader(batches, sampler, cfg.workers, device))  # held until `end_workers`
     log, stop = Log(cfg, config, start, steps), StopOnSignal()
@@ -270,6 +270,7 @@ def train(cfg, given, curriculum, device, dtype):
         reached = progress.stages[progress.place(step)].index
         row = dict(step=step, reached=reached, stage=stage.index, K=stage.latent_steps, answer=stage.answer,
                    dataset=batch["dataset"], lr=rate, **metrics, cut=total["cut"], bad=total["bad"],
+                   padding=1 - total["real"] / total["columns"],
                    ms=took * 1e3, wait=wait / took, pairs_per_s=cfg.global_batch / took)
         log.write(row, batch["bad"], parts, shown=entered or last or step % cfg.log_every == 0)
         if last or (step + 1) % cfg.save_every == 0 or progress.place(step + 1) != progress.place(step):
@@ -367,50 +368,48 @@ def backward(model, batch, cfg, autocast):
     back-propagates the loss's gradient with respect to its outputs.
     """
     micro, device = batch["micro"], next(model.parameters()).device
+    if cfg.micro_tokens and dist.is_initialized():  # the model waits there for the other ranks: as often on all
+        micro = micro + [batch["blank"]] * (max(all_gather_objects(len(micro))) - len(micro))
     several = len(micro) > 1
 
-    def forward(part):
+    def forward(groups):
         with autocast:
-            return model(to_device(part, device), batch["stage"].latent_steps)
+            return model([to_device(group, device) for group in groups], batch["stage"].latent_steps)
 
     gpus = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(gpus, enabled=several), torch.set_grad_enabled(not several):
-        outs = [forward(part) for part in micro]
+        outs = [forward(groups) for groups in micro]
     leaves = tree_map(lambda x: x.detach().requires_grad_(), outs)
-    whole = to_device({name: batch[name] for name in ("query", "target", "valid", "negative_at")}, device)
-    parts = losses(join_micro_batches(leaves, [part["pairs"] for part in micro]), whole, cfg)
+    names = ("query", "target", "valid", "negative_at", "order")
+    whole = to_device({name: batch[name] for name in names}, device)
+    parts = losses(join_micro_batches(leaves, whole["order"]), whole, cfg)
     parts["loss"].backward()
-    for i, part in enumerate(micro):
+    for i, groups in enumerate(micro):
         # copies (DDP) average gradients once a step; shards each micro-batch's at once: less memory
         later = isinstance(model, DistributedDataParallel) and i + 1 < len(micro)
         with model.no_sync() if later else nullcontext():
-            out = forward(part) if several else outs[i]
+            out = forward(groups) if several else outs[i]
             both = zip(tree_leaves(out), tree_leaves(leaves[i]))
             used = [(x, leaf.grad) for x, leaf in both if x.requires_grad and leaf.grad is not None]
             torch.autograd.backward(*zip(*used))
     return parts
 
 
-def join_micro_batches(outs, sizes):
+def join_micro_batches(outs, order):
     """Outputs of micro-batches as those of one batch: all queries, all targets, all hard negatives.
 
-    sizes: pairs in each micro-batch.  What is counted by token stays as it comes.
+    order: their places among the rows of all micro-batches.  What is counted by token stays as it comes.
     """
-    pairs, tokens = {}, {}
-    for name in outs[0]["per_pair"]:
-        rows = [out["per_pair"][name] for out in outs]
-        cut = [x.split([b, b, len(x) - 2 * b]) for x, b in zip(rows, sizes)]
-        pairs[name] = torch.cat([part for kind in zip(*cut) for part in kind])
-    for name in outs[0]["per_token"]:
-        tokens[name] = torch.cat([out["per_token"][name] for out in outs])
-    return dict(per_pair=pairs, per_token=tokens)
+    out = tree_map(lambda *parts: torch.cat(parts), *outs)
+    return dict(out, per_pair={name: rows[order] for name, rows in out["per_pair"].items()})
 
 
 def batch_counts(batch):
-    """On this rank: tokens that `gate_loss` counts, micro-batches with media, tokens cut off, bad records."""
-    gated = sum(len(part["gate_at"]) for part in batch["micro"])
-    media = [part for part in batch["micro"] if part["pixels"] is not None]
-    return dict(gated=gated, media=len(media), cut=batch["cut"], bad=len(batch["bad"]))
+    """Of this rank: tokens that `gate_loss` counts, groups with media, tokens cut off, bad records, columns."""
+    groups = [group for part in batch["micro"] for group in part]
+    gated, media = sum(len(group["gate_at"]) for group in groups), sum(g["pixels"] is not None for g in groups)
+    return dict(gated=gated, media=media, cut=batch["cut"], bad=len(batch["bad"]),
+                columns=batch["columns"], real=batch["real"])
 
 
 # ---- data
@@ -574,5 +573,5 @@ if __name__ == "__main__":
     try:
         command(main)
     except torch.OutOfMemoryError as e:
-        sys.exit(f"error: out of memory: {str(e).splitlines()[0]} Lower --micro_batch; then --checkpointing, "
+        sys.exit(f"error: out of memory: {str(e).splitlines()[0]} Lower --micro_tokens; then --checkpointing, "
                  "--fsdp on several ranks, a lower --max_pixels; python -m tools.dry_run tells what it takes")

@@ -20,7 +20,7 @@ STATE = {"step", "ranks", "optimizer", "progress", "config", "kept"}  # the keys
 # May differ when a run goes on: they do not change the result, but for rounding
 FREE_ON_RESUME = (
     "resume", "out", "media", "workers", "save_every", "until", "keep", "log_every", "wandb", "tensorboard",
-    "device", "checkpointing", "micro_batch", "fsdp")
+    "device", "checkpointing", "micro_tokens", "fsdp")
 
 
 def save(cfg, model, optimizer, state, saved, kept, card):

@@ -1,6 +1,8 @@
-"""train.backward of one global batch, in micro-batches of every size; started and compared by test_plume.py.
+"""train.backward of one global batch, in micro-batches of several sizes; started by test_plume.py.
 
-    python tests/gradients.py RANKS RECORDS OUT       saves for every size the gradients and losses of rank 0
+    python tests/gradients.py WAY RECORDS OUT    saves of rank 0 the gradients and losses by --micro_tokens
+
+WAY: one (process), copies or shards (on two ranks).
 """
 
 import contextlib
@@ -8,25 +10,35 @@ import sys
 
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import train
-from test_plume import batch_of_eight, make_model
+from engine.ranks import all_gather, rank_and_world
+from test_plume import eight_pairs, make_model
 
-ranks, records, out = int(sys.argv[1]), sys.argv[2], sys.argv[3]
-model, rank = make_model(), 0
-net = model
+way, records, out = sys.argv[1:]
+rank, ranks, _ = rank_and_world()
+model = net = make_model()
 if ranks > 1:
     dist.init_process_group("gloo")
-    rank, net = dist.get_rank(), DistributedDataParallel(model)
+if way == "copies":
+    net = DistributedDataParallel(model)
+elif way == "shards":
+    fully_shard(model, mesh=init_device_mesh("cpu", (ranks,)))
 
 kept = {}
-for size in range(8 // ranks + 1):  # 0: not cut
-    batch = batch_of_eight(records, model.processor, rank, ranks, size)
-    parts = train.backward(net, batch, train.Config(), contextlib.nullcontext())
+for size in (0, 600, 400, 160, 1):  # 0: all at once; 1: row by row
+    batches, job = eight_pairs(records, model.processor, rank, ranks, size)
+    batch = batches[job]
+    parts = train.backward(net, batch, train.Config(micro_tokens=size), contextlib.nullcontext())
     grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    if way == "shards":
+        grads = {name: grad.full_tensor() for name, grad in grads.items()}
     losses = {name: torch.as_tensor(parts[name]).detach() for name in ("bal", "gen")}
-    kept[str(size)] = grads | losses
+    counts = all_gather(torch.tensor(len(batch["micro"])))
+    kept[str(size)] = grads | losses | {"micro-batches": counts}
     model.zero_grad()
 if rank == 0:
     torch.save(kept, out)

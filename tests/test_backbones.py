@@ -197,8 +197,8 @@ def test_frozen_vision_still_trains_all_its_mergers():
 def test_training_goes_through_the_command_line_and_shards_on_two_ranks_train_as_one_process(tmp_path):
     flags = ["--shape", "tiny3", "--steps", 4, "--segments", 2, "--global_batch", 8, "--workers", 0,
              "--gate", 0, "--checkpointing", "true"]
-    run("train.py", *flags, "--out", tmp_path / "one", "--micro_batch", 4)
-    run_ranks(2, "train.py", *flags, "--fsdp", "--micro_batch", 2, "--out", tmp_path / "two")
+    run("train.py", *flags, "--out", tmp_path / "one", "--micro_tokens", 600)
+    run_ranks(2, "train.py", *flags, "--fsdp", "--micro_tokens", 300, "--out", tmp_path / "two")
     one, two = (log(tmp_path / name) for name in ("one", "two"))
     assert max(row["K"] for row in one) == 2
     for name in ("ce", "gen", "disc", "read", "norm"):

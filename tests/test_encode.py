@@ -194,9 +194,9 @@ def wrap(m, name):
 def test_a_module_whose_weight_is_read_must_not_be_wrapped(name):
     m = make_model()
     batch = collate(rendered(m, ["red"]), m.processor)
-    m(batch, 2)  # seen once without
+    m([batch], 2)  # seen once without
     wrap(m, name)
-    for run in (lambda: m(batch, 2), lambda: m.embed(batch), lambda: m.encode(["red"])):
+    for run in (lambda: m([batch], 2), lambda: m.embed(batch), lambda: m.encode(["red"])):
         with pytest.raises(DataError, match=f"^{name}, a Wrapped: .*no gradient.*target_modules.*merge"):
             run()
 
@@ -298,7 +298,7 @@ def test_gradients_of_embed_are_those_of_a_training_pass(mode, name, world):
     for checkpointing in (False, True):
         m.checkpointing = checkpointing
         vectors, _ = m.embed(batch, mode)
-        for output in (vectors, m(batch, 8)["per_pair"][name]):
+        for output in (vectors, m([batch], 8)["per_pair"][name]):
             m.zero_grad()
             output.sin().sum().backward()
             found.append(dict(gradients(m), output=output.detach()))

@@ -23,7 +23,7 @@ from files.records import Pairs
 from latent import decoder, prefill, rollout
 from model import Plume
 from test_plume import (
-    assert_close, batch_of_eight, FINAL, gradients, make_model, mixed_items, our_rollout, rendered, whole)
+    assert_close, eight_pairs, FINAL, gradients, make_model, mixed_items, our_rollout, rendered, whole)
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 
@@ -202,9 +202,9 @@ def take_hot_path(m, batch, pairs, modes, casts=False):
         for mode in modes:
             vectors, _ = m.embed(batch, mode, limit=4)
             assert vectors.shape == (6, 128) and vectors.dtype == torch.float32
-    for micro_batch in (0, 3):  # in one piece; by GradCache
+    for micro_tokens in (0, 300):  # in one piece; by GradCache
         m.zero_grad()
-        parts = train.backward(m, pairs[micro_batch], train.Config(), autocast())
+        parts = train.backward(m, pairs[micro_tokens], train.Config(), autocast())
         assert parts["loss"].shape == ()
         assert all(p.grad.shape == p.shape for p in m.parameters())
 
@@ -213,7 +213,11 @@ def take_hot_path(m, batch, pairs, modes, casts=False):
 def hot_path(world):
     """Mixed items as a batch, and the same pairs in one micro-batch and in several."""
     m = make_model()
-    pairs = {n: batch_of_eight(world / "train.jsonl", m.processor, micro_batch=n) for n in (0, 3)}
+    pairs = {}
+    for micro_tokens in (0, 300):
+        batches, job = eight_pairs(world / "train.jsonl", m.processor, micro_tokens=micro_tokens)
+        pairs[micro_tokens] = batches[job]
+    assert [len(batch["micro"]) for batch in pairs.values()] == [1, 3]
     return collate(rendered(m, mixed_items(world)), m.processor), pairs
 
 
@@ -243,7 +247,7 @@ def test_the_hot_path_under_autocast_never_asks_the_device_a_question(hot_path, 
     m = make_model().float()._apply(fake.from_tensor)
     batch, pairs = hot_path
     with fake:
-        pairs = {n: dict(faked(b), micro=[faked(part) for part in b["micro"]]) for n, b in pairs.items()}
+        pairs = {n: dict(faked(b), micro=[[faked(group) for group in part] for part in b["micro"]]) for n, b in pairs.items()}
         take_hot_path(m, faked(batch), pairs, ("single", "latent"), casts=True)  # on a CPU cot asks
         with pytest.raises(DataDependentOutputException):
             m.adapter.w2.max().item()  # what such a question would lead to
@@ -259,12 +263,12 @@ def test_bfloat16_is_close_to_float32(world, tmp_path):
 
     # and the way of training: float32 weights, bfloat16 compute, recomputed activations
     losses, pairs = [], Pairs(str(world / "train.jsonl"))
-    batch = whole(Batches(pairs, m.processor, Curriculum())[0, FINAL, np.array([1, 3, 5])])
+    batch = whole(Batches(pairs, m.processor, Curriculum()), (0, FINAL, np.array([1, 3, 5])))
     for casts in (False, True):
         m.zero_grad()
         m.checkpointing = casts
         with torch.autocast("cpu", torch.bfloat16, enabled=casts):
-            out = m(batch, 8)
+            out = m([batch], 8)
         losses.append(train.losses(out, batch, train.Config())["loss"])
         losses[-1].backward()
         assert all(g.isfinite().all() and g.dtype == torch.float32 for g in gradients(m).values())

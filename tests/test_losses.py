@@ -7,12 +7,14 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._pytree import tree_leaves
 
 import model as plume_model
 import train
 from adapter import balance_loss
 from curriculum import Curriculum, Progress, Stage
-from data import Batches, Schedule, StepSampler
+from data import (
+    Batches, best_cut, columns_of, fill_micro_batches, group_by_length, Schedule, StepSampler)
 from engine import ranks
 from files.errors import DataError
 from files.records import Pairs
@@ -64,6 +66,48 @@ def test_ranks_split_the_global_batch_and_resuming_skips_nothing():
         assert (step, stage, rows.tolist()) == (step_a, stage_a, a.tolist())
 
 
+def test_rows_are_grouped_with_as_little_padding_as_said_and_each_is_in_one_group():
+    random = np.random.default_rng(0)
+    for n in (1, 2, 7, 64, 500):
+        for low, high in ((1, 2), (30, 40), (1, 400)):
+            lengths = random.integers(low, high, (n, 2))
+            groups = group_by_length(lengths)
+            assert sorted(np.concatenate(groups)) == list(range(n))
+            computed = sum(len(g) * (lengths[g, 0].max() + lengths[g, 1].max()) for g in groups)
+            assert computed == sum(columns_of(lengths[g]) for g in groups)
+            assert lengths.sum() >= 0.95 * computed
+            longest = [lengths[g].sum(1).max() for g in groups]
+            assert longest == sorted(longest, reverse=True)
+    assert len(group_by_length(np.array([[300, 20], [299, 20], [30, 20], [31, 20]]))) == 2
+
+
+def test_a_group_is_cut_where_it_saves_most():
+    """Against all cuts of a sorted column."""
+    random = np.random.default_rng(1)
+    for _ in range(20):
+        lengths = random.integers(1, 50, (9, 2))
+        every = []
+        for column in (0, 1):
+            order = lengths[:, column].argsort(kind="stable")
+            every += [columns_of(lengths[order[:k]]) + columns_of(lengths[order[k:]]) for k in range(1, 9)]
+        saved, *halves = best_cut(lengths)
+        assert saved == columns_of(lengths) - min(every)
+        assert sum(columns_of(lengths[half]) for half in halves) == min(every)
+    assert best_cut(np.array([[3, 4], [3, 4]])) == (0,)
+
+
+def test_micro_batches_are_full_and_not_over():
+    lengths = np.array([[300, 20]] * 3 + [[40, 10]] * 5 + [[2000, 10]])
+    visual = np.array([250] * 3 + [0] * 5 + [1900])
+    groups = [np.array([8]), np.array([0, 1, 2]), np.arange(3, 8)]
+    assert fill_micro_batches(groups, lengths, visual, 0) == [groups]
+    micro = fill_micro_batches(groups, lengths, visual, 1250)
+    # 3,910 is more than fits, and alone; 2 * 570 fit; 570 and 5 * 50, too
+    assert [[part.tolist() for part in groups] for groups in micro] == [[[8]], [[0, 1]], [[2], [3, 4, 5, 6, 7]]]
+    micro = fill_micro_batches(groups, lengths, visual, 1)
+    assert [[part.tolist() for part in groups] for groups in micro] == [[[i]] for i in (8, *range(8))]
+
+
 def test_workers_write_the_text_of_the_step_they_prefetch_for(model, world):
     pairs = Pairs(str(world / "train.jsonl"))
     batches = Batches(pairs, model.processor, Curriculum())
@@ -72,13 +116,14 @@ def test_workers_write_the_text_of_the_step_they_prefetch_for(model, world):
     ahead = dict(num_workers=2, prefetch_factor=6)
     one = torch.utils.data.DataLoader(batches, batch_size=None, sampler=sampler, num_workers=0)
     two = torch.utils.data.DataLoader(batches, batch_size=None, sampler=sampler, **ahead)
-    for a, b in zip(map(whole, one), map(whole, two)):
+    for a, b in zip(one, two, strict=True):
         assert a["step"] == b["step"]
         assert a["stage"] == b["stage"] == progress.stage(a["step"])
-        assert all(torch.equal(value, b[name]) for name, value in a.items() if torch.is_tensor(value))
+        tensors = [[x for x in tree_leaves(batch) if torch.is_tensor(x)] for batch in (a, b)]
+        assert len(tensors[0]) > 20 and all(map(torch.equal, *tensors))
         row = sampler.schedule[a["step"]][0]
         assert a["dataset"] == pairs.names[pairs.dataset[row]]
-        assert len(a["target"]) == 4 and len(a["ids"]) == 8
+        assert len(a["target"]) == 4 and len(a["order"]) == 8
 
 
 def test_a_medium_that_breaks_while_training_is_named_and_in_no_loss(model, world, tmp_path):
@@ -91,12 +136,12 @@ def test_a_medium_that_breaks_while_training_is_named_and_in_no_loss(model, worl
     with pytest.raises(DataError, match="record 3: qry: .*torn.png"):
         Batches(pairs, m.processor, curriculum)[0, FINAL, np.arange(4)]
 
-    batch = whole(Batches(pairs, m.processor, curriculum, skip_bad=True)[0, FINAL, np.arange(4)])
+    batch = whole(Batches(pairs, m.processor, curriculum, skip_bad=True), (0, FINAL, np.arange(4)))
     assert len(batch["bad"]) == 1 and "record 3" in batch["bad"][0]
     assert batch["valid"][:, 0].tolist() == [True, True, False, True]
-    good = whole(Batches(pairs, m.processor, curriculum)[0, FINAL, np.array([0, 1, 3])])
-    parts = train.losses(m(batch, 8), batch, train.Config())
-    for name, value in train.losses(m(good, 8), good, train.Config()).items():
+    good = whole(Batches(pairs, m.processor, curriculum), (0, FINAL, np.array([0, 1, 3])))
+    parts = train.losses(m([batch], 8), batch, train.Config())
+    for name, value in train.losses(m([good], 8), good, train.Config()).items():
         assert_close(parts[name], value, name, 1e-6)
 
 
@@ -117,10 +162,10 @@ def test_hard_negatives_are_candidates_of_every_query_but_those_whose_target_the
     m, pairs = make_model(), Pairs(str(world / "hard.jsonl"))
     assert pairs.names == ["hard"] and pairs.negatives == 3
     rows = np.array([0, 1, 2, 3, 5])
-    batch = whole(Batches(pairs, m.processor, Curriculum(last_stage=1.0))[0, FINAL, rows])
+    batch = whole(Batches(pairs, m.processor, Curriculum(last_stage=1.0)), (0, FINAL, rows))
     assert batch["valid"].sum(1).tolist() == [1, 2, 3, 1, 4]
     assert len(batch["ids"]) == 5 + 5 + 6
-    out = m(batch, 8)
+    out = m([batch], 8)
     parts = train.losses(out, batch, train.Config())
     names = [[side.key() for side in pairs[i][1:]] for i in rows]
     assert names[2][1] == names[3][0] and names[4][1] == names[4][0]  # another's target, its own
@@ -141,7 +186,7 @@ def test_the_text_of_hard_negatives_is_in_no_loss(world, tmp_path):
         write_lines(tmp_path / name, [record(qry=sides[i], pos=sides[i + 2], **more) for i in range(2)])
     m, found = make_model(), []
     for name in ("hard", "plain"):
-        batches = Batches(Pairs(str(tmp_path / name)), m.processor, Curriculum(), micro_batch=1)
+        batches = Batches(Pairs(str(tmp_path / name)), m.processor, Curriculum(), micro_tokens=99)
         batch = batches[0, Stage(2, 4, True), np.arange(2)]
         assert train.batch_counts(batch)["gated"] == 4
         found.append(train.backward(m, batch, train.Config(), contextlib.nullcontext()))
@@ -156,8 +201,8 @@ def test_pairs_of_one_query_are_no_negatives_of_each_other_with_hard_negatives(t
     rows = [("x", ["y", "v"]), ("y", ["w"]), ("x", []), ("z", ["b", "x", "z"])]
     write_lines(tmp_path / "t.jsonl", [record(qry=q, pos=p, neg=n) for q, (p, n) in zip(spelled, rows)])
     m, pairs = make_model(), Pairs(str(tmp_path / "t.jsonl"))
-    batch = whole(Batches(pairs, m.processor, Curriculum())[0, FINAL, np.arange(4)])
-    out, names = m(batch, 8), [[p, *n] for p, n in rows]
+    batch = whole(Batches(pairs, m.processor, Curriculum()), (0, FINAL, np.arange(4)))
+    out, names = m([batch], 8), [[p, *n] for p, n in rows]
     parts = train.losses(out, batch, train.Config(matryoshka="32"))
     for name, vectors in (("gen", out["per_pair"]["gen"]), ("disc", out["per_pair"]["disc"]),
                           ("matryoshka", F.normalize(out["per_pair"]["gen"][:, :32], dim=-1))):
@@ -169,8 +214,8 @@ def test_pairs_of_one_query_are_no_negatives_of_each_other_with_hard_negatives(t
 
 def test_the_losses_copy_no_number_to_the_device(world):
     m, pairs = make_model(), Pairs(str(world / "hard.jsonl"))
-    batch = whole(Batches(pairs, m.processor, Curriculum())[0, FINAL, np.arange(4)])
-    out, waits = m(batch, 8), AssertionError("the device would be waited for")
+    batch = whole(Batches(pairs, m.processor, Curriculum()), (0, FINAL, np.arange(4)))
+    out, waits = m([batch], 8), AssertionError("the device would be waited for")
     with mock.patch.object(torch, "tensor", side_effect=waits):
         train.losses(out, batch, train.Config(matryoshka="32"))
 
@@ -191,8 +236,8 @@ def test_buffers_are_not_sent_in_the_words_of_this_torch(torch_has, sent, monkey
 
 def test_matryoshka_is_the_same_loss_on_the_first_components(world):
     m, pairs = make_model(), Pairs(str(world / "hard.jsonl"))
-    batch = whole(Batches(pairs, m.processor, Curriculum())[0, FINAL, np.array([0, 3])])
-    out = m(batch, 8)
+    batch = whole(Batches(pairs, m.processor, Curriculum()), (0, FINAL, np.array([0, 3])))
+    out = m([batch], 8)
     plain, cut = (train.losses(out, batch, train.Config(matryoshka=sizes)) for sizes in ("", "16,100"))
     names = [[side.key() for side in pairs[i][1:]] for i in (0, 3)]
     expected = 0
@@ -206,8 +251,8 @@ def test_matryoshka_is_the_same_loss_on_the_first_components(world):
 def test_micro_batches_replay_their_random_state(world):
     m, pairs = make_model(), Pairs(str(world / "train.jsonl"))
     m.adapter.ln.register_forward_hook(lambda module, args, out: F.dropout(out, 0.2))
-    batch = Batches(pairs, m.processor, Curriculum(), micro_batch=2)[1, FINAL, np.arange(5)]
-    assert [len(part["ids"]) for part in batch["micro"]] == [4, 4, 2]
+    batch = Batches(pairs, m.processor, Curriculum(), micro_tokens=200)[1, FINAL, np.arange(5)]
+    assert len(batch["micro"]) == 3
 
     torch.manual_seed(0)
     train.backward(m, batch, train.Config(), contextlib.nullcontext())
@@ -216,13 +261,7 @@ def test_micro_batches_replay_their_random_state(world):
     m.zero_grad()
     torch.manual_seed(0)
     outs = [m(part, 8) for part in batch["micro"]]  # in one graph
-    per_pair, per_token = {}, {}
-    for name in outs[0]["per_pair"]:
-        halves = [out["per_pair"][name].chunk(2) for out in outs]  # queries and targets of each
-        per_pair[name] = torch.cat([q for q, _ in halves] + [p for _, p in halves])
-    for name in outs[0]["per_token"]:
-        per_token[name] = torch.cat([out["per_token"][name] for out in outs])
-    joined = dict(per_pair=per_pair, per_token=per_token)
+    joined = train.join_micro_batches(outs, batch["order"])
     train.losses(joined, batch, train.Config())["loss"].backward()
     for name, g in gradients(m).items():
         assert_close(grads[name], g, name, 1e-9 * g.abs().max().item())

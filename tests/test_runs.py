@@ -293,7 +293,7 @@ def test_a_place_where_nothing_can_be_written_is_refused_before_data_are_read(on
 
 
 def test_a_killed_rank_costs_nothing_and_shards_go_on_as_copies_and_back(on_world, tmp_path):
-    flags = [*on_world, "--steps=12", "--save_every=4", "--micro_batch=2", "--global_batch=8", "--segments=1",
+    flags = [*on_world, "--steps=12", "--save_every=4", "--micro_tokens=200", "--global_batch=8", "--segments=1",
              "--gate=0", "--replay=0", "--keep=9", "--checkpointing"]
     whole, killed, copies, back = (tmp_path / name for name in ("whole", "killed", "copies", "back"))
     run_ranks(2, *flags, "--fsdp", "--out", whole)
@@ -337,7 +337,7 @@ def test_what_no_rank_uses_is_not_moved(tmp_path):
     texts = [[dict(conversations=turns(f"{side} {i}")) for side in ("question", "answer")] for i in range(8)]
     write_lines(file, [record(qry=query, pos=target) for query, target in texts])
     flags = ["train.py", "--data", file, "--steps=3", "--segments=1", "--last_stage=0.3", "--gate=0",
-             "--micro_batch=2", "--weight_decay=9", *QUICK, "--global_batch=8", "--out"]
+             "--micro_tokens=200", "--weight_decay=9", *QUICK, "--global_batch=8", "--out"]
     run_ranks(2, *flags, tmp_path / "out")
     run_ranks(2, *flags, tmp_path / "shards", "--fsdp")
     assert [r["K"] for r in log(tmp_path / "out")] == [0] * 3
@@ -357,7 +357,7 @@ def test_the_paper_s_preset_and_hit_at_1_on_held_out_pairs(world, tmp_path):
     file.write_text("\n".join(lines + lines))  # 48 pairs: 4 are held out
     flags = ["train.py", "--preset=qwen2vl_2b", "--init", tmp_path / "ck", "--data", file, "--media", world,
              "--steps=4", "--dtype=float32", *QUICK, "--global_batch=8", "--eval_every=2"]
-    printed = run(*flags, "--out", one, "--micro_batch=3").stdout
+    printed = run(*flags, "--out", one, "--micro_tokens=300").stdout
     assert "4 pairs are held out" in printed and "48 pairs in 2 data sets" in printed
     config, preset = state_of(one / "checkpoint")["config"], train.PRESETS["qwen2vl_2b"]
     given = dict(init=str(tmp_path / "ck"), dtype="float32", global_batch=8, lr=2e-3)
@@ -472,7 +472,7 @@ def test_too_little_memory_is_an_error_that_says_what_helps(on_world, tmp_path, 
     monkeypatch.setattr(torch.optim.AdamW, "step", too_much)
     flags = ["--steps=2", "--workers=0", "--device=cpu", f"--out={tmp_path}"]
     monkeypatch.setattr(sys, "argv", [*map(str, on_world), *flags])
-    with pytest.raises(SystemExit, match="out of memory.*Lower --micro_batch.*tools.dry_run"):
+    with pytest.raises(SystemExit, match="out of memory.*Lower --micro_tokens.*tools.dry_run"):
         runpy.run_path(str(HERE / "train.py"), run_name="__main__")
 
 

@@ -1,7 +1,7 @@
 """What a training run would take: memory and time of the heaviest of 256 pairs, in every stage.
 
-    python -m tools.dry_run --data pairs.jsonl --preset qwen2vl_2b --micro_batch 8  train.py's flags
-    python -m tools.dry_run --preset qwen2vl_2b --device meta               shapes alone, anywhere
+    python -m tools.dry_run --data pairs.jsonl --preset qwen2vl_2b --micro_tokens 32768  train.py's flags
+    python -m tools.dry_run --preset qwen2vl_2b --device meta                    shapes alone, anywhere
 """
 
 import engine.threads  # before torch
@@ -37,23 +37,33 @@ def fused_attention(q, k, v, **more):
 
 
 def heaviest(cfg, pairs, batches, stage):
-    """The numbers of the pairs of a micro-batch: those with most tokens of 256 drawn at random."""
-    size = cfg.micro_batch or cfg.global_batch
-    drawn = np.random.default_rng(cfg.seed).permutation(len(pairs))[: max(256, size)]
-    tokens = []
+    """The numbers of those of 256 pairs drawn at random that have most tokens: they fill a micro-batch."""
+    drawn = np.random.default_rng(cfg.seed).permutation(len(pairs))[: max(256, cfg.global_batch)]
+    columns = []
     for i in tqdm(drawn, desc="pairs drawn", unit="pair"):
-        (part,) = batches[0, stage, [i]]["micro"]
-        tokens.append(part["lengths"].sum().item())
-    heavy = drawn[np.argsort(tokens, kind="stable")[::-1][:size]]
-    print(f"one micro-batch of {len(heavy)} pairs, the heaviest of {len(drawn)} drawn: for each stage what "
-          "stays for the backward pass, and the most")
-    return heavy
+        columns.append(batches[0, stage, [i]]["real"])
+    order = np.argsort(columns, kind="stable")[::-1][: cfg.global_batch]
+    if cfg.micro_tokens:
+        order = order[: 1 + np.searchsorted(np.cumsum(np.sort(columns)[::-1]), cfg.micro_tokens)]
+    print(f"the first micro-batch of the {len(order)} pairs that have most tokens of {len(drawn)} drawn: for "
+          "each stage what stays for the backward pass, and the most")
+    return drawn[order]
+
+
+def size_of(groups, stage):
+    """-> the columns of a micro-batch, and the share of them that is padding."""
+    columns = real = 0
+    for group in groups:
+        rows, P = group["ids"].shape
+        columns += rows * (P + stage.latent_steps + group["suffix"].shape[1])
+        real += int((group["lengths"] + stage.latent_steps + group["gen"] + 1).sum())
+    return columns, 1 - real / columns
 
 
 def dry_run(cfg, model, pairs, curriculum, autocast, dtype):
     """What a rank needs: bytes of weights, gradients, moments, and what a micro-batch adds in every stage."""
     meta = model.device.type == "meta"
-    batches = Batches(pairs, model.processor, curriculum, cfg.skip_bad)
+    batches = Batches(pairs, model.processor, curriculum, cfg.skip_bad, cfg.micro_tokens)
     every, trained = count_parameters(model), count_parameters(model, trained=True)
     print(f"weights {4 * every / GIB:,.3f} GiB, gradients {4 * trained / GIB:,.3f} GiB, AdamW's moments "
           f"{8 * trained / GIB:,.3f} GiB, all float32")
@@ -62,25 +72,25 @@ def dry_run(cfg, model, pairs, curriculum, autocast, dtype):
         model.to(dtype)
     for p in model.parameters():
         p.grad = torch.zeros_like(p) if p.requires_grad else None
-    print("stage  latent steps  tokens of a side  patches  kept, GiB  peak, GiB", "" if meta else "seconds")
+    print("stage  latent steps  columns  padding  patches  kept, GiB  peak, GiB", "" if meta else "seconds")
     attention = nullcontext()
     if meta:
         attention = mock.patch.object(F, "scaled_dot_product_attention", fused_attention)
     most = 0
     for stage in curriculum.stages:
-        (part,) = batches[0, stage, heavy]["micro"]
-        tokens = part["lengths"].max().item()
-        patches = 0 if part["pixels"] is None else len(part["pixels"])
-        part, begun = to_device(part, model.device), time.perf_counter()
+        groups = batches[0, stage, heavy]["micro"][0]
+        columns, padding = size_of(groups, stage)
+        patches = sum(0 if group["pixels"] is None else len(group["pixels"]) for group in groups)
+        groups, begun = [to_device(group, model.device) for group in groups], time.perf_counter()
         with attention, bytes_counter(model.device) as live:
             with autocast:
-                out = model(part, stage.latent_steps)
+                out = model(groups, stage.latent_steps)
             kept = live.now
             sum(x.sum() for x in tree_leaves(out)).backward()
             del out
         most = max(most, live.peak)
-        print(f"{stage.index:5d}  {stage.latent_steps:12d}  {tokens:16d}  {patches:7d}  {kept / GIB:9.3f}  "
-              f"{live.peak / GIB:9.3f}", "" if meta else f"{time.perf_counter() - begun:7.2f}")
+        print(f"{stage.index:5d}  {stage.latent_steps:12d}  {columns:7d}  {padding:7.1%}  {patches:7d}  "
+              f"{kept / GIB:9.3f}  {live.peak / GIB:9.3f}", "" if meta else f"{time.perf_counter() - begun:7.2f}")
 
     state = 4 * every + 12 * trained
     if meta and dtype == torch.bfloat16:
@@ -96,7 +106,7 @@ def main(argv):
     cfg, given = parse_flags(train.Config, argv, __doc__)
     cfg = train.with_preset(cfg, given)
     if "WORLD_SIZE" in os.environ:
-        raise DataError("a dry run needs no torchrun: it runs one rank's micro-batch, of --micro_batch pairs")
+        raise DataError("a dry run needs no torchrun: it runs one rank's micro-batch, of --micro_tokens columns")
     if cfg.resume:
         raise DataError("--resume: a dry run starts nothing; give the run's other flags")
     curriculum = train_flags.check_flags(replace(cfg, device="", fsdp=False), 1)

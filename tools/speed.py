@@ -140,7 +140,7 @@ def training_step(model, batch, repeats):
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, fused=True)
 
     def step(ours):
-        vectors = model(batch, 8)["per_pair"]["gen"] if ours else one_by_one(model, rows, 8)
+        vectors = model([batch], 8)["per_pair"]["gen"] if ours else one_by_one(model, rows, 8)
         # every vector depends on all, as in a contrastive loss
         (10 * vectors @ vectors.T).logsumexp(-1).mean().backward()
         optimizer.step()
