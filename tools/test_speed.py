@@ -95,27 +95,27 @@ def test_a_latent_step_starts_no_more_kernels_than_it_did(model):
         assert kernels <= 24 + 46 * layers, texts
 
 
-ROW = re.compile(r" +\d+ +\d+ +\d+ +\d+ +[\d,.]+ +[\d.]+")  # of the table
+ROW = re.compile(r" +\d+ +\d+ +\d+ +[\d.]+% +\d+ +[\d,.]+ +[\d.]+")  # of the table
 
 
 def table(printed):
-    """stage, latent steps, tokens, patches, kept, peak (and seconds) of each row as numbers."""
-    lines = [line.replace(",", "").split() for line in printed.splitlines() if ROW.match(line)]
+    """stage, latent steps, columns, padding, patches, kept, peak (and seconds) of each row as numbers."""
+    lines = [re.sub("[,%]", "", line).split() for line in printed.splitlines() if ROW.match(line)]
     return np.array(lines, float)
 
 
 def test_dry_run_tells_what_a_run_would_take_and_writes_nothing(world, tmp_path):
-    flags = ["--data", world / "train.jsonl", "--out", tmp_path / "none", "--micro_batch=3", "--segments=2",
+    flags = ["--data", world / "train.jsonl", "--out", tmp_path / "none", "--micro_tokens=400", "--segments=2",
              "--latent_positions=mrope"]
     cpu, *others = [call("tools.dry_run", *flags, *more).stdout for more in (
         ["--device=cpu"], ["--device=cpu", "--checkpointing"], ["--device=meta"])]
     assert "24 pairs in 2 data sets: t2i 12 (" in cpu and "entered by step" in cpu  # as a run begins
     plain, recomputed, shapes = map(table, (cpu, *others))
     assert plain[:, :2].tolist() == [[0, 0], [1, 1], [2, 2], [2, 2]] and not (tmp_path / "none").exists()
-    assert (recomputed[:, 4] < 0.6 * plain[:, 4]).all() and (plain[:, 4] <= plain[:, 5]).all()
-    assert shapes[:, :4].tolist() == plain[:, :4].tolist()
+    assert (recomputed[:, 5] < 0.6 * plain[:, 5]).all() and (plain[:, 5] <= plain[:, 6]).all()
+    assert shapes[:, :5].tolist() == plain[:, :5].tolist()
     # GiB are printed to three digits
-    assert np.allclose(shapes[:, 4], plain[:, 4], rtol=0.05, atol=1.1e-3), (shapes, plain)
+    assert np.allclose(shapes[:, 5], plain[:, 5], rtol=0.05, atol=1.1e-3), (shapes, plain)
     count = int(re.search(r"([\d,]+) parameters", cpu)[1].replace(",", ""))
     size = float(re.search(r"weights ([\d.]+) GiB, gradients \1 GiB", cpu)[1])
     assert size == pytest.approx(4 * count / 2**30, abs=6e-4)
