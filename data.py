@@ -15,11 +15,9 @@ import re
 from typing import NamedTuple
 
 import numpy as np
-import tokenizers
 import torch
 from PIL import Image
 from torch.nn.utils.rnn import pad_sequence
-from transformers import PreTrainedTokenizerFast, Qwen2Tokenizer
 from transformers.models.glm4v.video_processing_glm4v import smart_resize as resize_clip
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
@@ -93,20 +91,6 @@ def fixed_strings(template):
     turns = template["turns"].replace("{system}", template["system"])
     text = "{}".join([turns, template["closing"], template["answer"]])
     return [piece for piece in re.split(r"<\|\w+\|>|<bot>|\{\w*\}", text) if piece.strip()]
-
-
-def train_tokenizer(texts, whole=(), size=8192):
-    """A byte-level BPE of at most `size` entries, split like Qwen2's; a string of `whole` is one token."""
-    backend, qwen = tokenizers.Tokenizer(tokenizers.models.BPE()), Qwen2Tokenizer().backend_tokenizer
-    backend.normalizer, backend.pre_tokenizer = qwen.normalizer, qwen.pre_tokenizer
-    backend.decoder = qwen.decoder
-    trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=size, special_tokens=list(SPECIAL), show_progress=False,
-        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet())
-    backend.train_from_iterator(texts, trainer)
-    backend.add_tokens([tokenizers.AddedToken(piece, normalized=False) for piece in whole])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend, eos_token="<|im_end|>", pad_token="<|endoftext|>")
 
 
 class VisualTokens(NamedTuple):

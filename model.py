@@ -22,8 +22,9 @@ from adapter import MAX_STEPS, TransitionAdapter
 from backbones.called import check_called
 from backbones.families import BACKBONES, facts_of, Limits, limits_of
 from backbones.shapes import SHAPES
+from backbones.tokens import train_tokenizer
 from backbones.vision import normalised, vision_features
-from data import fixed_strings, Processor, TEMPLATE, TEMPLATES, train_tokenizer
+from data import fixed_strings, Processor, SPECIAL, TEMPLATE, TEMPLATES
 from engine.ranks import pick_device, say
 from engine.stream import encoding, Spent
 from files.errors import DataError, quote, reason
@@ -192,7 +193,7 @@ class Plume(nn.Module):
         shape = SHAPES[shape]
         model_type = shape.get("backbone", "qwen2_vl")
         fixed = [*FIXED_STRINGS, SECONDS] if BACKBONES[model_type].time == "text" else FIXED_STRINGS
-        tokenizer = train_tokenizer(texts, fixed)
+        tokenizer = train_tokenizer(texts, SPECIAL, fixed)
         in_blocks_of_64 = -(-len(tokenizer) // 64) * 64
         text = dict(vocab_size=in_blocks_of_64, bos_token_id=None, eos_token_id=None) | shape["text"]
         special = {f"{name.replace('_pad', '')}_token_id": tokenizer.convert_tokens_to_ids(f"<|{name}|>")

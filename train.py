@@ -19,7 +19,6 @@ import time
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 
-import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -33,6 +32,7 @@ from adapter import balance_loss
 from curriculum import Progress
 from data import Batches, Schedule, StepSampler, to_device
 from engine.flags import command, parse_flags
+from engine.held_out import hit_at_1, readable_pairs
 from engine.lock import check_disk_space, exclusive_lock
 from engine.log import announce, Log
 from engine.ranks import (
@@ -524,49 +524,6 @@ def learning_rate(cfg, step, steps):
     if step < warm:
         return cfg.lr * (step + 1) / warm
     return cfg.lr * (0.1 + 0.45 * (1 + math.cos(math.pi * max(0, step - fall) / max(1, steps - fall))))
-
-
-# ---- held-out pairs
-def readable_pairs(cfg, pairs, rows, processor):
-    """The held-out rows whose media can be read; the first bad one is an error without --skip_bad."""
-    good = []
-    for i in rows:
-        sides = pairs[i]
-        try:
-            for side in sides:
-                processor.render(side)
-            good.append(i)
-        except DataError as e:
-            if not cfg.skip_bad:
-                raise
-            say("left out:", e)
-    if good:
-        targets = {pairs[i][1].key() for i in good}
-        say(f"{len(good)} pairs are held out; hit@1 by chance {1 / len(targets):.1%}")
-    elif cfg.eval_every:
-        raise DataError(f"--eval_every {cfg.eval_every}: a tenth of {len(pairs)} pairs leaves none to "
-                        "hold out that can be read, with all pairs of the same query; leave it out")
-    return good
-
-
-def hit_at_1(model, pairs, rows, autocast):
-    """hit@1 of the held-out queries against their targets: latent, or auto if the model says when it is done.
-
-    Any target that stands with the same query is right.  In auto a row may write as many tokens as the
-    longest rationale and answer there have, and 16 for the tags.  All ranks give the first one's number.
-    """
-    queries, targets = zip(*[pairs[i][:2] for i in rows])
-    _, first, gold = np.unique([target.key() for target in targets], return_index=True, return_inverse=True)
-    asked = [query.key() for query in queries]
-    right = set(zip(asked, gold))
-    mode = "auto" if model.says_when_done else "latent"
-    texts = [side.rationale + side.answer for side in (*queries, *targets)]
-    limit = 16 + max(map(len, model.processor.tokenizer(texts).input_ids))
-    with autocast:
-        q = model.encode(list(queries), mode, limit=limit)
-        t = model.encode([targets[i] for i in first], mode, limit=limit)
-    hit = float(np.mean([pair in right for pair in zip(asked, (q @ t.T).argmax(1))]))
-    return all_gather_objects(hit)[0] if dist.is_initialized() else hit
 
 
 if __name__ == "__main__":

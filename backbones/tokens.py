@@ -1,10 +1,25 @@
-"""How a tokenizer reads a text here: all of it, always the same way, special tokens in it as characters."""
+"""A tokenizer for random weights; how one reads a text: all of it, always the same way, no special tokens."""
 
 import re
 
 import tokenizers
+from transformers import PreTrainedTokenizerFast, Qwen2Tokenizer
 
 LOOKS_SPECIAL = re.compile(r"<\|[^|]+\|>")
+
+
+def train_tokenizer(texts, special, whole=(), size=8192):
+    """A byte-level BPE of at most `size` entries, split like Qwen2's; a string of `whole` is one token."""
+    backend, qwen = tokenizers.Tokenizer(tokenizers.models.BPE()), Qwen2Tokenizer().backend_tokenizer
+    backend.normalizer, backend.pre_tokenizer = qwen.normalizer, qwen.pre_tokenizer
+    backend.decoder = qwen.decoder
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=size, special_tokens=list(special), show_progress=False,
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    backend.train_from_iterator(texts, trainer)
+    backend.add_tokens([tokenizers.AddedToken(piece, normalized=False) for piece in whole])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, eos_token="<|im_end|>", pad_token="<|endoftext|>")
 
 
 def read_whole(tokenizer):

@@ -8,6 +8,7 @@ import torch
 
 import data
 import train
+from backbones.tokens import train_tokenizer
 from curriculum import Curriculum, Progress
 from data import Batches, Schedule, StepSampler
 from files.errors import DataError
@@ -129,7 +130,7 @@ def test_every_query_shows_its_rule_book():
         assert words == [*moves(filled.programs[i], filled.lengths[i])] + ["stop"] * (4 - filled.lengths[i])
     tasks = world_tasks(moves="2-3", rules=True)
     assert all(len(set(task.query_ids)) == len(task.queries) == 400 for task in tasks.values())
-    tokenizer = data.train_tokenizer(world.texts())
+    tokenizer = train_tokenizer(world.texts(), data.SPECIAL)
     assert all(len(tokenizer.tokenize(f" {rule}")) == 1 for rule in RULES)
 
 
@@ -211,7 +212,7 @@ def test_every_family_of_turtle_world_shows_what_it_names():
     assert len({draw_board(state).tobytes() for state in STATES}) == 64
     assert len({draw_tile(move).tobytes() for move in MOVES}) == 3
     assert len({draw_line(move).tobytes() for move in MOVES}) == 3
-    tokenizer = data.train_tokenizer(world.texts())
+    tokenizer = train_tokenizer(world.texts(), data.SPECIAL)
     for word in [state_word(state) for state in STATES] + [f" {move}" for move in MOVES]:
         assert len(tokenizer.tokenize(word)) == 1, word
 

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 import train
 from curriculum import Curriculum, Progress, Stage
+from engine.held_out import hit_at_1
 from engine.train_flags import check_flags
 from files.errors import DataError
 from files.items import Side
@@ -112,7 +113,7 @@ def test_held_out_queries_may_write_what_the_longest_rationale_needs(monkeypatch
     pairs = [(Side([("text", "a?")], " one two three four", "it"), Side([("text", "b")])),
              (Side([("text", "c?")], " one"), Side([("text", "d")], "", "it"))]
     monkeypatch.setattr(m, "encode", encode)
-    assert train.hit_at_1(m, pairs, [0, 1], contextlib.nullcontext()) == 1
+    assert hit_at_1(m, pairs, [0, 1], contextlib.nullcontext()) == 1
     whole = [m.processor.render(side, Stage(0, 0, True), Curriculum(2, 1)) for pair in pairs for side in pair]
     needed = max(len(sample["suffix"]) for sample in whole)
     limit = encode.call_args.kwargs["limit"]
@@ -126,7 +127,7 @@ def test_every_target_of_a_held_out_query_is_a_hit(monkeypatch):
     found = {"a": [1.0, 0, 0], "b": [0, 1.0, 0], "x": [0.1, 0.1, 0.8], "y": [0.9, 0, 0], "z": [0.3, 0, 0.9]}
     monkeypatch.setattr(m, "encode", lambda items, *rest, **more: np.array(
         [found[side.parts[0][1]] for side in items]))
-    assert train.hit_at_1(m, pairs, range(4), contextlib.nullcontext()) == 1  # a finds y, b finds x
+    assert hit_at_1(m, pairs, range(4), contextlib.nullcontext()) == 1  # a finds y, b finds x
 
 
 @pytest.mark.parametrize("rationale, units", [

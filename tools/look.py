@@ -18,7 +18,8 @@ from tqdm import tqdm
 
 from backbones.families import Limits
 from curriculum import Curriculum
-from data import Batches, Processor, train_tokenizer
+from backbones.tokens import train_tokenizer
+from data import Batches, Processor, SPECIAL
 from engine.flags import command, parse_flags
 from files.clips import load_frames
 from files.errors import DataError
@@ -134,7 +135,7 @@ def main(argv):
     if cfg.bench:
         limits = Limits(
             max_pixels=cfg.max_pixels, video_max_pixels=cfg.video_max_pixels, num_frames=cfg.num_frames)
-        processor = Processor(train_tokenizer(pairs.texts()), "", limits)
+        processor = Processor(train_tokenizer(pairs.texts(), SPECIAL), "", limits)
         return bench(pairs, processor, cfg.workers, cfg.count)
     sheet = contact_sheet(pairs)
     with writing(cfg.show, "wb") as f:
