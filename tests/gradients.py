@@ -23,7 +23,7 @@ if ranks > 1:
 kept = {}
 for size in range(8 // ranks + 1):  # 0: not cut
     batch = batch_of_eight(records, model.processor, rank, ranks, size)
-    parts = train.backward(net, batch, train.Config(), contextlib.nullcontext())
+    parts = train.backward(net, batch, train.Config(w_cross=0.3), contextlib.nullcontext())
     grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     losses = {name: torch.as_tensor(parts[name]).detach() for name in ("bal", "gen")}
     kept[str(size)] = grads | losses
