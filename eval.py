@@ -4,6 +4,7 @@
     python eval.py --data DIR --task all                        every task below DIR
     python eval.py --data DIR --task video_ret --mode single    one meta-task, the single-pass embedding
     python eval.py --data DIR --task image_ret/openmoji_t2i --steps 4 --json out.json
+    python eval.py --index single                               latent queries, corpora embedded in one pass
     python eval.py --data MMEB-V2 --task video_ret --ckpt DIR   the real benchmark: see docs/mmeb_v2.md
     torchrun --nproc_per_node=8 eval.py --data ... as above     the same scores on 8 GPUs
     python -m tasks.check --data MMEB-V2                        what of the benchmark is there
@@ -41,7 +42,7 @@ from engine.kept import Embedder, short_hash
 from engine.ranks import rank_and_world, watch_peers
 from files.errors import DataError, Interrupted
 from files.writing import write_json
-from hub.settings import RELEASED
+from hub.settings import RELEASED, warn_of_two_spaces
 from latent import unit
 from tasks.beir import AllBut
 from tasks.check import require_tasks
@@ -65,6 +66,8 @@ class Config:
     # how
     mode: str = "latent"  # latent, single (one pass), cot (writes its rationale) or auto (as many steps as it
     #     takes; writes what they do not hold)
+    index: str = ""  # the corpora's mode, where it is another: single, or latent with --mode single; made for
+    #     checkpoints of train.py --w_cross
     done: float = 0.5  # in mode auto a row stops when <eot> has a probability above this
     steps: int = -1  # latent steps 0..32; -1: the checkpoint's own
     limit: int = 512  # tokens a rationale may have in modes cot and auto
@@ -305,13 +308,14 @@ def score(embedder, tasks, folder="", took=None, check_steps=False, dim=0):
     check_steps: whether the latent steps do nothing is looked at, too, if it is not known from before.
     dim: only so many first components count; 0: all.
     """
+    index = embedder.index
     for name, make in tasks:
         begun, before = time.perf_counter(), embedder.encoded
         try:
             task = make()
             queries, asked = embedder(task.queries, f"{name} queries", took), embedder.encoded - before
-            seconds = time.perf_counter() - begun
-            corpus = embedder(task.corpus, f"{name} corpus")
+            seconds, before = time.perf_counter() - begun, index.encoded
+            corpus = index(task.corpus, f"{name} corpus")
             texts = texts_of(task)
             task, vectors = without_bad(task, queries, corpus)
             if dim:
@@ -322,9 +326,10 @@ def score(embedder, tasks, folder="", took=None, check_steps=False, dim=0):
             yield name, dict(left_out=str(e))
             continue
         result = dict(
-            evaluate(task, vectors), **task.about, **embedder.about, bad=task.bad, partial=bool(task.bad),
-            run_hash=embedder.run_hash, prompt_hash=short_hash(embedder.model.settings["prompt"], *texts),
-            seconds=time.perf_counter() - begun, items_encoded=embedder.encoded - before,
+            evaluate(task, vectors), **task.about, **embedder.about, index=index.mode, bad=task.bad,
+            partial=bool(task.bad), run_hash=embedder.run_hash,
+            prompt_hash=short_hash(embedder.model.settings["prompt"], *texts),
+            seconds=time.perf_counter() - begun, items_encoded=asked + index.encoded - before,
             queries_per_s=asked / seconds if asked else None,
             ranked_hash=ranked_hash(task, embedder, dim, __file__))
         old = read_score(os.path.join(folder, f"{name}_score.json")) if folder else {}
@@ -352,6 +357,7 @@ def main(argv):
     process, world, local = rank_and_world()
     published, released = is_published(cfg.data), cfg.protocol == "released"
     check_flags(cfg, given, published)
+    cfg.index = cfg.index or cfg.mode
 
     # tasks
     names, make = find_tasks(cfg.data, None, released, cfg.skip_bad, cfg.moves, cfg.rules, cfg.codes)
@@ -378,9 +384,7 @@ def main(argv):
 
     # embeddings and scores
     root = cfg.scores or ("out/scores" if published else "")
-    embedder = Embedder(
-        model, cfg.mode, steps, cfg.batch_size, cfg.limit, cfg.done, cfg.protocol, cfg.skip_bad,
-        folder=root and os.path.join(root, "embeddings"))
+    embedder = make_embedder(cfg, model, steps, root and os.path.join(root, "embeddings"))
     if process > 0:
         embedder.serve()
         peers_are_done()
@@ -417,6 +421,8 @@ def main(argv):
 
     # report
     mode = cfg.mode if steps is None else f"{cfg.mode}, {steps} latent steps"
+    if cfg.index != cfg.mode:
+        mode += f", corpora {cfg.index}"
     if cfg.dim:
         mode += f", the first {cfg.dim} components"
     print(f"{cfg.ckpt}, mode {mode}: {embedder.counts()}; {time.time() - begun:.0f} s")
@@ -428,8 +434,8 @@ def main(argv):
         print(f"warning: the latent steps do nothing that shows in {idle} of {len(results)} tasks, K = 0 "
               "with at most 100 queries of each is within the interval: python -m tools.probe")
     if cfg.json:
-        write_json(cfg.json, dict(ckpt=cfg.ckpt, mode=cfg.mode, steps=steps, dim=cfg.dim, data=cfg.data,
-                                  tasks=results, left_out=left_out))
+        write_json(cfg.json, dict(ckpt=cfg.ckpt, mode=cfg.mode, steps=steps, index=cfg.index, dim=cfg.dim,
+                                  data=cfg.data, tasks=results, left_out=left_out))
     if published:
         report_published(cfg.data, names, results, folder, ours, embedder)
 
@@ -443,9 +449,23 @@ def check_model(cfg, model):
         raise DataError(f"--dim {cfg.dim}: the checkpoint has {width} components; 0: all of them")
 
 
+def make_embedder(cfg, model, steps, folder):
+    """That of queries; its `index` is that of corpora, another one where --index is another mode."""
+    how = cfg.batch_size, cfg.limit, cfg.done, cfg.protocol, cfg.skip_bad, folder
+    embedder = Embedder(model, cfg.mode, steps, *how)
+    if cfg.index != cfg.mode:
+        steps = model.settings["latent_steps"] if cfg.index == "latent" else None
+        embedder.index_with(Embedder(model, cfg.index, steps, *how, embedder.about["checkpoint_hash"]))
+        if embedder.rank == 0:
+            warn_of_two_spaces(model.settings, cfg.mode, cfg.index)
+    return embedder
+
+
 def name_of_mode(cfg, steps):
-    """In the name of the folder of scores: latent8, cot-released, latent8-dim64."""
+    """In the name of the folder of scores: latent8, cot-released, latent8-single, latent8-dim64."""
     name = cfg.mode if steps is None else f"{cfg.mode}{steps}"
+    if cfg.index != cfg.mode:
+        name += f"-{cfg.index}"
     if cfg.protocol == "released":
         name += "-released"
     if cfg.dim:

@@ -869,7 +869,7 @@ def test_two_ranks_and_all_micro_batches_have_the_gradients_of_one_big_batch(fil
         run_ranks(2, "tests/gradients.py", way, records, tmp_path / way)
     m = make_model()
     batch = whole(*eight_pairs(records, m.processor))
-    parts = train.losses(m([batch], 8), batch, train.Config())
+    parts = train.losses(m([batch], 8), batch, train.Config(w_cross=0.3))
     parts["loss"].backward()
     expected = gradients(m)
     assert len(expected) > 40 and parts["bal"] > 0

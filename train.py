@@ -40,7 +40,7 @@ from engine.ranks import (
     rank_and_world, say)
 from engine.resume import resume, save
 from engine.stop import bind_to_parent, check_finite, end_workers, ending_workers, StopOnSignal
-from engine.train_flags import check_flags
+from engine.train_flags import check_flags, claim_one_space
 from files.errors import DataError, nearest
 from files.records import hold_out, Pairs
 from hub.card import about_run
@@ -116,6 +116,8 @@ class Config:  # --help prints the comments
     w_disc: float = 0.1  # InfoNCE on <disc_emb>
     matryoshka: str = ""  # sizes, as 64,256: embeddings are trained to be cut to so many components, too
     w_matryoshka: float = 1.0  # InfoNCE on <gen_emb> cut to each of these sizes, the mean over them
+    w_cross: float = 0.0  # InfoNCE of queries' <gen_emb> against candidates' <disc_emb>, cut to these sizes,
+    #     too: latent queries then find what is indexed in one pass, see docs/one_space.md
     w_read: float = 1.0  # cross-entropy of the token each latent state replaced, read from it; paper: 0
     w_bal: float = 0.1  # the router's balance loss
     # run
@@ -286,7 +288,7 @@ def train(cfg, given, curriculum, device, dtype):
 
 # ---- losses
 def losses(out, batch, cfg):
-    """The paper's ce, gen, disc, bal, our read, matryoshka -> dict of scalars, normalised over all ranks.
+    """The paper's ce, gen, disc, bal, our read, matryoshka, cross -> dict of scalars, over all ranks.
 
     A new loss is an entry of `parts` and its weight w_NAME in Config.  `gate_loss` only opens the gate.
     """
@@ -299,8 +301,11 @@ def losses(out, batch, cfg):
     router = all_gather(router).sum(0)  # (K, E) over the rows of all ranks
     router = router / all_gather(real.sum()).sum().clamp(min=1)
 
-    def contrast(x):
+    def contrast(x, y=None):
+        """InfoNCE of the queries' x against the candidates' y, or x."""
         query, candidates = candidates_by_query(x, batch)
+        if y is not None:
+            _, candidates = candidates_by_query(y, batch)
         return info_nce(query, candidates, *hashes, valid, cfg.scale)
 
     parts = dict(
@@ -309,9 +314,12 @@ def losses(out, batch, cfg):
         disc=contrast(pairs["disc"]),
         read=global_mean(tokens["read"]),
         bal=balance_loss(router) * valid.any())
+    gen, disc, cut = pairs["gen"], pairs["disc"], []
     if cfg.matryoshka:
-        cut = [contrast(unit(pairs["gen"][:, :size])) for size in map(int, cfg.matryoshka.split(","))]
-        parts["matryoshka"] = sum(cut) / len(cut)
+        cut = [(unit(gen[:, :size]), unit(disc[:, :size])) for size in map(int, cfg.matryoshka.split(","))]
+        parts["matryoshka"] = sum(contrast(g) for g, _ in cut) / len(cut)
+    if cfg.w_cross:
+        parts["cross"] = contrast(gen, disc) + sum(contrast(g, d) for g, d in cut) / max(1, len(cut))
     weight = {name: getattr(cfg, f"w_{name}") for name in parts}
     loss = sum(weight[name] * value for name, value in parts.items())
     return dict(parts, gate_loss=global_mean(tokens["gate_loss"].detach()), loss=loss)
@@ -476,6 +484,7 @@ def build_model(cfg, given, pairs, device):
         where = "meta" if device.type == "meta" else "cpu"
         shape = cfg.preset or cfg.shape
         model = Plume.random(pairs.texts(), shape, cfg.seed, where, cfg.tied, **settings).to(device)
+    claim_one_space(cfg, model.settings)
     if cfg.freeze_vision == "true" or (cfg.freeze_vision == "auto" and cfg.init):
         visual = model.backbone.model.visual.requires_grad_(False)
         for merger in (visual.merger, *getattr(visual, "deepstack_merger_list", ())):

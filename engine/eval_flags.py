@@ -11,6 +11,9 @@ def check_flags(cfg, given, published):
     if cfg.mode not in MODES or not -1 <= cfg.steps <= MAX_STEPS or (cfg.steps >= 0 and cfg.mode != "latent"):
         raise DataError(f"--mode {cfg.mode!r} --steps {cfg.steps}: mode is one of {MODES}, steps are "
                         f"0..{MAX_STEPS} and belong to mode latent")
+    if cfg.index not in ("", cfg.mode, "latent" if cfg.mode == "single" else "single"):
+        raise DataError(f"--index {cfg.index!r}: needs single, or latent with --mode single: the mode of "
+                        "corpora where it is not that of queries")
     if cfg.protocol not in ("clean", "released"):
         raise DataError(f"--protocol {cfg.protocol!r}: needs clean or released")
     if cfg.batch_size < 1 or cfg.limit < 1 or not writable(cfg.json):

@@ -103,12 +103,18 @@ class Embedder:
         self.known, self.bad = {}, {}  # key -> vector, reason
         self.planned, self.hashed = set(), {}  # keys that were asked for; file -> what `hash` gives
         self.asked = self.encoded = 0
+        self.index = self  # what embeds corpora
         self.folder, self.file = "", None
         if folder:
             self.folder = os.path.join(folder, self.run_hash)
             os.makedirs(self.folder, exist_ok=True)
             if self.rank == 0:
                 self.read_kept()
+
+    def index_with(self, other):
+        """Corpora are embedded by another Embedder: in another mode, and in a folder of its own."""
+        self.index = other
+        self.run_hash = short_hash(self.run_hash, other.run_hash)  # of scores: they depend on both
 
     def read_kept(self):
         """What earlier runs have written.  A record that was cut off or damaged is none."""
@@ -133,7 +139,6 @@ class Embedder:
     def weigh(self, side):
         """-> Weight of a Side.  Reads all bytes of its media once, decodes none."""
         h, tokens, patches = hashlib.blake2b(digest_size=16), 0, 0
-        facts = self.model.processor.backbone
         for kind, value in side.parts:
             several = len(value) if isinstance(value, (list, tuple)) else ""
             h.update(f"{kind}\0{several}\0".encode())
@@ -143,7 +148,7 @@ class Embedder:
                 text = value or ""
                 tokens += len(self.model.processor.encode(text))
                 h.update(f"{len(text)}\0{value}".encode())
-        return Weight(h.digest(), tokens + patches // facts.merge**2, patches)
+        return Weight(h.digest(), tokens + patches // self.model.processor.backbone.merge**2, patches)
 
     def weigh_medium(self, kind, value, h):
         """Adds the bytes of a picture or clip to the hash h -> its number of patches, about."""
@@ -205,10 +210,8 @@ class Embedder:
         items, size = sorted(new.values(), key=lambda item: -item[0].tokens), self.batch_size
         batches = [items[a : a + size] for a in range(0, len(items), size)]
         batches = [batch for batch in batches if any(w.key not in self.known for w, _ in batch)]
-
         visual, decoder = self.model.backbone.model.visual, self.model.lm.layers
-        # what a patch costs, in tokens of the decoder
-        patch = count_parameters(visual) / count_parameters(decoder)
+        patch = count_parameters(visual) / count_parameters(decoder)  # in tokens of the decoder
         cost = [len(b) * b[0][0].tokens + patch * sum(w.patches for w, _ in b) for b in batches]
         load, rank_of = [0.0] * self.world, [0] * len(batches)
         for n in np.argsort(cost)[::-1]:  # the dearest first, each to the rank with the least to do
@@ -237,13 +240,14 @@ class Embedder:
 
     def serve(self):
         """What the other ranks do: encode what rank 0 gives out, until there is nothing more."""
-        while (items := self.give(None)) is not None:
-            mine = self.work(items)
+        while (given := self.give(None)) is not None:
+            mode, items = given
+            mine = (self if mode == self.mode else self.index).work(items)
             with peer_errors():
                 dist.gather_object(mine, None, 0)
 
     def give(self, shares):
-        """Rank 0's shares, one for each rank -> this rank's.  None, given by rank 0, ends `serve`."""
+        """Rank 0's (mode, share)s, one for each rank -> this rank's.  None, given by rank 0, ends `serve`."""
         mine = [None]
         with peer_errors():
             dist.scatter_object_list(mine, shares or [None] * self.world if self.rank == 0 else None, 0)
@@ -253,7 +257,8 @@ class Embedder:
         """shares of all ranks -> what `work` makes of each."""
         if self.world == 1:
             return [self.work(shares[0], label, took)]
-        mine = self.work(self.give(shares), f"{label}, rank 0 of {self.world}", took)
+        _, items = self.give([(self.mode, share) for share in shares])
+        mine = self.work(items, f"{label}, rank 0 of {self.world}", took)
         found = [None] * self.world
         with peer_errors():
             dist.gather_object(mine, found, 0)
@@ -261,9 +266,10 @@ class Embedder:
 
     def counts(self):
         """What became of the items that were asked for, in words."""
-        asked, encoded, different = self.asked, self.encoded, len(self.planned)
-        return (f"{asked} items, {encoded} encoded, {different - encoded} known from before, "
-                f"{asked - different} shared")
+        different = len(self.planned)
+        words = (f"{self.asked} items, {self.encoded} encoded, {different - self.encoded} known from before, "
+                 f"{self.asked - different} shared")
+        return words if self.index is self else f"queries: {words}; corpora: {self.index.counts()}"
 
     def __call__(self, sides, label, took=None):
         """Sides -> (N, D) unit embeddings on the CPU, NaN where one cannot be read; the reasons, or None."""

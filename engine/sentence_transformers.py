@@ -4,11 +4,14 @@
     vectors = model.encode(["a red car", {"image": "car.jpg"}, {"text": "why?", "video": "clip.mp4"}])
 
 Items are those of `Plume.encode`, or a turn {"role": "user", "content": ...}; `mode` and `steps` go to
-`encode`, too.  hub/plume_st.py, which stands in the checkpoint, finds this file and fills in Plume.
+`encode`, too.  Of a checkpoint that says that its latent and single-pass embeddings are one space,
+`encode_document` gives the single-pass one, unless mode or steps are given; `encode_query` thinks.
+hub/plume_st.py, which stands in the checkpoint, finds this file and fills in Plume.
 """
 
 import importlib
 import os
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -32,7 +35,7 @@ class PlumeEmbedder(InputModule):
     Plume = None  # the class of model.py, which imports engine/
     config_file_name = "sentence_bert_config.json"
     config_keys = ["modalities"]
-    forward_kwargs = {"mode", "steps"}
+    forward_kwargs = {"mode", "steps", "task"}
     modalities = MODALITIES
 
     def __init__(self, model, modalities=MODALITIES):
@@ -97,7 +100,16 @@ class PlumeEmbedder(InputModule):
             side.parts.insert(kinds.index("text") if "text" in kinds else len(kinds), ("text", prompt))
         return dict(self.plume.processor.render(side), where=where)
 
-    def forward(self, features, mode="latent", steps=None):
+    def forward(self, features, mode=None, steps=None, task=None):
+        """mode: "latent" unless given; task: "query", "document" or None."""
+        settings, trained = self.plume.settings, self.training and torch.is_grad_enabled()
+        if trained and settings["one_space"]:
+            warnings.warn("training here does not keep latent and single-pass embeddings in one space, as "
+                          "train.py --w_cross does: the checkpoint does not say so any more")
+            settings["one_space"] = False
+        if mode is None and steps is None and task == "document" and settings["one_space"]:
+            mode = "single"
+        mode = mode or "latent"
         check_mode(mode, steps)
         samples = [features["samples"][row] for row in features["rows"].tolist()]
         batch = to_device(collate(samples, self.plume.processor), self.plume.device)

@@ -7,10 +7,12 @@ from adapter import MAX_STEPS, TransitionAdapter
 from backbones.shapes import SHAPES
 from curriculum import Curriculum, Progress
 from engine.flags import whole_numbers
+from engine.ranks import say
 from files.errors import DataError, nearest
 
 AT_LEAST = dict(seed=0, global_batch=2, micro_tokens=0, steps=0, save_every=1, log_every=1, eval_every=0,
-                keep=0, workers=0, until=0, warmup=0, decay=0, vision_lr=0, weight_decay=0, frame_rate=0)
+                keep=0, workers=0, until=0, warmup=0, decay=0, vision_lr=0, weight_decay=0, frame_rate=0,
+                w_cross=0)
 
 
 def check_flags(cfg, world):
@@ -66,3 +68,14 @@ def check_flags(cfg, world):
             cfg.adaptive)
     except ValueError as e:
         raise DataError(str(e)) from e
+
+
+def claim_one_space(cfg, settings):
+    """A checkpoint says that its embeddings are one space while --w_cross trains that; its end is said, too.
+
+    settings: the model's, whose `one_space` is set.
+    """
+    if settings["one_space"] and not cfg.w_cross:
+        say(f"warning: {cfg.init or cfg.out} says that its latent and single-pass embeddings are one space. "
+            "Without --w_cross that is not trained any more, so the checkpoints of this run do not say it")
+    settings["one_space"] = cfg.w_cross > 0

@@ -1,8 +1,10 @@
 """What a checkpoint says about itself: the `plume` block of config.json, its defaults and checks.
 
 `limits` is backbones.families.Limits, `template` data.TEMPLATE, `adapter` TransitionAdapter's keywords.
+`adaptive`: trained for mode auto; `one_space`: latent and single-pass embeddings are trained to compare.
 """
 
+import warnings
 from dataclasses import asdict
 
 from backbones.families import Limits
@@ -18,7 +20,8 @@ RELEASED_PROMPT = (
 ADAPTER = dict(kind="moe", experts=4, top_k=2, shared_expert=True, anchor=True, step_embedding=True,
                router_bias=False)
 DEFAULTS = dict(latent_steps=8, latent_positions="mrope", adaptive=False, prompt=RELEASED_PROMPT,
-                white_image=False, template=TEMPLATE, adapter=ADAPTER, limits=asdict(Limits()))
+                one_space=False, white_image=False, template=TEMPLATE, adapter=ADAPTER,
+                limits=asdict(Limits()))
 # What the released layout implies and does not say; the pixels and tokens of its evaluation.
 RELEASED = dict(DEFAULTS, latent_positions="cache", white_image=True,
                 limits=asdict(Limits(min_pixels=784, max_pixels=2359296, max_len=11288)))
@@ -33,7 +36,7 @@ def stored_settings(block, path):
             "embed the same item differently (1 has a line break behind pictures and clips, and other "
             "positions behind clips), so its vectors would be wrong: train it again with this version, or "
             "use the version of PLUME that wrote it")
-    settings = dict(adaptive=False) | block  # none of the older ones says when it is done
+    settings = dict(adaptive=False, one_space=False) | block  # older ones know neither
     del settings["format"]
     if isinstance(settings.get("limits"), dict):  # older ones are of Qwen2-VL, whose clips have no seconds
         settings["limits"] = dict(frame_rate=Limits.frame_rate) | settings["limits"]
@@ -60,3 +63,11 @@ def fill_settings(given, defaults, where, complete=False):
             value = fill_settings(value, default, f"{where}: {key}", complete)
         out[key] = value
     return out
+
+
+def warn_of_two_spaces(settings, mode, index):
+    """mode, index: of queries, and of what they look for."""
+    if mode != index and not settings["one_space"]:
+        warnings.warn("this checkpoint does not say that its latent and single-pass embeddings are one space "
+                      f"(those of train.py --w_cross do): queries in mode {mode} hardly find what is "
+                      f"embedded in mode {index}")

@@ -32,7 +32,8 @@ kept = {}
 for size in (0, 600, 400, 160, 1):  # 0: all at once; 1: row by row
     batches, job = eight_pairs(records, model.processor, rank, ranks, size)
     batch = batches[job]
-    parts = train.backward(net, batch, train.Config(micro_tokens=size), contextlib.nullcontext())
+    config = train.Config(micro_tokens=size, w_cross=0.3)
+    parts = train.backward(net, batch, config, contextlib.nullcontext())
     grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     if way == "shards":
         grads = {name: grad.full_tensor() for name, grad in grads.items()}

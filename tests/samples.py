@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import struct
 import zlib
 from fractions import Fraction
@@ -239,6 +240,14 @@ def shard(folder):
         save_file(own, folder / file, {"format": "pt"})
     (folder / "model.safetensors.index.json").write_text(json.dumps(dict(metadata={}, weight_map=where)))
     return where
+
+
+def in_one_space(checkpoint, folder):
+    """A copy of a checkpoint that says that its latent and single-pass embeddings are one space."""
+    copy = shutil.copytree(checkpoint, folder / "one space")
+    block = json.loads((copy / "config.json").read_text())["plume"]
+    edit_json(copy / "config.json", plume=block | dict(one_space=True))
+    return copy
 
 
 def edit_json(path, **changes):

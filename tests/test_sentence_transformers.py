@@ -18,7 +18,7 @@ from files.items import Side
 from hub.isolated import NAMES as OURS
 from model import Plume
 from test_plume import assert_close, gradients, HERE, mixed_items, rendered
-from tests.samples import NAMES
+from tests.samples import in_one_space, NAMES
 from tests.test_house import copy_code, run
 
 st = pytest.importorskip("sentence_transformers", "6.2", reason="needs: pip install sentence-transformers")
@@ -73,6 +73,31 @@ def test_a_prompt_stands_in_front_of_the_text_and_behind_the_picture(load, small
     expected = ["Which? red"] + [{"image": red, "text": text} for text in texts]
     assert_close(m.encode(items, prompt_name="ask"), plume.encode(expected), "prompt", 1e-6)
     assert_close(m.encode_query(items), plume.encode(items), "none of its own", 1e-6)
+
+
+def test_in_one_space_documents_take_one_pass_and_queries_think(load, small, plume, world, tmp_path):
+    items = mixed_items(world)
+    m = load(in_one_space(small, tmp_path))
+    latent, single = plume.encode(items), plume.encode(items, "single")
+    assert_close(m.encode_document(items), single, "documents", 1e-6)
+    for how, expected in ((dict(mode="latent"), latent), (dict(steps=2), plume.encode(items, steps=2))):
+        assert_close(m.encode_document(items, **how), expected, f"documents, {how}", 1e-6)
+    assert_close(m.encode_query(items), latent, "queries", 1e-6)
+    assert_close(m.encode(items), latent, "neither", 1e-6)
+    assert_close(load(small).encode_document(items), latent, "of two spaces", 1e-6)
+
+
+def test_training_ends_the_claim_of_one_space_and_says_so(load, small, world, tmp_path):
+    m = load(in_one_space(small, tmp_path)).train()
+    loss = losses.MultipleNegativesRankingLoss(m)
+    features = [m.preprocess(column) for column in triplets(world)]
+    with torch.no_grad():
+        loss(features, None)
+    assert m[0].plume.settings["one_space"]
+    with pytest.warns(UserWarning, match="does not keep latent and single-pass embeddings in one space"):
+        loss(features, None)
+    m.save_pretrained(str(tmp_path / "trained"))
+    assert not Plume.from_pretrained(tmp_path / "trained", "cpu").settings["one_space"]
 
 
 def test_a_turn_of_the_user_is_the_item_with_its_media_in_the_same_places(load, small, plume, world):

@@ -24,13 +24,15 @@ class PlumeEncoder(AbsEncoder):
     """A checkpoint for `mteb.evaluate`.
 
     mode, steps: see `Plume.encode`; prompts: {a task, a task type, "query" or "document": the text in front}.
+    index_mode: of documents; default: "single" where the checkpoint says that this is one space, else mode.
     """
 
-    def __init__(self, path, mode="latent", steps=None, prompts=None, **loading):
+    def __init__(self, path, mode="latent", steps=None, prompts=None, index_mode=None, **loading):
         self.model, self.mode, self.steps = Plume.from_pretrained(path, **loading), mode, steps
+        self.index_mode = index_mode or ("single" if self.model.settings["one_space"] else mode)
         self.model_prompts = self.validate_task_to_prompt_name(prompts) or {}
         name = os.path.basename(os.path.abspath(path))
-        given = dict(mode=mode, steps=steps, prompts=self.model_prompts)
+        given = dict(mode=mode, steps=steps, prompts=self.model_prompts, index_mode=self.index_mode)
         self.mteb_model_meta = ModelMeta.create_empty(dict(
             name=f"plume/{name}", revision=fingerprint(self.model), similarity_fn_name=ScoringFunction.COSINE,
             modalities=list(KINDS), embed_dim=self.model.lm.config.hidden_size,
@@ -41,7 +43,9 @@ class PlumeEncoder(AbsEncoder):
         """inputs: MTEB's loader of batches, dicts of lists -> float32 array (N, D) of unit rows."""
         prompt = self.model_prompts.get(self.get_prompt_name(task_metadata, prompt_type), "")
         items = (item for batch in inputs for item in items_of(batch, prompt))
-        return self.model.encode(items, self.mode, self.steps, batch_size, show_progress_bar)
+        mode = self.index_mode if prompt_type == "document" else self.mode
+        steps = self.steps if mode == self.mode else None
+        return self.model.encode(items, mode, steps, batch_size, show_progress_bar)
 
 
 def items_of(batch, prompt):

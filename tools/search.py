@@ -5,12 +5,14 @@
     python -m tools.search FOLDER --image query.jpg --count 20       what looks like this picture
     python -m tools.search FOLDER "the same car in red" --image query.jpg --html results.html
     python -m tools.search FOLDER "a goal" --every 10                clips also in windows of 10 seconds
+    python -m tools.search FOLDER --index_mode single                files in one pass, see docs/one_space.md
 
 The index is a folder: items.jsonl (path, content hash, and which seconds or page; a line for each row of the
 vectors), vectors-XXXXXXXX.npy (float32, unit rows), bad.jsonl (what cannot be read, and why), and
 embeddings/, where every item is kept as soon as it is encoded: a run that was stopped goes on there, and
 `eval.py --scores INDEX` shares it.  What has the same size and time is not read again, what has the same
-content not encoded again.  Another checkpoint, mode or version has its own.  PDF files need pypdfium2.
+content not encoded again.  Another checkpoint, mode or version has its own; modes.json has what --index_mode
+was given for a checkpoint.  PDF files need pypdfium2.
 """
 
 import engine.threads  # before torch
@@ -25,13 +27,14 @@ from html import escape
 from tqdm import tqdm
 
 from engine.flags import command, parse_flags
-from engine.kept import Embedder
+from engine.kept import Embedder, fingerprint
 from files.errors import closest, DataError, Interrupted, quote, reason
 from files.items import parse_item
 from files.writing import writable, writing
+from hub.settings import warn_of_two_spaces
 from tasks.find import load_model
 from tools.probe_report import LARGEST, media_of, STYLE
-from tools.search_index import Index, media_of_item, name_of, printable, scan
+from tools.search_index import Index, index_mode_of, media_of_item, name_of, printable, scan
 
 GALLERY = """<!doctype html><html lang="en"><head><meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1"><title>{title}</title><style>{style}
@@ -50,6 +53,8 @@ class Config:
     html: str = ""  # also write them as a gallery to this file
     # index
     index: str = ""  # its folder; default: FOLDER/.plume
+    index_mode: str = ""  # single: files are embedded in one pass, queries in --mode, for a checkpoint of
+    #     train.py --w_cross; same: files in --mode, too; default: what this index was given before, or same
     every: float = 0.0  # clips are indexed whole and in windows of so many seconds; 0: whole
     # how
     ckpt: str = "out/checkpoint"  # checkpoint folder or hub name
@@ -66,6 +71,8 @@ def check_flags(cfg, folder, given):
         raise DataError(f"{quote(folder)}: no such folder.{closest(name, beside)}")
     if cfg.mode not in ("latent", "single", "auto"):
         raise DataError(f"--mode {cfg.mode!r}: needs latent, single or auto")
+    if cfg.index_mode not in ("", "single", "same"):
+        raise DataError(f"--index_mode {cfg.index_mode!r}: needs single or same")
     if cfg.count < 1 or cfg.batch_size < 1 or not 0 <= cfg.every < math.inf:
         raise DataError(f"--count {cfg.count} and --batch_size {cfg.batch_size} must be at least 1, --every "
                         f"{cfg.every} at least 0 seconds")
@@ -123,15 +130,22 @@ def main(argv):
         query = parse_item({"text": text, "image": cfg.image or None}, where="the query")
     check_flags(cfg, folder, query)
     model = load_model(cfg.ckpt, cfg.device, cfg.dtype)
-    steps = model.settings["latent_steps"] if cfg.mode == "latent" else None
-    place = cfg.index or os.path.join(folder, ".plume")
+    place, checkpoint = cfg.index or os.path.join(folder, ".plume"), fingerprint(model)
     try:
         os.makedirs(place, exist_ok=True)
+        mode = cfg.mode
+        if index_mode_of(place, checkpoint, cfg.index_mode) == "single":
+            mode = "single"
+        steps = model.settings["latent_steps"] if mode == "latent" else None
         embedder = Embedder(
-            model, cfg.mode, steps, cfg.batch_size, skip_bad=True, folder=os.path.join(place, "embeddings"))
+            model, mode, steps, cfg.batch_size, skip_bad=True, folder=os.path.join(place, "embeddings"),
+            checkpoint_hash=checkpoint)
         index = Index(place, embedder)
     except OSError as e:
         raise DataError(f"{place}: the index cannot be there: {reason(e)}; name a folder with --index") from e
+    if mode != cfg.mode:
+        warn_of_two_spaces(model.settings, cfg.mode, mode)
+        print(f"files in mode {mode}, queries in mode {cfg.mode}; --index_mode same: both in mode {cfg.mode}")
     files, others = scan(folder, place, cfg.every)
     try:
         print(index.update(folder, files, model.processor.limits.max_pixels))
@@ -143,7 +157,7 @@ def main(argv):
     print_rest(index, others)
     if query is None:
         return
-    vector = model.encode([query], cfg.mode, steps)[0]
+    vector = model.encode([query], cfg.mode)[0]
     begun = time.perf_counter()
     found = [(score, name_of(item), item) for score, item in index.search(vector, cfg.count)]
     print(f"{len(found)} of {len(index.items):,} items, ranked in {time.perf_counter() - begun:.2f} s")

@@ -168,6 +168,19 @@ class Index:
         return [(float(scores[row]), self.items[row]) for row in np.argsort(-scores)[:count]]
 
 
+def index_mode_of(place, checkpoint, given):
+    """How this folder's files are embedded for a checkpoint: "single", or "same" as queries are.
+
+    As given; "": as it was given the last time.
+    """
+    file, known = os.path.join(place, "modes.json"), {}
+    with contextlib.suppress(FileNotFoundError, ValueError, LookupError, TypeError):  # none yet, or damaged
+        known = dict(read_lines(file)[0])
+    if given and known.get(checkpoint, "same") != given:
+        write_lines(file, [known | {checkpoint: given}])
+    return given or known.get(checkpoint, "same")
+
+
 def is_of(item, files):
     """Whether an item of the index is of one of these files as it is now."""
     about = files.get(item["path"])

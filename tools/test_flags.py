@@ -17,11 +17,13 @@ REFUSED = {
                 ("--done=2", "a probability")],
     "look": [("", "--show sheet.png"), ("--shw x", "Did you mean 'show'"),
              ("--show no/x.png", "No such file"), ("--bench --count=1", "at least 0 workers")],
+    "one_space": [("--png=no/c.png", "exist")],
     "search": [
         ("file", "no such folder. Did you mean 'files'"), ("", "needs a folder"),
         ("files two texts", "needs a folder and perhaps a text in quotes"),
         ("files x --cuont 3", "Did you mean 'count'"), ("files x --count 0", "must be at least 1"),
         ("files x --mode cot", "needs latent, single or auto"), ("files x --every -1", "at least 0 seconds"),
+        ("files x --index_mode both", "needs single or same"),
         ("files --html x.html", "needs a query"), ("files --image gone.png", "'gone.png' does not exist")],
     "speed": [
         ("--preset=midd", "one of tiny"), ("--prefix=3", "prompt alone has"), ("--prefix=a", "needs numbers"),
@@ -41,7 +43,8 @@ def test_flags_that_cannot_work_are_refused(tmp_path, monkeypatch, command, flag
     assert failed.returncode == 1 and why in failed.stderr, failed.stderr
 
 
-@pytest.mark.parametrize("tool, flag", [("compare", "png"), ("lengths", "png"), ("speed", "growth")])
+@pytest.mark.parametrize("tool, flag", [
+    ("compare", "png"), ("lengths", "png"), ("one_space", "png"), ("speed", "growth")])
 def test_a_missing_matplotlib_is_named_before_anything_is_loaded(tmp_path, monkeypatch, tool, flag):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     for file, why in (("x.png", "pip install matplotlib"), ("x.jpg", "must end in .png")):

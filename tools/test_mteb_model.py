@@ -4,13 +4,14 @@ import numpy as np
 import pytest
 
 from model import Plume
-from tests.samples import NAMES
+from tests.samples import in_one_space, NAMES
 
 mteb = pytest.importorskip("mteb", reason="needs mteb: pip install mteb")
 datasets = pytest.importorskip("datasets", reason="needs datasets: pip install datasets")
 
 from mteb.abstasks.retrieval import AbsTaskRetrieval
 from mteb.abstasks.task_metadata import TaskMetadata
+from mteb.types import PromptType
 
 from tools.mteb_model import PlumeEncoder
 
@@ -60,3 +61,21 @@ def test_mteb_scores_text_and_pictures_as_ranking_by_hand(small, world, tmp_path
     assert first.revision == second.revision and first.experiment_name != second.experiment_name
     other = PlumeEncoder(small, device="cpu", latent_steps=3)
     assert other.mteb_model_meta.revision != first.revision  # so that no result of another model is read
+
+
+def test_in_one_space_documents_take_one_pass_and_queries_think(small, tmp_path):
+    ours, loader = in_one_space(small, tmp_path), [dict(text=NAMES[:3]), dict(text=NAMES[3:5])]
+    plume, metadata = Plume.from_pretrained(ours, "cpu"), make_task("Names", "Retrieval", "text", []).metadata
+    latent, single = plume.encode(NAMES[:5]), plume.encode(NAMES[:5], "single")
+    default = PlumeEncoder(ours, device="cpu")
+    both_latent = PlumeEncoder(ours, index_mode="latent", device="cpu")
+    two_spaces = PlumeEncoder(small, device="cpu")
+    for encoder, documents in ((default, single), (both_latent, latent), (two_spaces, latent)):
+        for kind, expected in ((PromptType.document, documents), (PromptType.query, latent), (None, latent)):
+            vectors = encoder.encode(loader, task_metadata=metadata, prompt_type=kind, batch_size=2)
+            assert np.abs(vectors - expected).max() < 1e-6, kind
+    fewer = PlumeEncoder(ours, steps=2, device="cpu")  # of queries
+    vectors = fewer.encode(loader, task_metadata=metadata, prompt_type=PromptType.document)
+    assert np.abs(vectors - single).max() < 1e-6
+    names = {encoder.mteb_model_meta.experiment_name for encoder in (default, both_latent, fewer)}
+    assert len(names) == 3  # no result of one is read for another

@@ -36,6 +36,16 @@ def test_turtle_world_trains_evaluates_and_compares_without_any_data(tmp_path):
     call("eval.py", *ckpt, "--task", "image_qa", "--steps", 1, "--json", tmp_path / "one.json")
     scores = json.loads((tmp_path / "one.json").read_text())["tasks"]
     assert {name: r["hit@1"] for name, r in scores.items()} == rows[2]["hits"]
+    call("tools.one_space", *ckpt, "--task", "image_qa", *files)
+    ways = json.loads((tmp_path / "c.json").read_text())["rows"]
+    assert [(r["queries"], r["index"]) for r in ways] == [
+        ("latent", "latent"), ("latent", "single"), ("single", "latent"), ("single", "single")]
+    assert all(r["query_ms"] > 0 and r["document_ms"] > 0 for r in ways)
+    assert Image.open(tmp_path / "c.png").size == (900, 560)
+    flags = ["--task", "image_qa", "--index", "single", "--json", tmp_path / "one.json"]
+    call("eval.py", *ckpt, *flags)
+    scores = json.loads((tmp_path / "one.json").read_text())["tasks"]
+    assert ways[1]["hit"] == np.mean([r["hit@1"] for r in scores.values()])
     failed = call("tools.compare", *ckpt, *files, "--task=image_qa,vidoe_ret", check=False)
     assert failed.returncode == 1 and "Did you mean 'video_ret'" in failed.stderr
 

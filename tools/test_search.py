@@ -10,6 +10,7 @@ import re
 import shutil
 import signal
 import time
+import warnings
 from types import SimpleNamespace
 from unittest import mock
 
@@ -23,7 +24,7 @@ from files.errors import DataError
 from model import Plume
 from test_plume import assert_close
 from tests.processes import call, run, Started
-from tests.samples import ODD, odd_folder, pdf, picture, write_clip, write_lines
+from tests.samples import in_one_space, ODD, odd_folder, pdf, picture, write_clip, write_lines
 from tools import search_index
 from tools.search_index import Index, media_of_item, name_of, scan
 
@@ -158,6 +159,30 @@ def test_other_modes_have_an_index_of_their_own_and_eval_shares_the_embeddings(s
     (task / "qrels.tsv").write_text("query-id\tcorpus-id\tscore\nq\tred\t1\n")
     flags = ["--data", folder, "--ckpt", small, "--scores", folder / ".plume"]
     assert "3 items, 0 encoded, 3 known from before" in call("eval.py", *flags).stdout
+
+
+def test_files_in_one_pass_are_found_by_latent_queries_and_the_index_remembers_that(small, folder, tmp_path):
+    ours = in_one_space(small, tmp_path)
+    latent = searched(ours, folder, "a red bar")[1]
+    printed, found = searched(ours, folder, "a red bar", "--index_mode", "single")
+    assert "files in mode single, queries in mode latent" in printed and "6 items encoded" in printed
+    model = Plume.from_pretrained(ours, "cpu")
+    items = [{"video" if name.endswith("mp4") else "image": str(folder / name)} for name in found]
+    expected = model.encode(items, "single") @ model.encode(["a red bar"])[0]
+    assert len(found) == 5 and [*found.values()] == sorted(found.values(), reverse=True)
+    assert_close([*found.values()], expected, "scores", 1e-3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        printed, again = searched(ours, folder, "a red bar")
+    assert again == found != latent and "0 items encoded" in printed
+    printed, single = searched(ours, folder, "a red bar", "--mode", "single")
+    assert "0 items encoded" in printed and "queries in mode" not in printed and single != found
+    assert "queries in mode" not in searched(small, folder, "a red bar")[0]  # another checkpoint
+    with pytest.warns(UserWarning, match="one space .*mode latent hardly find what is .* mode single"):
+        searched(small, folder, "a red bar", "--index_mode", "single")
+    assert searched(ours, folder, "a red bar", "--index_mode", "same")[1] == latent
+    (folder / ".plume" / "modes.json").write_text("[")  # damaged
+    assert searched(ours, folder, "a red bar")[1] == latent
 
 
 def test_the_gallery_is_one_file_with_every_picture_and_odd_names_are_shown(small, folder):
