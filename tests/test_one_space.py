@@ -49,8 +49,8 @@ def test_cross_is_latent_queries_against_single_pass_targets_and_hard_negatives(
     rows = [record(qry=query, pos=target, neg=negatives) for query, (target, *negatives) in zip(asked, names)]
     write_lines(tmp_path / "t.jsonl", rows)
     m, pairs = make_model(), Pairs(str(tmp_path / "t.jsonl"))
-    batch = whole(Batches(pairs, m.processor, Curriculum())[0, FINAL, np.arange(4)])
-    out = m(batch, 8)
+    batch = whole(Batches(pairs, m.processor, Curriculum()), (0, FINAL, np.arange(4)))
+    out = m([batch], 8)
     gen, disc = (out["per_pair"][name].detach().numpy() for name in ("gen", "disc"))
 
     def expected(size):
