@@ -460,9 +460,14 @@ class Batches(torch.utils.data.Dataset):
         visual = np.array([sum(map(len, s["pixels"])) for s in samples]) // self.processor.backbone.merge**2
         micro = fill_micro_batches(group_by_length(lengths), lengths, visual, self.micro_tokens)
         groups = [group for part in micro for group in part]
+
+        def batch_of(group):
+            return collate([samples[i] for i in group], self.processor)
+
         return dict(
-            micro=[[collate([samples[i] for i in group], self.processor) for group in part] for part in micro],
-            order=torch.from_numpy(np.concatenate(groups).argsort()), blank=[collate([blank], self.processor)],
+            micro=[[batch_of(group) for group in part] for part in micro],
+            blank=[collate([blank], self.processor)],
+            order=torch.from_numpy(np.concatenate(groups).argsort()),
             columns=sum(columns_of(lengths[group]) for group in groups), real=int(lengths.sum()),
             step=step, stage=stage, bad=bad, dataset=self.pairs.names[self.pairs.dataset[indices[0]]],
             query=torch.from_numpy(self.pairs.query_hash[indices]), target=target, valid=valid,
@@ -492,7 +497,7 @@ def group_by_length(lengths, padding=0.05):
 
 
 def best_cut(lengths):
-    """-> columns saved, and rows of the two parts: shorter prefixes and longer ones, or so by what follows."""
+    """-> columns saved, and the rows of two parts: shorter and longer prefixes, or so by what follows."""
     saved, parts, rows = 0, None, np.arange(1, len(lengths))
     for column in lengths.T:
         order = np.argsort(column, kind="stable")

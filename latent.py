@@ -149,7 +149,7 @@ def latent_steps(lm, adapter, steps, anchor, z, pos, cache, hook=None):
 
 
 def last_and_suffix(lm, last, pos, steps, suffix, cache, checkpointing=False):
-    """The pass of the inputs (B, n, D) of the last steps and the suffix -> h of both, (B, n, D), (B, T, D)."""
+    """One pass of the last steps' inputs (B, n, D) and the suffix (B, T, D) -> h of each."""
     n, end = last.shape[1], steps + suffix.shape[1]
     places = pos[:, None] + torch.arange(steps - n, end, device=pos.device)
     h = decoder(lm, torch.cat([last, suffix], 1), places, cache, checkpointing)  # (B, n + T, D)

@@ -89,7 +89,7 @@ class Plume(nn.Module):
         return Prefix(x, batch["positions"], batch["lengths"], batch["disc"], deepstack)
 
     def forward(self, groups, steps):
-        """One training pass over the groups of rows of a micro-batch (each a batch of data.collate), K = steps.
+        """One training pass over a micro-batch: groups of rows, each a batch of data.collate; K = steps.
 
         -> dict(per_pair=, per_token=), two dicts of tensors, in the order of the groups and their rows.
         per_pair, a row for every query, target and hard negative: gen, disc (B, D) unit embeddings; router

@@ -376,7 +376,8 @@ def backward(model, batch, cfg, autocast):
     back-propagates the loss's gradient with respect to its outputs.
     """
     micro, device = batch["micro"], next(model.parameters()).device
-    if cfg.micro_tokens and dist.is_initialized():  # the model waits there for the other ranks: as often on all
+    if cfg.micro_tokens and dist.is_initialized():
+        # in its passes the model waits for other ranks: as many on each
         micro = micro + [batch["blank"]] * (max(all_gather_objects(len(micro))) - len(micro))
     several = len(micro) > 1
 
@@ -413,10 +414,11 @@ def join_micro_batches(outs, order):
 
 
 def batch_counts(batch):
-    """Of this rank: tokens that `gate_loss` counts, groups with media, tokens cut off, bad records, columns."""
+    """On this rank: tokens that `gate_loss` counts, groups with media, tokens cut, bad records, columns."""
     groups = [group for part in batch["micro"] for group in part]
-    gated, media = sum(len(group["gate_at"]) for group in groups), sum(g["pixels"] is not None for g in groups)
-    return dict(gated=gated, media=media, cut=batch["cut"], bad=len(batch["bad"]),
+    gated = sum(len(group["gate_at"]) for group in groups)
+    media = [group for group in groups if group["pixels"] is not None]
+    return dict(gated=gated, media=len(media), cut=batch["cut"], bad=len(batch["bad"]),
                 columns=batch["columns"], real=batch["real"])
 
 
@@ -539,5 +541,6 @@ if __name__ == "__main__":
     try:
         command(main)
     except torch.OutOfMemoryError as e:
-        sys.exit(f"error: out of memory: {str(e).splitlines()[0]} Lower --micro_tokens; then --checkpointing, "
-                 "--fsdp on several ranks, a lower --max_pixels; python -m tools.dry_run tells what it takes")
+        sys.exit(f"error: out of memory: {str(e).splitlines()[0]} Lower --micro_tokens; then "
+                 "--checkpointing, --fsdp on several ranks, a lower --max_pixels; "
+                 "python -m tools.dry_run tells what it takes")

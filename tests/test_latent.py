@@ -247,7 +247,8 @@ def test_the_hot_path_under_autocast_never_asks_the_device_a_question(hot_path, 
     m = make_model().float()._apply(fake.from_tensor)
     batch, pairs = hot_path
     with fake:
-        pairs = {n: dict(faked(b), micro=[[faked(group) for group in part] for part in b["micro"]]) for n, b in pairs.items()}
+        for n, b in pairs.items():
+            pairs[n] = dict(faked(b), micro=[[faked(group) for group in part] for part in b["micro"]])
         take_hot_path(m, faked(batch), pairs, ("single", "latent"), casts=True)  # on a CPU cot asks
         with pytest.raises(DataDependentOutputException):
             m.adapter.w2.max().item()  # what such a question would lead to

@@ -103,7 +103,8 @@ def test_micro_batches_are_full_and_not_over():
     assert fill_micro_batches(groups, lengths, visual, 0) == [groups]
     micro = fill_micro_batches(groups, lengths, visual, 1250)
     # 3,910 is more than fits, and alone; 2 * 570 fit; 570 and 5 * 50, too
-    assert [[part.tolist() for part in groups] for groups in micro] == [[[8]], [[0, 1]], [[2], [3, 4, 5, 6, 7]]]
+    rows = [[part.tolist() for part in groups] for groups in micro]
+    assert rows == [[[8]], [[0, 1]], [[2], [3, 4, 5, 6, 7]]]
     micro = fill_micro_batches(groups, lengths, visual, 1)
     assert [[part.tolist() for part in groups] for groups in micro] == [[[i]] for i in (8, *range(8))]
 

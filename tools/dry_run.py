@@ -89,8 +89,9 @@ def dry_run(cfg, model, pairs, curriculum, autocast, dtype):
             sum(x.sum() for x in tree_leaves(out)).backward()
             del out
         most = max(most, live.peak)
+        seconds = "" if meta else f"{time.perf_counter() - begun:7.2f}"
         print(f"{stage.index:5d}  {stage.latent_steps:12d}  {columns:7d}  {padding:7.1%}  {patches:7d}  "
-              f"{kept / GIB:9.3f}  {live.peak / GIB:9.3f}", "" if meta else f"{time.perf_counter() - begun:7.2f}")
+              f"{kept / GIB:9.3f}  {live.peak / GIB:9.3f}", seconds)
 
     state = 4 * every + 12 * trained
     if meta and dtype == torch.bfloat16:
@@ -106,7 +107,7 @@ def main(argv):
     cfg, given = parse_flags(train.Config, argv, __doc__)
     cfg = train.with_preset(cfg, given)
     if "WORLD_SIZE" in os.environ:
-        raise DataError("a dry run needs no torchrun: it runs one rank's micro-batch, of --micro_tokens columns")
+        raise DataError("a dry run needs no torchrun: it runs one rank's micro-batch")
     if cfg.resume:
         raise DataError("--resume: a dry run starts nothing; give the run's other flags")
     curriculum = train_flags.check_flags(replace(cfg, device="", fsdp=False), 1)

@@ -105,8 +105,8 @@ def table(printed):
 
 
 def test_dry_run_tells_what_a_run_would_take_and_writes_nothing(world, tmp_path):
-    flags = ["--data", world / "train.jsonl", "--out", tmp_path / "none", "--micro_tokens=400", "--segments=2",
-             "--latent_positions=mrope"]
+    flags = ["--data", world / "train.jsonl", "--out", tmp_path / "none", "--micro_tokens=400",
+             "--segments=2", "--latent_positions=mrope"]
     cpu, *others = [call("tools.dry_run", *flags, *more).stdout for more in (
         ["--device=cpu"], ["--device=cpu", "--checkpointing"], ["--device=meta"])]
     assert "24 pairs in 2 data sets: t2i 12 (" in cpu and "entered by step" in cpu  # as a run begins
