@@ -18,8 +18,8 @@ Qwen3-VL's differs in three lines, each of which names it.
 Prefill, latent step, suffix and greedy decoding are one function, `decoder`, at different numbers of new
 columns.
 
-Two other ways to think stand beside the rollout: `until_done` stops each row when its state reads <eot> and
-writes what K steps do not hold; an adapter of kind "parallel" gives K learnt tokens that take one pass.
+Two other ways to think stand beside the rollout: `until_done` stops each row when its state reads <eot>, what
+K steps do not hold is left to `write`; an adapter of kind "parallel" gives K learnt tokens that take one pass.
 
 Shapes: B sequences, P prefix tokens, K latent steps, T suffix tokens, L new columns in a call, D width, H
 query heads, G key/value heads, d = D/H, E experts.
@@ -77,6 +77,26 @@ class Cache:
         some.slots = [(k[rows], v[rows]) for k, v in self.slots]
         return some
 
+    @staticmethod
+    def join(caches):
+        """Several caches, with as many slots, in one, and emptied.  Short prefixes get hidden columns."""
+        joined, longest = copy.copy(caches[0]), max(cache.hide.shape[-1] for cache in caches)
+        missing = [longest - cache.hide.shape[-1] for cache in caches]
+        hide = [F.pad(c.hide, (0, m), value=float("-inf")) for c, m in zip(caches, missing)]
+        joined.hide, joined.prefix, joined.slots = torch.cat(hide), [], []
+        while caches[0].prefix:  # layer by layer, so that memory holds keys and values once
+            filled = [[F.pad(t, (0, 0, 0, m)) for t in c.prefix.pop(0)] for c, m in zip(caches, missing)]
+            joined.prefix.append(tuple(map(torch.cat, zip(*filled))))
+            joined.slots.append(tuple(map(torch.cat, zip(*[c.slots.pop(0) for c in caches]))))
+        return joined
+
+
+class Unfinished(NamedTuple):  # what `until_done` leaves to be written
+    rows: torch.Tensor  # (n,) of the batch
+    h: torch.Tensor  # (n, D) state of the column in front of position pos
+    pos: torch.Tensor  # (n,)
+    cache: Cache
+
 
 def rollout(lm, adapter, prefix, steps, suffix, rule="mrope", checkpointing=False, graphs=None, hook=None):
     """The method: prefill, K latent steps, suffix -> Rollout.
@@ -100,7 +120,9 @@ def rollout_of_groups(lm, adapter, groups, steps, rule="mrope", checkpointing=Fa
     groups: [(prefix, suffix)].  All rows take their latent steps together: a step has no padding.
     """
     caches, *states = zip(*[prefill(lm, prefix, rule, checkpointing) for prefix, _ in groups])
-    sizes, whole = [len(z) for z in states[1]], join_caches(caches)
+    sizes, whole = [len(z) for z in states[1]], caches[0]
+    if len(caches) > 1:
+        whole = Cache.join([cache.of(range(rows)) for cache, rows in zip(caches, sizes)])
     behind = latent_steps(lm, adapter, steps, *map(torch.cat, states), whole)
     split_slots(whole, caches, sizes)
     rows, rollouts = zip(*states, *(part.split(sizes) for part in behind)), []
@@ -154,21 +176,6 @@ def last_and_suffix(lm, last, pos, steps, suffix, cache, checkpointing=False):
     places = pos[:, None] + torch.arange(steps - n, end, device=pos.device)
     h = decoder(lm, torch.cat([last, suffix], 1), places, cache, checkpointing)  # (B, n + T, D)
     return h[:, :n], h[:, n:]
-
-
-def join_caches(caches):
-    """The caches of several prefixes, without slots, as one of all rows: a copy; of one, itself."""
-    if len(caches) == 1:
-        return caches[0]
-    P = max(cache.hide.shape[-1] for cache in caches)
-    whole = copy.copy(caches[0])
-    whole.hide = torch.cat([F.pad(c.hide, (0, P - c.hide.shape[-1]), value=float("-inf")) for c in caches])
-    whole.prefix = []
-    for layers in zip(*(cache.prefix for cache in caches)):  # of each cache (k, v)
-        padded = [[F.pad(x, (0, 0, 0, P - x.shape[2])) for x in kind] for kind in zip(*layers)]
-        whole.prefix.append(tuple(map(torch.cat, padded)))
-    whole.slots = [(k[:, :, :0], v[:, :, :0]) for k, v in whole.prefix]
-    return whole
 
 
 def split_slots(whole, caches, sizes):
@@ -241,19 +248,17 @@ def write(lm, embed, head, h, pos, cache, end, limit):
 
 
 @torch.no_grad()
-def until_done(lm, adapter, embed, head, prefix, steps, suffix, gen, eot, done, end, limit, rule="mrope"):
-    """Mode auto: latent steps until the state of a row reads <eot>, and if K do not do, explicit reasoning.
+def until_done(lm, adapter, head, prefix, steps, suffix, gen, eot, done, rule="mrope"):
+    """Mode auto: latent steps until the state of a row reads <eot>.
 
     After each step, and before the first, a row stops whose state gives the token `eot` a probability above
-    `done`; its vector is that of the rollout with as many steps.  A row that has not stopped after K steps
-    goes on in words behind them, as in `greedy`.  Rows that have stopped ride along: a batch takes as many
-    steps as its last row.  Looks at the device before every step.
-    suffix (B, T, D), gen (B,) place of <gen_emb> in it; embed, head, end, limit: see `greedy`.
-    -> h(<gen_emb>) (B, D), latent steps (B,), tokens written (B,).
+    `done`; its vector is that of the rollout with as many steps.  One that does not in K steps is left, for
+    `write` to go on in words.  Rows that have stopped ride along.  Looks at the device before every step.
+    suffix (B, T, D), gen (B,) place of <gen_emb> in it; head: see `greedy`.
+    -> h(<gen_emb>) (B, D), 0 for rows that are left; latent steps (B,); Unfinished.
     """
     cache, anchor, z, pos = prefill(lm, prefix, rule)
-    taken, written = torch.full_like(pos, steps), torch.zeros_like(pos)
-    stopped = torch.zeros_like(pos, dtype=torch.bool)
+    taken, stopped = torch.full_like(pos, steps), torch.zeros_like(pos, dtype=torch.bool)
     for k in range(steps + 1):
         stops = at_least_float32(head(z)).softmax(-1)[:, eot] > done
         taken, stopped = torch.where(stops & ~stopped, k, taken), stopped | stops
@@ -269,10 +274,7 @@ def until_done(lm, adapter, embed, head, prefix, steps, suffix, gen, eot, done, 
         seen.taken = taken[ready]
         places = pos[ready, None] + torch.arange(suffix.shape[1], device=pos.device)
         out[ready] = select_column(decoder(lm, suffix[ready], places, seen), gen[ready])
-    if len(left):
-        out[left], tokens = write(lm, embed, head, z[left], pos[left], cache.of(left), end, limit)
-        written[left] = length_of(tokens, end)
-    return out, taken, written
+    return out, taken, Unfinished(left, z[left], pos[left], cache.of(left))
 
 
 def length_of(tokens, end):

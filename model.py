@@ -34,8 +34,8 @@ from hub.layouts import read_checkpoint, write_checkpoint
 from hub.settings import DEFAULTS, fill_settings, RELEASED_PROMPT
 from hub.weights import align_weights, quietly
 from latent import (
-    at_least_float32, greedy, length_of, Prefix, rollout, rollout_of_groups, select_column, single_pass, unit,
-    until_done)
+    at_least_float32, Cache, greedy, length_of, Prefix, rollout, rollout_of_groups, select_column,
+    single_pass, unit, until_done, write)
 
 SPECIAL_IDS = ("image_pad", "video_pad", "vision_start", "vision_end")  # tokens that a configuration names
 # The fixed strings around every item, one token each: in a tiny model they would be most of the work.
@@ -122,11 +122,12 @@ class Plume(nn.Module):
         per_pair = dict(gen=gen, disc=unit(r.anchor), router=r.router)
         return dict(per_pair=per_pair, per_token=dict(ce=ce, gate_loss=ce[batch["gate_at"]], read=read))
 
-    def embed(self, batch, mode="latent", steps=None, limit=512, done=0.5):
+    def embed(self, batch, mode="latent", steps=None, limit=512, done=0.5, unfinished=None):
         """A collated batch on the model's device -> (B, D) unit float32, and Spent.  See `encode`.
 
         Gradients reach the weights, except in modes "cot" and "auto", unless the caller asks for none
         (torch.no_grad).
+        unfinished: a list that gets what mode auto leaves to be written, a latent.Unfinished, for `finish`.
         """
         prefix, rule = self.prefix(batch), self.settings["latent_positions"]
         embed, head, ids = self.lm.embed_tokens, self.backbone.lm_head, self.processor.id
@@ -143,16 +144,28 @@ class Plume(nn.Module):
             warnings.warn("this checkpoint does not say when it is done (those of train.py --adaptive do): "
                           "mode auto takes all latent steps, as mode latent")
         elif mode == "auto":
-            h, *spent = until_done(
-                self.lm, self.adapter, embed, head, prefix, steps, suffix, batch["gen"], ids["<eot>"], done,
-                end, limit, rule)
-            return unit(h), Spent(*spent)
+            h, taken, left = until_done(
+                self.lm, self.adapter, head, prefix, steps, suffix, batch["gen"], ids["<eot>"], done, rule)
+            vectors, written = unit(h), torch.zeros_like(taken)
+            if unfinished is not None:
+                unfinished.append(left)
+            elif len(left.rows):
+                vectors[left.rows], written[left.rows] = self.finish([left], limit)
+            return vectors, Spent(taken, written)
         elif self.says_when_done and steps == K:
             warnings.warn("this checkpoint was trained for mode auto (train.py --adaptive): mode latent "
                           "leaves out what its latent steps do not hold")
         graphs = None if torch.is_grad_enabled() else self.graphs  # they carry no gradients
         r = rollout(self.lm, self.adapter, prefix, steps, suffix, rule, self.checkpointing, graphs)
         return unit(select_column(r.suffix, batch["gen"])), Spent(none + steps, none)
+
+    @torch.no_grad()
+    def finish(self, unfinished, limit):
+        """Write the rows of all in the list, and empty their caches -> (n, D) unit float32, (n,) tokens."""
+        _, h, pos, caches = zip(*unfinished)
+        embed, head, end = self.lm.embed_tokens, self.backbone.lm_head, self.processor.id["<gen_emb>"]
+        h, tokens = write(self.lm, embed, head, torch.cat(h), torch.cat(pos), Cache.join(caches), end, limit)
+        return unit(h), length_of(tokens, end)
 
     @property
     def says_when_done(self):

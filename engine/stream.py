@@ -31,6 +31,7 @@ from latent import unit
 
 MODES = ("latent", "single", "cot", "auto")
 SINGLE = "put a single item into [ ]"
+WAITING = 2  # times batch_size: so many rows wait, with their caches, until mode auto writes them together
 AHEAD = 1 << 27  # bytes of media that `encode` holds for a window, and about as many are read ahead
 
 
@@ -45,7 +46,8 @@ def encoding(model, items, mode="latent", steps=None, batch_size=16, progress=Fa
              workers=4, sort=True, bad=None, dim=None, done=0.5, spent=None):
     """`Plume.encode` in windows: yields the embeddings of the next items as an array.
 
-    A window is 8 batches, or less when their media take AHEAD bytes; about as much is read ahead.
+    A window is 8 batches, or less when their media take AHEAD bytes; about as much is read ahead.  What mode
+    auto has to write in it waits until it is worth a batch.
     sort: the rows of a window are batched by length; False: batches are neighbours as given.
     """
     check_mode(mode, steps)
@@ -71,12 +73,16 @@ def encoding(model, items, mode="latent", steps=None, batch_size=16, progress=Fa
                 order.sort(key=lambda i: len(samples[i]["ids"]) if samples[i] else 0)
             out = torch.full((len(samples), dim or width), torch.nan, device=model.device)
             costs = torch.zeros(len(samples), 2, dtype=torch.long, device=model.device)
+            unfinished = []
             for begin in range(0, len(order), batch_size):
                 batch = order[begin : begin + batch_size]
                 bar.update(len(batch))
                 rows = [i for i in batch if samples[i]]
                 if rows:
-                    embed_rows(model, out, rows, samples, mode, steps, limit, took, done, costs)
+                    embed_rows(model, out, rows, samples, mode, steps, limit, took, done, costs, unfinished)
+                if sum(len(left.rows) for left in unfinished) >= WAITING * batch_size:
+                    write_rows(model, out, unfinished, limit, took, costs)
+            write_rows(model, out, unfinished, limit, took, costs)
             out = out.cpu().numpy()
             if spent is not None:
                 for name, column in zip(Spent._fields, costs.T.tolist()):
@@ -170,17 +176,42 @@ def read_item(model, i, item, bad):
 
 
 @torch.no_grad()
-def embed_rows(model, out, rows, samples, mode, steps, limit, took, done, costs):
-    """One batch: out[rows] = embeddings of these samples, costs[rows] = their steps and tokens."""
+def embed_rows(model, out, rows, samples, mode, steps, limit, took, done, costs, unfinished):
+    """One batch: out[rows] = embeddings of these samples, costs[rows] = their steps and tokens.
+
+    What mode auto has to write goes to the list `unfinished`, for `write_rows`.
+    """
     batch = to_device(collate([samples[i] for i in rows], model.processor), model.device)
-    begun = time.perf_counter()
-    vectors, spent = model.embed(batch, mode, steps, limit, done)
+    begun, left = time.perf_counter(), []
+    vectors, spent = model.embed(batch, mode, steps, limit, done, left)
+    add_time(took, begun, spent)
+    places = torch.tensor(rows, device=out.device)
+    store(out, costs, places, vectors, spent)
+    unfinished += [some._replace(rows=places[some.rows]) for some in left if len(some.rows)]
+
+
+@torch.no_grad()
+def write_rows(model, out, unfinished, limit, took, costs):
+    """What mode auto has left to be written, in one batch: fills in `out` and `costs`, empties the list."""
+    if not unfinished:
+        return
+    begun, places = time.perf_counter(), torch.cat([left.rows for left in unfinished])
+    vectors, tokens = model.finish(unfinished, limit)
+    unfinished.clear()
+    spent = Spent(costs[places, 0], tokens)
+    add_time(took, begun, spent)
+    store(out, costs, places, vectors, spent)
+
+
+def add_time(took, begun, spent):
     if took is not None:
         took["tokens"] += int(spent.tokens.sum())  # waits for the device
         took["seconds"] += time.perf_counter() - begun
+
+
+def store(out, costs, places, vectors, spent):
     if out.shape[1] < vectors.shape[1]:
         vectors = unit(vectors[:, : out.shape[1]])
-    places = torch.tensor(rows, device=out.device)
     out[places], costs[places] = vectors.to(out.dtype), torch.stack(spent, 1)
 
 

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 import train
 from curriculum import Curriculum, Progress, Stage
 from engine.held_out import hit_at_1
+from engine.stream import encoding
 from engine.train_flags import check_flags
 from files.errors import DataError
 from files.items import Side
@@ -68,6 +69,34 @@ def test_auto_is_the_naive_computation_for_mixed_items_on_the_batch_and_on_every
     order = np.random.default_rng(0).permutation(len(items))
     again = adaptive.encode([items[i] for i in order], "auto", batch_size=4, limit=LIMIT, done=done)
     assert_close(again, ours[order], "another order", 1e-6)
+
+
+def test_rows_wait_to_be_written_until_they_are_two_batches_or_the_window_ends(monkeypatch):
+    m, size = make_model(adaptive=True, latent_steps=K), 2
+    items = [f"{i} " + "word " * (i % 5) for i in range(24)]
+    how, spent, took = dict(limit=LIMIT, done=threshold(m, items)), {}, dict(seconds=0.0, tokens=0)
+    alone = {}
+    expected = np.concatenate([m.encode([item], "auto", spent=alone, **how) for item in items])
+    finish, written, widths, caches = m.finish, [], set(), []
+
+    def counted_finish(unfinished, limit):
+        written.append([len(left.rows) for left in unfinished])  # of each batch
+        widths.add(len({left.cache.hide.shape[-1] for left in unfinished}))
+        caches.extend(left.cache for left in unfinished)
+        return finish(unfinished, limit)
+
+    monkeypatch.setattr(m, "finish", counted_finish)
+    more = dict(how, batch_size=size, bad={}, spent=spent, took=took)
+    together = np.concatenate([*encoding(m, [None, *items], "auto", **more)])  # None cannot be read
+    assert_close(together[1:], expected, "one by one", 1e-6)
+    assert spent == {name: [0, *values] for name, values in alone.items()}
+    assert took["tokens"] == sum(spent["tokens"])
+    assert max(widths) > 1  # prefixes of several lengths were written together
+    windows_end = sum(sum(rows) < 2 * size for rows in written)
+    assert len(written) > windows_end <= 2  # 25 items are two windows of 16
+    # what bounds memory: another batch begins only while less than two wait, and what is joined is let go
+    assert all(sum(rows[:-1]) < 2 * size and max(rows) <= size for rows in written)
+    assert not any(cache.prefix or cache.slots for cache in caches)
 
 
 def test_at_the_ends_of_done_all_rows_stop_at_once_or_never(adaptive, world):
