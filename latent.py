@@ -124,7 +124,9 @@ def rollout_of_groups(lm, adapter, groups, steps, rule="mrope", checkpointing=Fa
     if len(caches) > 1:
         whole = Cache.join([cache.of(range(rows)) for cache, rows in zip(caches, sizes)])
     behind = latent_steps(lm, adapter, steps, *map(torch.cat, states), whole)
-    split_slots(whole, caches, sizes)
+    for i, (k, v) in enumerate(whole.slots):
+        for cache, *slots in zip(caches, k.split(sizes), v.split(sizes)):
+            cache.slots[i] = slots
     rows, rollouts = zip(*states, *(part.split(sizes) for part in behind)), []
     for (_, suffix), cache, (anchor, z, pos, latents, last, router) in zip(groups, caches, rows):
         more, h = last_and_suffix(lm, last, pos, steps, suffix, cache, checkpointing)
@@ -176,13 +178,6 @@ def last_and_suffix(lm, last, pos, steps, suffix, cache, checkpointing=False):
     places = pos[:, None] + torch.arange(steps - n, end, device=pos.device)
     h = decoder(lm, torch.cat([last, suffix], 1), places, cache, checkpointing)  # (B, n + T, D)
     return h[:, :n], h[:, n:]
-
-
-def split_slots(whole, caches, sizes):
-    """The slots of all rows back to the caches of their groups, of so many rows each."""
-    for i, (k, v) in enumerate(whole.slots):
-        for cache, *slots in zip(caches, k.split(sizes), v.split(sizes)):
-            cache.slots[i] = slots
 
 
 def naive_rollout(inner, adapter, inputs, positions, disc, steps, suffix, rule="mrope"):
