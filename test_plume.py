@@ -924,7 +924,7 @@ def test_two_ranks_by_torchrun_train_the_weights_of_one(world, tmp_path):
     run_ranks(2, "train.py", "--out", tmp_path / "shards", "--fsdp", "--micro_tokens", 99, *flags)
     one, two, shards = (log(tmp_path / name) for name in ("one", "two", "shards"))
     assert [r["stage"] for r in one] == [r["stage"] for r in two] == [r["stage"] for r in shards]
-    assert all(0 <= r["padding"] <= 0.05 for r in one + two + shards) and any(r["padding"] for r in one)
+    assert all(0 <= r["padding"] <= 0.05 for r in one + two + shards)
     latest = Progress(Curriculum(1, 4, last_stage=0.05, gate=99), 38).entry[1]
     assert [r["reached"] for r in one].index(1) == 35 < latest
     for rows in zip(one[:6], two[:6], shards[:6]):

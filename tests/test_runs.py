@@ -442,7 +442,7 @@ def test_checkpoints_come_at_stage_ends_every_save_every_and_at_the_end(train_he
         train_here("--out", tmp_path, "--steps=9", "--save_every=8", "--clip=0.5", "--checkpointing", *PAPER)
     assert [call.args[0]["step"] for call in save.call_args_list] == [2, 3, 4, 5, 7, 8, 9]
     assert [call.args[1] for call in clip.call_args_list] == [0.5] * 9
-    assert recompute.call_count == 9 * 2 * 3  # steps x (prefill, suffix) x layers
+    assert recompute.call_count == 9 * 2 * 2 * 3  # steps x groups of rows x (prefill, suffix) x layers
 
 
 def test_wandb_gets_the_rows_of_the_log(train_here, tmp_path, monkeypatch):
