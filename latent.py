@@ -18,8 +18,8 @@ Qwen3-VL's differs in three lines, each of which names it.
 Prefill, latent step, suffix and greedy decoding are one function, `decoder`, at different numbers of new
 columns.
 
-Two other ways to think stand beside the rollout: `until_done` stops each row when its state reads <eot>, what
-K steps do not hold is left to `write`; an adapter of kind "parallel" gives K learnt tokens that take one pass.
+Two other ways to think stand beside the rollout: `until_done` stops each row when its state reads <eot> and
+leaves to `write` what K steps do not hold; an adapter of kind "parallel" has K learnt tokens take one pass.
 
 Shapes: B sequences, P prefix tokens, K latent steps, T suffix tokens, L new columns in a call, D width, H
 query heads, G key/value heads, d = D/H, E experts.

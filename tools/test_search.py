@@ -229,7 +229,7 @@ def left_in(folder):
 
 
 def test_two_updates_at_once_leave_one_index_that_is_whole(small, folder):
-    first = stopped_at_the_list(small, folder, 1)
+    first = stopped_at_the_list(small, folder, 5)
     picture("black", "bar").save(folder / "later.png")
     second = run("tools.search", folder, "a bar", "--ckpt", small)
     assert re.search(r"another run is at work on this index \(process \d+ on .*\): waiting", second.stdout)
