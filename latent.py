@@ -449,7 +449,8 @@ def linear(layer, x):
     (docs/log.md).
     """
     rows = x.shape[0] * x.shape[1]
-    if x.device.type != "cpu" or type(layer) is not torch.nn.Linear or not 16 <= rows <= 48:
+    plain = type(layer) is torch.nn.Linear and type(layer.weight) is torch.nn.Parameter  # not rounded
+    if x.device.type != "cpu" or not plain or not 16 <= rows <= 48:
         return layer(x)
     x_t = x.flatten(0, 1).T  # (D, B*L)
     if layer.bias is None:

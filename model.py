@@ -112,7 +112,7 @@ class Plume(nn.Module):
 
     def outputs(self, batch, r):
         """What `forward` gives, of one group and its Rollout."""
-        head = self.backbone.lm_head.weight
+        head = self.backbone.lm_head
         states = torch.cat([r.start[:, None], r.latents], 1)  # (B, K+1, D) z_0 .. z_K
         before = torch.cat([states[:, -1:], r.suffix[:, :-1]], 1)  # (B, T, D) predicts the suffix
         ce = cross_entropy(before.flatten(0, 1)[batch["label_at"]], head, batch["labels"])
@@ -267,17 +267,17 @@ class Plume(nn.Module):
                 write_hub_files(self, folder)
 
 
-def cross_entropy(h, weight, labels, elements=None):
-    """h (N, D), output embedding (V, D), labels (N,) -> (N,) losses.
+def cross_entropy(h, head, labels, elements=None):
+    """h (N, D), head: states -> logits (N, V), labels (N,) -> (N,) losses.
 
     Never more than about `elements` logits at a time: with a 151k vocabulary the rows go in chunks, whose
     logits are computed again in the backward pass.
     """
     elements = elements or (1 << 22 if h.device.type == "cpu" else 1 << 27)  # a CPU's chunk fits its cache
-    rows = max(1, elements // len(weight))
+    rows = max(1, elements // len(head.weight))
 
     def losses(h, labels):
-        return F.cross_entropy(at_least_float32(F.linear(h, weight)), labels, reduction="none")
+        return F.cross_entropy(at_least_float32(head(h)), labels, reduction="none")
 
     if len(h) <= rows:
         return losses(h, labels)

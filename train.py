@@ -41,6 +41,7 @@ from engine.ranks import (
 from engine.resume import resume, save
 from engine.stop import bind_to_parent, check_finite, end_workers, ending_workers, StopOnSignal
 from engine.train_flags import check_flags, claim_one_space
+from engine.trained import choose_trained, hash_of_frozen, TARGETS
 from files.errors import DataError, nearest
 from files.records import hold_out, Pairs
 from hub.card import about_run
@@ -76,6 +77,9 @@ class Config:  # --help prints the comments
     tied: bool = True  # random weights have one embedding for input and output
     freeze_backbone: bool = False  # after stage 0 (with --init from the first step) only the adapter learns
     freeze_vision: str = "auto"  # true, false, or auto: frozen (but for its merger) when --init is given
+    lora: int = 0  # rank of LoRA, trained instead of the backbone of --init: see docs/training.md; 0: none
+    lora_targets: str = ",".join(TARGETS)  # the projections it is put around
+    lora_bits: int = 0  # 8 or 4: the frozen weights of these are rounded; 0: they stay as they are
     # adapter: the paper's ablations; with --init they are the checkpoint's unless given, and so are positions
     adapter: str = "moe"  # moe (the paper), mlp (the shared expert alone), none (hidden states as they are),
     #     or parallel: no recurrence, K learnt tokens in one pass
@@ -220,7 +224,8 @@ def train(cfg, given, curriculum, device, dtype):
 
     # resume
     progress = Progress(curriculum, steps, cfg.seed)
-    config = dict(asdict(cfg), pairs=pairs.digest)
+    frozen = hash_of_frozen(model) if cfg.lora else ""
+    config = dict(asdict(cfg), pairs=pairs.digest, frozen=frozen)
     start, kept = resume(cfg, config, model, optimizer, progress) if cfg.resume else (0, [])
 
     # loop
@@ -301,23 +306,21 @@ def losses(out, batch, cfg):
     router = all_gather(router).sum(0)  # (K, E) over the rows of all ranks
     router = router / all_gather(real.sum()).sum().clamp(min=1)
 
-    def contrast(x, y=None):
-        """InfoNCE of the queries' x against the candidates' y, or x."""
-        query, candidates = candidates_by_query(x, batch)
-        if y is not None:
-            _, candidates = candidates_by_query(y, batch)
+    def contrast(x, y):
+        """InfoNCE of the queries' x against the candidates' y."""
+        (query, _), (_, candidates) = candidates_by_query(x, batch), candidates_by_query(y, batch)
         return info_nce(query, candidates, *hashes, valid, cfg.scale)
 
     parts = dict(
         ce=global_mean(tokens["ce"]),
-        gen=contrast(pairs["gen"]),
-        disc=contrast(pairs["disc"]),
+        gen=contrast(pairs["gen"], pairs["gen"]),
+        disc=contrast(pairs["disc"], pairs["disc"]),
         read=global_mean(tokens["read"]),
         bal=balance_loss(router) * valid.any())
     gen, disc, cut = pairs["gen"], pairs["disc"], []
     if cfg.matryoshka:
         cut = [(unit(gen[:, :size]), unit(disc[:, :size])) for size in map(int, cfg.matryoshka.split(","))]
-        parts["matryoshka"] = sum(contrast(g) for g, _ in cut) / len(cut)
+        parts["matryoshka"] = sum(contrast(g, g) for g, _ in cut) / len(cut)
     if cfg.w_cross:
         parts["cross"] = contrast(gen, disc) + sum(contrast(g, d) for g, d in cut) / max(1, len(cut))
     weight = {name: getattr(cfg, f"w_{name}") for name in parts}
@@ -478,7 +481,7 @@ def build_model(cfg, given, pairs, device):
     settings["adaptive"] = cfg.adaptive
     if not (cfg.data or cfg.init or cfg.num_frames):
         settings["limits"]["num_frames"] = max(16, 2 * pairs.longest)  # all of turtle world's clips
-    if cfg.resume:
+    if cfg.resume and not cfg.lora:
         model = Plume.from_pretrained(newest_checkpoint(cfg.out), device, torch.float32)
     elif cfg.init:
         model = Plume.from_pretrained(cfg.init, device, torch.float32, **settings)
@@ -487,14 +490,7 @@ def build_model(cfg, given, pairs, device):
         shape = cfg.preset or cfg.shape
         model = Plume.random(pairs.texts(), shape, cfg.seed, where, cfg.tied, **settings).to(device)
     claim_one_space(cfg, model.settings)
-    if cfg.freeze_vision == "true" or (cfg.freeze_vision == "auto" and cfg.init):
-        visual = model.backbone.model.visual.requires_grad_(False)
-        for merger in (visual.merger, *getattr(visual, "deepstack_merger_list", ())):
-            merger.requires_grad_(True)
-    if cfg.freeze_backbone and cfg.init:
-        model.backbone.requires_grad_(False)
-    if not any(p.requires_grad for p in model.parameters()):
-        raise DataError("--freeze_backbone: the checkpoint has no adapter, so nothing is left to learn")
+    choose_trained(cfg, model)
     if not cfg.data:
         pairs.backbone = model.processor.backbone  # turtle world's pictures are drawn for it
         if lost := moves_lost(model.processor, cfg.moves):

@@ -28,7 +28,7 @@ def check_called(model):
     read, called = READ, [*CALLED, VISUAL]
     if model.backbone.config.model_type == "qwen2_vl":
         read, called = READ_2, CALLED_2
-    own = r"(?:weight|bias|parametrizations\..*)"
+    own = r"(?:weight|bias|new_rows|parametrizations\..*)"
     known = re.compile(rf"(?:{'|'.join(read)})\.{own}|(?:{'|'.join(called)})\..*|adapter\.[wb][12]")
     for name, _ in model.named_parameters(remove_duplicate=False):
         if name.startswith(("backbone.", "adapter.")) and not known.fullmatch(name):

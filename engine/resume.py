@@ -9,6 +9,7 @@ from torch.distributed.checkpoint.state_dict import (
     get_model_state_dict, get_optimizer_state_dict, set_optimizer_state_dict, StateDictOptions)
 
 from engine.ranks import rank_and_world, say
+from engine.trained import load_trained, merged_weights, trained_weights
 from files.errors import DataError, lfs_hint, reason
 from files.writing import write_errors
 from hub.card import write_hub_files
@@ -30,7 +31,10 @@ def save(cfg, model, optimizer, state, saved, kept, card):
     this run has kept is ever removed.
     """
     whole = StateDictOptions(full_state_dict=True, cpu_offload=True)  # gathers shards: all ranks have to ask
-    weights = get_model_state_dict(model, options=whole)
+    if cfg.lora:
+        weights, state["trained"] = merged_weights(model), trained_weights(model)
+    else:
+        weights = get_model_state_dict(model, options=whole)
     state["optimizer"] = get_optimizer_state_dict(model, optimizer, options=whole)
     if rank_and_world()[0] > 0:
         return kept
@@ -67,6 +71,8 @@ def resume(cfg, config, model, optimizer, progress):
         raise DataError(f"--resume with another configuration: {changed}")
     if state["ranks"] != world:
         say(f"the run began on {state['ranks']} ranks and goes on with {world}: the same but for rounding")
+    if cfg.lora:
+        load_trained(model, state["trained"])
     load_moments(model, optimizer, state["optimizer"])
     progress.load(state["progress"])
     return state["step"], state["kept"]

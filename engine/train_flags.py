@@ -8,11 +8,12 @@ from backbones.shapes import SHAPES
 from curriculum import Curriculum, Progress
 from engine.flags import whole_numbers
 from engine.ranks import say
+from engine.trained import check_lora
 from files.errors import DataError, nearest
 
 AT_LEAST = dict(seed=0, global_batch=2, micro_tokens=0, steps=0, save_every=1, log_every=1, eval_every=0,
                 keep=0, workers=0, until=0, warmup=0, decay=0, vision_lr=0, weight_decay=0, frame_rate=0,
-                w_cross=0)
+                w_cross=0, lora=0)
 
 
 def check_flags(cfg, world):
@@ -59,6 +60,7 @@ def check_flags(cfg, world):
     for flag, fine, need in needs:
         if not fine:
             raise DataError(f"--{flag} {getattr(cfg, flag)}: needs {need}")
+    check_lora(cfg)
     if cfg.shape not in SHAPES:
         raise DataError(f"--shape {cfg.shape!r} is not known.{nearest(cfg.shape, SHAPES)}")
     try:
