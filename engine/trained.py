@@ -73,7 +73,7 @@ def add_lora(cfg, model):
     from peft import inject_adapter_in_model, LoraConfig  # an extra
 
     model.requires_grad_(False)
-    if cfg.lora_bits:
+    if cfg.lora_bits and model.device.type != "meta":
         quantize(model.lm.layers, cfg.lora_bits)
     targets = cfg.lora_targets.split(",")
     inject_adapter_in_model(LoraConfig(r=cfg.lora, lora_alpha=2 * cfg.lora, target_modules=targets), model.lm)

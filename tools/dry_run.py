@@ -60,13 +60,26 @@ def size_of(groups, stage):
     return columns, 1 - real / columns
 
 
+def weight_bytes(cfg, model):
+    """Of all weights: 4 each, but for frozen projections that --lora_bits rounds."""
+    rounded = []
+    for name, layer in model.lm.layers.named_modules():
+        if cfg.lora_bits and isinstance(layer, torch.nn.Linear) and "lora_" not in name:
+            rounded.append(layer)
+    skip = {id(layer.weight) for layer in rounded}
+    others = sum(p.numel() for p in model.parameters() if id(p) not in skip)
+    elements = sum(layer.in_features * layer.out_features for layer in rounded)
+    return 4 * others + cfg.lora_bits / 8 * elements
+
+
 def dry_run(cfg, model, pairs, curriculum, autocast, dtype):
     """What a rank needs: bytes of weights, gradients, moments, and what a micro-batch adds in every stage."""
     meta = model.device.type == "meta"
     batches = Batches(pairs, model.processor, curriculum, cfg.skip_bad, cfg.micro_tokens)
     every, trained = count_parameters(model), count_parameters(model, trained=True)
-    print(f"weights {4 * every / GIB:,.3f} GiB, gradients {4 * trained / GIB:,.3f} GiB, AdamW's moments "
-          f"{8 * trained / GIB:,.3f} GiB, all float32")
+    weights = weight_bytes(cfg, model)
+    print(f"weights {weights / GIB:,.3f} GiB, gradients {4 * trained / GIB:,.3f} GiB, AdamW's moments "
+          f"{8 * trained / GIB:,.3f} GiB, float32 but for --lora_bits")
     heavy = heaviest(cfg, pairs, batches, curriculum.stages[0])
     if meta:
         model.to(dtype)
@@ -93,7 +106,7 @@ def dry_run(cfg, model, pairs, curriculum, autocast, dtype):
         print(f"{stage.index:5d}  {stage.latent_steps:12d}  {columns:7d}  {padding:7.1%}  {patches:7d}  "
               f"{kept / GIB:9.3f}  {live.peak / GIB:9.3f}", seconds)
 
-    state = 4 * every + 12 * trained
+    state = weights + 12 * trained
     if meta and dtype == torch.bfloat16:
         print("hidden states counted in bfloat16, as with --fsdp; without it float32, about twice as much")
     else:
@@ -110,7 +123,9 @@ def main(argv):
         raise DataError("a dry run needs no torchrun: it runs one rank's micro-batch")
     if cfg.resume:
         raise DataError("--resume: a dry run starts nothing; give the run's other flags")
-    curriculum = train_flags.check_flags(replace(cfg, device="", fsdp=False), 1)
+    # weights of --init are not needed here: those of --preset have the same shapes
+    flags = replace(cfg, device="", fsdp=False, init=cfg.init or cfg.preset)
+    curriculum = train_flags.check_flags(flags, 1)
     torch.manual_seed(cfg.seed)
     device, dtype = pick_device(cfg.device or None, cfg.dtype or None)
     pairs = train.read_pairs(cfg)
