@@ -1,0 +1,126 @@
+"""A folder of vectors in parts, as tools/encode.py writes it and tools/search.py reads it.
+
+    DIR/manifest.json              checkpoint (hash), mode, steps, dim, type, dtype; input (hash), items, parts
+    DIR/part-000000/vectors.npy    (n, dim) of the manifest's type, in the order of the input
+                    ids.json       the ids of these rows, a list of n strings
+                    bad.json       [{"_id", "why"}], what could not be read
+    DIR/part-000000.XXXXXXXX.writing   was being written when a run died
+
+A part appears under its name when all of it is written.  Part p has the records from p * part_size on.
+
+float16 and int8 are for inner products of rows made unit again, as `load_vectors` does.  int8: every row is
+scaled by itself so that its largest component is 127 or -127, and rounded; no scale has to be kept.
+"""
+
+import json
+import os
+import re
+import shutil
+import warnings
+
+import numpy as np
+
+from files.errors import DataError, reason
+from files.jsonl import parse_json
+from files.writing import temporary_name, write_errors, write_json, writing
+
+MANIFEST, PART = "manifest.json", re.compile(r"part-(\d{6,})")
+FILES = ("vectors.npy", "ids.json", "bad.json")  # of a part
+TYPES = ("float32", "float16", "int8")
+
+
+def part_folder(folder, number):
+    return os.path.join(folder, f"part-{number:06}")
+
+
+def is_whole(part):
+    return all(os.path.isfile(os.path.join(part, name)) for name in FILES)
+
+
+def whole_parts(folder):
+    """Numbers of the parts that are there, in order."""
+    found = map(PART.fullmatch, os.listdir(folder))
+    return sorted(int(name[1]) for name in found if name and is_whole(os.path.join(folder, name[0])))
+
+
+def read_json(file):
+    with open(file, "rb") as f:
+        return parse_json(f.read(), file)
+
+
+def read_manifest(folder):
+    file = os.path.join(folder, MANIFEST)
+    if not os.path.isfile(file):
+        raise DataError(f"{folder}: no {MANIFEST} there; it has to be a folder that python -m tools.encode made")
+    return read_json(file)
+
+
+def write_part(folder, number, ids, vectors, bad):
+    """One part, whole or not at all.  Where another process was faster, its part stays."""
+    part = part_folder(folder, number)
+    new = temporary_name(part)
+    try:
+        with write_errors(new):
+            os.mkdir(new)
+        with writing(os.path.join(new, "vectors.npy"), "wb") as f:
+            np.save(f, vectors)
+        write_json(os.path.join(new, "ids.json"), ids)
+        write_json(os.path.join(new, "bad.json"), bad)
+        if not is_whole(part):  # somebody may have deleted one of its files
+            shutil.rmtree(part, ignore_errors=True)
+        with write_errors(part):
+            rename_unless_there(new, part)
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
+
+
+def rename_unless_there(new, part):
+    try:
+        os.rename(new, part)
+    except OSError:
+        if not is_whole(part):
+            raise
+
+
+def narrowed(vectors, kind):
+    """(n, D) unit rows of float32 -> the same as one of TYPES."""
+    if kind == "int8":
+        return np.rint(vectors * (127 / np.abs(vectors).max(axis=1, keepdims=True))).astype(np.int8)
+    return vectors.astype(kind)
+
+
+def read_part(folder, number):
+    """-> ids, (n, D) unit rows of float32.  DataError for a part that somebody has damaged."""
+    part = part_folder(folder, number)
+    try:
+        ids = read_json(os.path.join(part, "ids.json"))
+        stored = np.load(os.path.join(part, "vectors.npy"))
+    except (OSError, ValueError, EOFError) as e:
+        raise DataError(f"{part}: cannot be read ({reason(e)}); delete it, and encode again") from e
+    if len(ids) != len(stored):
+        raise DataError(f"{part}: {len(ids)} ids, {len(stored)} vectors; delete it, and encode again")
+    vectors = stored.astype(np.float32)
+    if stored.dtype != np.float32:
+        vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    return ids, vectors
+
+
+def rows_in(folder, number):
+    return len(np.load(os.path.join(part_folder(folder, number), "vectors.npy"), mmap_mode="r"))
+
+
+def load_vectors(folder):
+    """-> list of all ids, (N, D) unit rows of float32, in the order of the input.
+
+    Of parts that are not there yet it warns.
+    """
+    manifest, there = read_manifest(folder), whole_parts(folder)
+    if len(there) < manifest["parts"]:
+        warnings.warn(f"{folder}: {len(there)} of {manifest['parts']} parts are there; the rest is not loaded")
+    ids, total = [], sum(rows_in(folder, part) for part in there)
+    vectors = np.empty((total, manifest["dim"]), np.float32)
+    for number in there:
+        more, rows = read_part(folder, number)
+        vectors[len(ids) : len(ids) + len(more)] = rows
+        ids += more
+    return ids, vectors
