@@ -56,7 +56,7 @@ def read_manifest(folder):
 
 
 def write_part(folder, number, ids, vectors, bad):
-    """One part, whole or not at all.  Where another process was faster, its part stays."""
+    """One part, whole or not at all."""
     part = part_folder(folder, number)
     new = temporary_name(part)
     try:
@@ -66,20 +66,15 @@ def write_part(folder, number, ids, vectors, bad):
             np.save(f, vectors)
         write_json(os.path.join(new, "ids.json"), ids)
         write_json(os.path.join(new, "bad.json"), bad)
-        if not is_whole(part):  # somebody may have deleted one of its files
-            shutil.rmtree(part, ignore_errors=True)
+        if not is_whole(part):
+            shutil.rmtree(part, ignore_errors=True)  # somebody has deleted one of its files
         with write_errors(part):
-            rename_unless_there(new, part)
+            os.rename(new, part)
+    except OSError:
+        if not is_whole(part):  # another process was faster
+            raise
     finally:
         shutil.rmtree(new, ignore_errors=True)
-
-
-def rename_unless_there(new, part):
-    try:
-        os.rename(new, part)
-    except OSError:
-        if not is_whole(part):
-            raise
 
 
 def narrowed(vectors, kind):
@@ -105,10 +100,6 @@ def read_part(folder, number):
     return ids, vectors
 
 
-def rows_in(folder, number):
-    return len(np.load(os.path.join(part_folder(folder, number), "vectors.npy"), mmap_mode="r"))
-
-
 def load_vectors(folder):
     """-> list of all ids, (N, D) unit rows of float32, in the order of the input.
 
@@ -117,10 +108,9 @@ def load_vectors(folder):
     manifest, there = read_manifest(folder), whole_parts(folder)
     if len(there) < manifest["parts"]:
         warnings.warn(f"{folder}: {len(there)} of {manifest['parts']} parts are there; the rest is not loaded")
-    ids, total = [], sum(rows_in(folder, part) for part in there)
-    vectors = np.empty((total, manifest["dim"]), np.float32)
+    ids, vectors = [], [np.empty((0, manifest["dim"]), np.float32)]
     for number in there:
         more, rows = read_part(folder, number)
-        vectors[len(ids) : len(ids) + len(more)] = rows
         ids += more
-    return ids, vectors
+        vectors.append(rows)
+    return ids, np.concatenate(vectors)
