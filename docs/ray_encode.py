@@ -1,12 +1,12 @@
-"""Items to vectors on a Ray cluster.  In PLUME's folder; media paths are absolute; GPUS: 1 or 0 for each actor.
+"""Items to vectors on a Ray cluster.  In PLUME's folder; absolute media paths; GPUS of an actor: 1 or 0.
 
-    pip install "ray[data]" && PYTHONPATH=$PWD python docs/ray_encode.py CORPUS.jsonl OUT CHECKPOINT ACTORS GPUS
+    PYTHONPATH=$PWD python docs/ray_encode.py CORPUS.jsonl OUT CHECKPOINT ACTORS GPUS
 """
 
 import os
 import sys
 
-import ray
+import ray  # pip install "ray[data]"
 
 from files.items import ITEM_KEYS
 from model import Plume
@@ -21,7 +21,6 @@ class Encoder:
         vectors = self.model.encode([{k: row.get(k) for k in ITEM_KEYS} for row in rows], bad=bad)
         why = [bad.get(i, "") for i in range(len(rows))]  # with NaN in its vector
         return dict(_id=[row["_id"] for row in rows], vector=vectors, why=why)
-
 
 if __name__ == "__main__":
     corpus, out, checkpoint, actors, gpus = sys.argv[1:]

@@ -1,10 +1,10 @@
 """Items to vectors, on any number of machines: a folder of parts that only has to be shared.
 
-    python -m tools.encode corpus.jsonl out/vectors                       {"_id"?, "text"?, "image"?, "video"?}
-    python -m tools.encode pages.parquet out/vectors --type float16       the same keys as columns
-    python -m tools.encode FOLDER out/vectors                             pictures, clips, pages of PDF files
-    python -m tools.encode corpus.jsonl out/vectors --shard 3 --of 64     of any scheduler's 64 jobs the fourth
-    torchrun --nproc_per_node 8 -m tools.encode corpus.jsonl out/vectors  a shard a GPU
+    python -m tools.encode corpus.jsonl OUT                       {"_id"?, "text"?, "image"?, "video"?} a line
+    python -m tools.encode pages.parquet OUT --type float16       the same keys as columns
+    python -m tools.encode FOLDER OUT                             pictures, clips, pages of PDF files
+    python -m tools.encode corpus.jsonl OUT --shard 3 --of 64     the fourth of any scheduler's 64 jobs
+    torchrun --nproc_per_node 8 -m tools.encode corpus.jsonl OUT  a shard a GPU
 
 The same command again goes on with the parts that are missing, whatever ended the run before.
 tools/encode_parts.py says what is in the folder, docs/scale.md how others open it.
@@ -38,6 +38,7 @@ from tools.encode_parts import (
     MANIFEST, narrowed, part_folder, read_json, read_manifest, TYPES, whole_parts, write_part)
 from tools.search_index import printable
 
+GOES_ON = "the parts that are there stay, the same command goes on with the rest"
 LOOKED_AT = 20  # records at the beginning: when none of them can be used, it is not what the user meant
 
 
@@ -200,19 +201,19 @@ def main(argv):
     mine, size = set(range(cfg.shard, manifest["parts"], cfg.of)), cfg.part_size
     todo = mine - set(whole_parts(out))
     count = sum(min(size, manifest["items"] - size * part) for part in todo)
-    print(f"shard {cfg.shard} of {cfg.of}: {len(mine)} of {manifest['parts']} parts, {len(mine) - len(todo)} of "
-          f"them are there; {count:,} records to encode", flush=True)
-    begun, again = time.perf_counter(), "the parts that are there stay, the same command goes on with the rest"
+    print(f"shard {cfg.shard} of {cfg.of}: {len(mine)} of {manifest['parts']} parts, "
+          f"{len(mine) - len(todo)} of them are there; {count:,} records to encode", flush=True)
+    begun = time.perf_counter()
     rows = embedded(model, source.items(lambda number: number // size in todo, area), cfg, manifest)
     try:
-        with closing(rows), tqdm(total=count, desc="encode", unit="item", disable=not count) as bar:
+        with closing(rows), tqdm(total=count, desc="encode", unit="record", disable=not count) as bar:
             written = encode_parts(out, rows, manifest, bar)
     except KeyboardInterrupt:
-        raise Interrupted(f"interrupted: {again}") from None
+        raise Interrupted(f"interrupted: {GOES_ON}") from None
     except OSError as e:
-        raise DataError(f"{e}; {again}") from e
+        raise DataError(f"{e}; {GOES_ON}") from e
     if missing := todo.difference(written):
-        raise DataError(f"{path}: was changed while it was read: part {min(missing)} is no longer in it; {again}")
+        raise DataError(f"{path}: was changed while it was read: it ends before part {min(missing)}")
     took = time.perf_counter() - begun
     if count:
         print(f"{count:,} records in {took:.1f} s, {count / took:,.1f} a second")

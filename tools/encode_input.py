@@ -1,4 +1,4 @@
-"""What tools/encode.py reads, record by record: JSON lines, Parquet, or a folder of pictures, clips and pages.
+"""What tools/encode.py reads, record by record: JSON lines, Parquet, a folder of pictures, clips and pages.
 
 A source has
     digest()        hash of what it is, to know it again

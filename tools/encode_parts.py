@@ -1,6 +1,7 @@
 """A folder of vectors in parts, as tools/encode.py writes it and tools/search.py reads it.
 
-    DIR/manifest.json              checkpoint (hash), mode, steps, dim, type, dtype; input (hash), items, parts
+    DIR/manifest.json              checkpoint (hash), mode, steps, dim, type, dtype, part_size; input (hash),
+                                   how many items (records of the input) and parts
     DIR/part-000000/vectors.npy    (n, dim) of the manifest's type, in the order of the input
                     ids.json       the ids of these rows, a list of n strings
                     bad.json       [{"_id", "why"}], what could not be read
@@ -51,7 +52,7 @@ def read_json(file):
 def read_manifest(folder):
     file = os.path.join(folder, MANIFEST)
     if not os.path.isfile(file):
-        raise DataError(f"{folder}: no {MANIFEST} there; it has to be a folder that python -m tools.encode made")
+        raise DataError(f"{folder}: no {MANIFEST} in it; needs a folder that python -m tools.encode made")
     return read_json(file)
 
 
@@ -107,7 +108,7 @@ def load_vectors(folder):
     """
     manifest, there = read_manifest(folder), whole_parts(folder)
     if len(there) < manifest["parts"]:
-        warnings.warn(f"{folder}: {len(there)} of {manifest['parts']} parts are there; the rest is not loaded")
+        warnings.warn(f"{folder}: {len(there)} of {manifest['parts']} parts are there; the rest is missing")
     ids, vectors = [], [np.empty((0, manifest["dim"]), np.float32)]
     for number in there:
         more, rows = read_part(folder, number)

@@ -161,8 +161,8 @@ def main(argv):
     if cfg.vectors:
         words = [None, *words]
     if not 1 <= len(words) <= 2:
-        raise DataError("needs a folder (or --vectors) and perhaps a text in quotes, in front of all flags; got "
-                        f"{quote(words)}")
+        raise DataError("needs a folder (or --vectors) and perhaps a text in quotes, in front of all flags; "
+                        f"got {quote(words)}")
     folder, text = words[0], words[1] if len(words) > 1 else None
     query = None
     if text is not None or cfg.image:

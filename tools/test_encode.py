@@ -1,7 +1,6 @@
 """The command python -m tools.encode: what it is given becomes vectors, whatever ends it on the way."""
 
 import contextlib
-import functools
 import importlib.util
 import itertools
 import json
@@ -11,25 +10,24 @@ import re
 import resource
 import shutil
 import signal
+import subprocess
+import sys
 import time
 import tracemalloc
-from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from files.errors import DataError
 from model import Plume
 from test_plume import assert_close
 from tests.processes import call, ROOT, run, Started
 from tests.samples import in_one_space, NAMES, odd_folder, ODD, picture, write_clip, write_lines
 from tools import encode
 from tools.encode_input import count_records, open_source
-from tools.encode_parts import load_vectors, narrowed, read_part, TYPES, whole_parts, write_part
+from tools.encode_parts import load_vectors, narrowed, read_part, TYPES, whole_parts
 
 TEXTS = [f"a {name} and {n} more" for n in range(5) for name in NAMES]  # 60
-SHAPE = (len(TEXTS), 128)
 
 
 @pytest.fixture
@@ -104,7 +102,8 @@ def test_parquet_has_the_same_columns(small, world, tmp_path):
     broken = dict(bytes=b"no picture", path=None)
     columns = dict(_id=list(range(13)), text=[None, *NAMES], image=[*stored, broken], url=["x"] * 13)
     parquet.write_table(pyarrow.table(columns), tmp_path / "x.parquet", row_group_size=5)
-    printed = [encoded(small, tmp_path / "x.parquet", tmp_path / "out", "--shard", n, "--of", 2) for n in (1, 0)]
+    source = tmp_path / "x.parquet"
+    printed = [encoded(small, source, tmp_path / "out", "--shard", n, "--of", 2) for n in (1, 0)]
     assert "not used: url" in printed[0] and "1 of 2 parts are there" in printed[0]
     ids, vectors = load_vectors(tmp_path / "out")
     items = [dict(text=t, image=i) for t, i in zip(columns["text"], stored)]
@@ -153,7 +152,8 @@ def test_types_keep_what_can_be_found(small, texts, expected, tmp_path):
         assert vectors.dtype == np.float32
         assert_close(vectors, first, kind, most)
         assert_close(np.linalg.norm(vectors, axis=1), np.ones(60), "norms")
-    assert (np.abs(stored.astype(int)).max(1) == 127).all() and narrowed(np.empty((0, 4)), "int8").shape == (0, 4)
+    assert (np.abs(stored.astype(int)).max(1) == 127).all()
+    assert narrowed(np.empty((0, 4)), "int8").shape == (0, 4)
 
 
 def test_shards_hold_every_item_once_however_many_there_are(small, texts, expected, tmp_path, monkeypatch):
@@ -186,7 +186,8 @@ def test_the_same_shard_twice_at_once_harms_nothing(small, texts, expected, tmp_
 
 
 @pytest.mark.parametrize("flags, differs", [
-    (["--mode", "single"], "mode 'latent', now 'single'; steps 8, now None"), (["--steps", 3], "steps 8, now 3"),
+    (["--mode", "single"], "mode 'latent', now 'single'; steps 8, now None"),
+    (["--steps", 3], "steps 8, now 3"),
     (["--dim", 8], "dim 128, now 8"), (["--type", "int8"], "type 'float32', now 'int8'"),
     (["--part_size", 8], "part_size 7, now 8"), (["--dtype", "bfloat16"], "dtype 'float32', now 'bfloat16'"),
     ("other", "checkpoint '.*', now '.*'"), ("input", "input '.*', now '.*'")])
@@ -229,7 +230,7 @@ def test_input_that_cannot_be_meant_is_refused_before_anything_is_encoded(small,
 def test_twenty_kills_lose_nothing_and_double_nothing(small, tmp_path):
     path, out, dice, killed = tmp_path / "texts.jsonl", tmp_path / "out", random.Random(0), 0
     write_lines(path, TEXTS * 4)
-    command = ["tools.encode", path, out, "--ckpt", small, "--part_size", 1, "--batch_size", 2, "--mode=single"]
+    command = ["tools.encode", path, out, "--ckpt", small, "--part_size=1", "--batch_size=2", "--mode=single"]
 
     def names():
         return os.listdir(out) if out.is_dir() else []
@@ -298,7 +299,8 @@ def on_a_full_disk(write_part, out, number, *rest):
     (on_a_full_disk, 1, "^error: .*vectors.npy: cannot be written.*; the parts that are there stay")])
 def test_an_end_on_the_way_is_one_sentence_and_the_same_command_goes_on(
         small, texts, expected, tmp_path, function, status, says):
-    out, command = tmp_path / "out", ["tools.encode", texts, tmp_path / "out", "--ckpt", small, "--part_size", 7]
+    out = tmp_path / "out"
+    command = ["tools.encode", texts, out, "--ckpt", small, "--part_size", 7]
     ended = run(*command, patch=("tools.encode.write_part", function), check=False)
     assert ended.returncode == status and "Traceback" not in ended.stderr
     assert re.search(says, ended.stderr.splitlines()[-1]), ended.stderr
@@ -317,15 +319,15 @@ def test_search_finds_in_the_vectors_what_encode_ranks_first(small, texts, world
     plume = Plume.from_pretrained(small, "cpu")
     scores = plume.encode(TEXTS, "single", dim=32) @ plume.encode([TEXTS[7]], "single", dim=32)[0]
     best = np.argsort(-scores)[:3]
-    assert [name for _, name in found] == [f"d{n}" for n in best] and best[0] == 7 and "of 60 items" in printed
+    assert [name for _, name in found] == [f"d{n}" for n in best] and best[0] == 7
+    assert "3 of 60 items" in printed
     assert_close([float(score) for score, _ in found], scores[best], "scores", 1e-3)
-    with pytest.warns(UserWarning, match="queries in mode latent hardly find what is embedded in mode single"):
+    with pytest.warns(UserWarning, match="in mode latent hardly find what is embedded in mode single"):
         call("tools.search", *words, "--mode", "latent")
     picture_alone = ["--image", world / "red bar.png", *words[1:]]
     assert "10 of 60 items" in call("tools.search", *picture_alone).stdout
-    for more, error in ((["--index", "x"], "--index belongs"), (["--every", 3], "--every belongs"),
-                        (["--index_mode", "same"], "--index_mode belongs"), (["--html", "x"], "--html belongs")):
-        assert error in call("tools.search", *words, *more, check=False).stderr
+    for flag, value in (("--index", "x"), ("--every", 3), ("--index_mode", "same"), ("--html", "x")):
+        assert f"{flag} belongs" in call("tools.search", *words, flag, value, check=False).stderr
     assert "needs a query" in call("tools.search", *words[1:], check=False).stderr
     other = in_one_space(small, tmp_path)
     assert "of another checkpoint" in call("tools.search", *words[:-1], other, check=False).stderr
@@ -333,3 +335,37 @@ def test_search_finds_in_the_vectors_what_encode_ranks_first(small, texts, world
     file = tmp_path / "out" / "part-000001" / "vectors.npy"
     file.write_bytes(file.read_bytes()[:-100])
     assert "part-000001: cannot be read" in call("tools.search", *words, check=False).stderr
+
+
+@pytest.mark.parametrize("package", ["faiss", "lancedb"])
+def test_other_software_opens_the_vectors_as_the_page_says(
+        small, texts, expected, tmp_path, monkeypatch, package):
+    pytest.importorskip(package, reason="needs it: pip install faiss-cpu lancedb")
+    page = (ROOT / "docs" / "scale.md").read_text(encoding="utf-8")
+    code = next(code for code in page.split("```python\n") if code.startswith(f"import {package}"))
+    code = code.split("```")[0]
+    encoded(small, texts, tmp_path / "out" / "vectors", "--type", "int8")
+    monkeypatch.chdir(tmp_path)
+    names = dict(query=expected[17])
+    exec(code, names)
+    best = np.argsort(-(load_vectors(tmp_path / "out" / "vectors")[1] @ expected[17]))[:5]
+    assert names["found"] == [f"d{n}" for n in best] and best[0] == 17
+
+
+def test_the_recipe_for_ray_equals_encode_with_two_actors(small, world, tmp_path):
+    pytest.importorskip("ray.data", reason="needs ray: pip install \"ray[data]\"")
+    from pyarrow import parquet
+
+    rows = [dict(_id=f"d{n}", text=text) for n, text in enumerate(TEXTS)]
+    rows += [dict(_id="picture", image=str(world / "red bar.png")), dict(_id="lost", image="lost.png")]
+    write_lines(tmp_path / "x.jsonl", rows)
+    out = tmp_path / "out"
+    command = [sys.executable, "docs/ray_encode.py", tmp_path / "x.jsonl", out, small, "2", "0"]
+    environment = dict(os.environ, PYTHONPATH=str(ROOT), CUDA_VISIBLE_DEVICES="", RAY_ADDRESS="local")
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-9000:]
+    found = {row["_id"]: row for row in parquet.read_table(out).to_pylist()}
+    assert found.keys() == {row["_id"] for row in rows} and "lost.png' does not exist" in found["lost"]["why"]
+    items = [*TEXTS, dict(image=str(world / "red bar.png"))]
+    vectors = [found[row["_id"]]["vector"] for row in rows[:-1]]
+    assert_close(np.array(vectors), Plume.from_pretrained(small, "cpu").encode(items), "vectors")
