@@ -88,10 +88,23 @@ def check_flags(cfg, given):
         raise DataError(f"--{e}") from e
 
 
-def settle(out, about, source, area):
-    """What all processes agree on -> the manifest, written by the first.  Others wait for it, and compare.
+def facts_of_run(model, cfg, source):
+    """What all parts of a folder have in common: the manifest without its sizes."""
+    width, steps = model.lm.config.hidden_size, None
+    if cfg.dim > width:
+        raise DataError(f"--dim {cfg.dim}: this model has {width} components")
+    if cfg.mode == "latent":
+        steps = model.settings["latent_steps"] if cfg.steps < 0 else cfg.steps
+    dtype = str(model.lm.norm.weight.dtype).removeprefix("torch.")
+    return dict(
+        checkpoint=fingerprint(model), mode=cfg.mode, steps=steps, dim=cfg.dim or width, type=cfg.type,
+        dtype=dtype, part_size=cfg.part_size, input=source.digest())
 
-    DataError where the folder holds something else's vectors, and for input that cannot be meant.
+
+def write_or_compare_manifest(out, about, source, area):
+    """-> the manifest.  The first process looks through the input and writes it, others wait for it.
+
+    DataError where the folder holds vectors with other facts, and for input that cannot be meant.
     """
     with open(os.path.join(out, LOCK), "a+") as f:
         lock_file(f, out, say_who_is_waited_for)
@@ -140,13 +153,13 @@ def embedded(model, items, cfg, manifest):
 
 
 def encode_parts(out, rows, manifest, bar):
-    """Writes the parts that the rows are of, each when it is complete -> numbers of the parts."""
-    written, last = [], -1
+    """Writes the parts that the rows are of, each when it is complete -> number of records."""
+    records, last = 0, -1
     for part, rows_of_part in itertools.groupby(rows, lambda row: row.record // manifest["part_size"]):
         ids, vectors, bad = [], [np.empty((0, manifest["dim"]), np.float32)], []
         for row in rows_of_part:
-            if row.record > last:
-                last = row.record
+            if row.record > last:  # a PDF file has several rows
+                records, last = records + 1, row.record
                 bar.update()
             if row.why:
                 bad.append(dict(_id=row.id, why=row.why))
@@ -154,8 +167,7 @@ def encode_parts(out, rows, manifest, bar):
                 ids.append(row.id)
                 vectors.append(row.vector[None])
         write_part(out, part, ids, narrowed(np.concatenate(vectors), manifest["type"]), bad)
-        written.append(part)
-    return written
+    return records
 
 
 def report(out, manifest):
@@ -185,18 +197,9 @@ def main(argv):
     if local and device in ("", "cuda") and torch.cuda.is_available():
         device = f"cuda:{local}"
     model = load_model(cfg.ckpt, device, cfg.dtype)
-    steps, area = None, model.processor.limits.max_pixels
-    if cfg.mode == "latent":
-        steps = model.settings["latent_steps"] if cfg.steps < 0 else cfg.steps
-    width = model.lm.config.hidden_size
-    if cfg.dim > width:
-        raise DataError(f"--dim {cfg.dim}: this model has {width} components")
-    about = dict(
-        checkpoint=fingerprint(model), mode=cfg.mode, steps=steps, dim=cfg.dim or width, type=cfg.type,
-        dtype=str(model.lm.norm.weight.dtype).removeprefix("torch."), part_size=cfg.part_size,
-        input=source.digest())
+    area, about = model.processor.limits.max_pixels, facts_of_run(model, cfg, source)
     os.makedirs(out, exist_ok=True)
-    manifest = settle(out, about, source, area)
+    manifest = write_or_compare_manifest(out, about, source, area)
 
     mine, size = set(range(cfg.shard, manifest["parts"], cfg.of)), cfg.part_size
     todo = mine - set(whole_parts(out))
@@ -204,16 +207,18 @@ def main(argv):
     print(f"shard {cfg.shard} of {cfg.of}: {len(mine)} of {manifest['parts']} parts, "
           f"{len(mine) - len(todo)} of them are there; {count:,} records to encode", flush=True)
     begun = time.perf_counter()
-    rows = embedded(model, source.items(lambda number: number // size in todo, area), cfg, manifest)
+    items = source.items(lambda number: number // size in todo, area) if todo else ()
+    rows = embedded(model, items, cfg, manifest)
     try:
         with closing(rows), tqdm(total=count, desc="encode", unit="record", disable=not count) as bar:
-            written = encode_parts(out, rows, manifest, bar)
+            records = encode_parts(out, rows, manifest, bar)
     except KeyboardInterrupt:
         raise Interrupted(f"interrupted: {GOES_ON}") from None
     except OSError as e:
         raise DataError(f"{e}; {GOES_ON}") from e
-    if missing := todo.difference(written):
-        raise DataError(f"{path}: was changed while it was read: it ends before part {min(missing)}")
+    if records != count:
+        raise DataError(f"{path}: was changed while it was read: {records:,} records instead of {count:,}; "
+                        f"delete {out}, and encode again")
     took = time.perf_counter() - begun
     if count:
         print(f"{count:,} records in {took:.1f} s, {count / took:,.1f} a second")

@@ -281,6 +281,20 @@ def test_a_long_file_is_never_in_memory(model, tmp_path):
     assert len(ahead) == 300 and max(ahead) <= 2 * 8 * 8  # two windows
 
 
+def test_input_that_changes_while_it_is_read_is_an_error(small, texts, tmp_path, monkeypatch):
+    shorter = "".join(texts.read_text().splitlines(True)[:-2])
+
+    def manifest_and_change(*given):
+        manifest = write_or_compare(*given)
+        texts.write_text(shorter)
+        return manifest
+
+    write_or_compare = encode.write_or_compare_manifest
+    monkeypatch.setattr(encode, "write_or_compare_manifest", manifest_and_change)
+    error = encoded(small, texts, tmp_path / "out", check=False)
+    assert "changed while it was read: 58 records instead of 60; delete" in error
+
+
 def interrupted(write_part, out, number, *rest):
     print("writing", flush=True)
     write_part(out, number, *rest)
