@@ -60,10 +60,6 @@ def count_records(source):
     return count
 
 
-def is_id(value):
-    return isinstance(value, (str, int)) and not isinstance(value, bool)
-
-
 class Records:
     """Of a file that holds records: items as `Plume.encode` takes them, with "_id" or without.
 
@@ -93,15 +89,12 @@ class Records:
 
     def id_of(self, number, raw):
         name = raw.get("_id") if isinstance(raw, dict) else None
-        return str(name) if is_id(name) else str(number + 1)
+        return str(number + 1 if name is None else name)
 
     def side(self, raw, where):
         if isinstance(raw, DataError):
             raise raw
         if isinstance(raw, dict):
-            name = raw.get("_id")
-            if name is not None and not is_id(name):
-                raise DataError(f"{where}: '_id' must be a string or a whole number, got {quote(name)}")
             item = {key: value for key, value in raw.items() if key not in NOT_OF_THE_ITEM}
             if raw.get("title"):
                 item["text"] = with_title(raw, where)

@@ -23,7 +23,7 @@ import numpy as np
 
 from files.errors import DataError, reason
 from files.jsonl import parse_json
-from files.writing import temporary_name, write_errors, write_json, writing
+from files.writing import temporary_name, write_json, writing
 
 MANIFEST, PART = "manifest.json", re.compile(r"part-(\d{6,})")
 FILES = ("vectors.npy", "ids.json", "bad.json")  # of a part
@@ -53,7 +53,10 @@ def read_manifest(folder):
     file = os.path.join(folder, MANIFEST)
     if not os.path.isfile(file):
         raise DataError(f"{folder}: no {MANIFEST} in it; needs a folder that python -m tools.encode made")
-    return read_json(file)
+    manifest = read_json(file)
+    if not isinstance(manifest, dict) or not {"dim", "parts"} <= manifest.keys():
+        raise DataError(f"{file}: is none of python -m tools.encode")
+    return manifest
 
 
 def write_part(folder, number, ids, vectors, bad):
@@ -61,16 +64,14 @@ def write_part(folder, number, ids, vectors, bad):
     part = part_folder(folder, number)
     new = temporary_name(part)
     try:
-        with write_errors(new):
-            os.mkdir(new)
+        os.mkdir(new)
         with writing(os.path.join(new, "vectors.npy"), "wb") as f:
             np.save(f, vectors)
         write_json(os.path.join(new, "ids.json"), ids)
         write_json(os.path.join(new, "bad.json"), bad)
         if not is_whole(part):
             shutil.rmtree(part, ignore_errors=True)  # somebody has deleted one of its files
-        with write_errors(part):
-            os.rename(new, part)
+        os.rename(new, part)
     except OSError:
         if not is_whole(part):  # another process was faster
             raise
