@@ -6,6 +6,7 @@
     python -m tools.search FOLDER "the same car in red" --image query.jpg --html results.html
     python -m tools.search FOLDER "a goal" --every 10                clips also in windows of 10 seconds
     python -m tools.search FOLDER --index_mode single                files in one pass, see docs/one_space.md
+    python -m tools.search "a red car" --vectors DIR                 what python -m tools.encode has embedded
 
 The index is a folder: items.jsonl (path, content hash, and which seconds or page; a line for each row of the
 vectors), vectors-XXXXXXXX.npy (float32, unit rows), bad.jsonl (what cannot be read, and why), and
@@ -24,6 +25,7 @@ import time
 from dataclasses import dataclass
 from html import escape
 
+import numpy as np
 from tqdm import tqdm
 
 from engine.flags import command, parse_flags
@@ -33,6 +35,7 @@ from files.items import parse_item
 from files.writing import writable, writing
 from hub.settings import warn_of_two_spaces
 from tasks.find import load_model
+from tools.encode_parts import load_vectors, read_manifest
 from tools.probe_report import LARGEST, media_of, STYLE
 from tools.search_index import Index, index_mode_of, media_of_item, name_of, printable, scan
 
@@ -51,6 +54,7 @@ class Config:
     image: str = ""  # a picture that is the query, or a part of it
     count: int = 10  # results shown
     html: str = ""  # also write them as a gallery to this file
+    vectors: str = ""  # search this folder of python -m tools.encode, in its mode unless --mode is given
     # index
     index: str = ""  # its folder; default: FOLDER/.plume
     index_mode: str = ""  # single: files are embedded in one pass, queries in --mode, for a checkpoint of
@@ -64,13 +68,14 @@ class Config:
     dtype: str = ""  # float32 or bfloat16; default: bfloat16 where it is fast
 
 
+NOT_WITH_VECTORS = ("index", "index_mode", "every", "html", "batch_size", "dtype")
+
+
 def check_flags(cfg, folder, given):
     if not os.path.isdir(folder):
         above, name = os.path.split(os.path.abspath(folder))
         beside = [entry.name for entry in os.scandir(above) if entry.is_dir()] if os.path.isdir(above) else []
         raise DataError(f"{quote(folder)}: no such folder.{closest(name, beside)}")
-    if cfg.mode not in ("latent", "single", "auto"):
-        raise DataError(f"--mode {cfg.mode!r}: needs latent, single or auto")
     if cfg.index_mode not in ("", "single", "same"):
         raise DataError(f"--index_mode {cfg.index_mode!r}: needs single or same")
     if cfg.count < 1 or cfg.batch_size < 1 or not 0 <= cfg.every < math.inf:
@@ -80,13 +85,16 @@ def check_flags(cfg, folder, given):
         raise DataError(f"--html {cfg.html!r}: needs a query, and a file in a folder that exists")
 
 
-def print_rest(index, others):
-    """What the folder holds that is not searched, and why."""
+def print_others(others):
+    """What else than pictures, clips and pages a folder holds, by `scan`."""
     if left_out := others.pop(".pdf", 0):  # no reader is installed
         print(f"{left_out} PDF files are left out: pip install pypdfium2, and start again")
     if others:
         kinds = ", ".join(f"{kind} {count}" for kind, count in others.most_common(8))
         print(f"{sum(others.values())} others are no pictures, clips or pages: {kinds}")
+
+
+def print_bad(index):
     if index.bad:
         print(f"{len(index.bad)} cannot be read, see {printable(index.file('bad.jsonl'))}; the first:")
         for item in index.bad[:3]:
@@ -118,16 +126,51 @@ def shown(folder, item, name):
         return f"<p>cannot be shown: {escape(str(e))}</p>"
 
 
+def search_vectors(cfg, given, query):
+    """What is nearest to a Side among the vectors of --vectors is printed."""
+    for name in NOT_WITH_VECTORS:
+        if name in given:
+            raise DataError(f"--{name} belongs to the index of a folder; leave it out beside --vectors")
+    if query is None or cfg.count < 1:
+        raise DataError("--vectors needs a query, a text or --image, and --count of at least 1")
+    manifest = read_manifest(cfg.vectors)
+    model = load_model(cfg.ckpt, cfg.device, manifest["dtype"])
+    if fingerprint(model) != manifest["checkpoint"]:
+        raise DataError(f"{cfg.vectors}: these vectors are of another checkpoint than --ckpt {cfg.ckpt}")
+    mode = cfg.mode if "mode" in given else manifest["mode"]
+    steps = manifest["steps"] if mode == manifest["mode"] else None
+    warn_of_two_spaces(model.settings, mode, manifest["mode"])
+    vector = model.encode([query], mode, steps, dim=manifest["dim"])[0]
+    ids, vectors = load_vectors(cfg.vectors)
+    begun = time.perf_counter()
+    scores = vectors @ vector
+    found = [(scores[row], printable(ids[row])) for row in np.argsort(-scores)[: cfg.count]]
+    print_found(found, len(ids), begun)
+
+
+def print_found(found, total, begun):
+    """found: (score, name, ...), best first; total: of how many; begun: when the search did."""
+    print(f"{len(found)} of {total:,} items, ranked in {time.perf_counter() - begun:.2f} s")
+    for number, (score, name, *_) in enumerate(found, 1):
+        print(f"{number:4}  {score:6.3f}  {name}")
+
+
 def main(argv):
     words = list(itertools.takewhile(lambda word: not word.startswith("-"), argv))
-    cfg, _ = parse_flags(Config, argv[len(words) :], __doc__)
+    cfg, given = parse_flags(Config, argv[len(words) :], __doc__)
+    if cfg.vectors:
+        words = [None, *words]
     if not 1 <= len(words) <= 2:
-        raise DataError("needs a folder and perhaps a text in quotes, in front of all flags; got "
-                        f"{quote(words)}")
+        raise DataError("needs a folder (or --vectors) and perhaps a text in quotes, in front of all flags; "
+                        f"got {quote(words)}")
     folder, text = words[0], words[1] if len(words) > 1 else None
     query = None
     if text is not None or cfg.image:
         query = parse_item({"text": text, "image": cfg.image or None}, where="the query")
+    if cfg.mode not in ("latent", "single", "auto"):
+        raise DataError(f"--mode {cfg.mode!r}: needs latent, single or auto")
+    if cfg.vectors:
+        return search_vectors(cfg, given, query)
     check_flags(cfg, folder, query)
     model = load_model(cfg.ckpt, cfg.device, cfg.dtype)
     place, checkpoint = cfg.index or os.path.join(folder, ".plume"), fingerprint(model)
@@ -154,15 +197,14 @@ def main(argv):
     except KeyboardInterrupt:
         raise Interrupted(f"interrupted: {len(index.items)} items are in the index, the same command goes on "
                           "with the rest") from None
-    print_rest(index, others)
+    print_others(others)
+    print_bad(index)
     if query is None:
         return
     vector = model.encode([query], cfg.mode)[0]
     begun = time.perf_counter()
     found = [(score, name_of(item), item) for score, item in index.search(vector, cfg.count)]
-    print(f"{len(found)} of {len(index.items):,} items, ranked in {time.perf_counter() - begun:.2f} s")
-    for number, (score, name, _) in enumerate(found, 1):
-        print(f"{number:4}  {score:6.3f}  {name}")
+    print_found(found, len(index.items), begun)
     if cfg.html:
         print(printable(write_gallery(cfg.html, folder, query, found)))
 

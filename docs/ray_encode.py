@@ -1,0 +1,30 @@
+"""Items to vectors on a Ray cluster.  In PLUME's folder; absolute media paths; GPUS of an actor: 1 or 0.
+
+    PYTHONPATH=$PWD python docs/ray_encode.py CORPUS.jsonl OUT CHECKPOINT ACTORS GPUS
+"""
+
+import os
+import sys
+
+import ray  # pip install "ray[data]"
+
+from files.items import ITEM_KEYS
+from model import Plume
+
+
+class Encoder:
+    def __init__(self, checkpoint):
+        self.model = Plume.from_pretrained(checkpoint)
+
+    def __call__(self, table):
+        rows, bad = table.to_pylist(), {}
+        vectors = self.model.encode([{k: row.get(k) for k in ITEM_KEYS} for row in rows], bad=bad)
+        why = [bad.get(i, "") for i in range(len(rows))]  # with NaN in its vector
+        return dict(_id=[row["_id"] for row in rows], vector=vectors, why=why)
+
+if __name__ == "__main__":
+    corpus, out, checkpoint, actors, gpus = sys.argv[1:]
+    ray.init(runtime_env=dict(env_vars=dict(PYTHONPATH=os.getcwd())))
+    ray.data.read_json(corpus, lines=True).map_batches(
+        Encoder, fn_constructor_args=[checkpoint], batch_size=512, batch_format="pyarrow", num_cpus=0.5,
+        num_gpus=float(gpus), compute=ray.data.ActorPoolStrategy(size=int(actors))).write_parquet(out)
