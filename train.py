@@ -224,8 +224,7 @@ def train(cfg, given, curriculum, device, dtype):
 
     # resume
     progress = Progress(curriculum, steps, cfg.seed)
-    frozen = hash_of_frozen(model) if cfg.lora else ""
-    config = dict(asdict(cfg), pairs=pairs.digest, frozen=frozen)
+    config = dict(asdict(cfg), pairs=pairs.digest, frozen=hash_of_frozen(cfg, model))
     start, kept = resume(cfg, config, model, optimizer, progress) if cfg.resume else (0, [])
 
     # loop

@@ -159,8 +159,10 @@ def load_trained(model, weights):
         p.copy_(weights[name])
 
 
-def hash_of_frozen(model):
-    """Of the backbone's weights as LoRA finds them: a run goes on only from the same."""
+def hash_of_frozen(cfg, model):
+    """Of the backbone's weights as LoRA finds them, "" without: a run goes on only from the same."""
+    if not cfg.lora:
+        return ""
     h = hashlib.blake2b(digest_size=8)
     for name, tensor in sorted(merged_weights(model).items()):
         if name.startswith("backbone."):

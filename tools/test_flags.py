@@ -20,7 +20,7 @@ REFUSED = {
     "one_space": [("--png=no/c.png", "exist")],
     "search": [
         ("file", "no such folder. Did you mean 'files'"), ("", "needs a folder"),
-        ("files two texts", "needs a folder and perhaps a text in quotes"),
+        ("files two texts", "needs a folder (or --vectors) and perhaps a text in quotes"),
         ("files x --cuont 3", "Did you mean 'count'"), ("files x --count 0", "must be at least 1"),
         ("files x --mode cot", "needs latent, single or auto"), ("files x --every -1", "at least 0 seconds"),
         ("files x --index_mode both", "needs single or same"),
