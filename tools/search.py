@@ -4,6 +4,7 @@
     python -m tools.search FOLDER "two people at a fountain"         the same, then the first results
     python -m tools.search FOLDER --image query.jpg --count 20       what looks like this picture
     python -m tools.search FOLDER "the same car in red" --image query.jpg --html results.html
+    python -m tools.search FOLDER --serve                            a page to search on, see docs/serve.md
     python -m tools.search FOLDER "a goal" --every 10                clips also in windows of 10 seconds
     python -m tools.search FOLDER --index_mode single                files in one pass, see docs/one_space.md
 
@@ -24,6 +25,7 @@ import time
 from dataclasses import dataclass
 from html import escape
 
+import numpy as np
 from tqdm import tqdm
 
 from engine.flags import command, parse_flags
@@ -51,6 +53,7 @@ class Config:
     image: str = ""  # a picture that is the query, or a part of it
     count: int = 10  # results shown
     html: str = ""  # also write them as a gallery to this file
+    serve: int = -1  # instead: the port of a page on this machine; alone: 8001, 0: any that is free
     # index
     index: str = ""  # its folder; default: FOLDER/.plume
     index_mode: str = ""  # single: files are embedded in one pass, queries in --mode, for a checkpoint of
@@ -78,6 +81,16 @@ def check_flags(cfg, folder, given):
                         f"{cfg.every} at least 0 seconds")
     if not writable(cfg.html) or cfg.html and not given:
         raise DataError(f"--html {cfg.html!r}: needs a query, and a file in a folder that exists")
+
+
+def with_port(argv):
+    """--serve alone -> --serve 8001"""
+    given = []
+    for word, following in zip(argv, [*argv[1:], "--"]):
+        given.append(word)
+        if word == "--serve" and following.startswith("--"):
+            given.append("8001")
+    return given
 
 
 def print_rest(index, others):
@@ -120,7 +133,7 @@ def shown(folder, item, name):
 
 def main(argv):
     words = list(itertools.takewhile(lambda word: not word.startswith("-"), argv))
-    cfg, _ = parse_flags(Config, argv[len(words) :], __doc__)
+    cfg, flags = parse_flags(Config, with_port(argv[len(words) :]), __doc__)
     if not 1 <= len(words) <= 2:
         raise DataError("needs a folder and perhaps a text in quotes, in front of all flags; got "
                         f"{quote(words)}")
@@ -129,6 +142,13 @@ def main(argv):
     if text is not None or cfg.image:
         query = parse_item({"text": text, "image": cfg.image or None}, where="the query")
     check_flags(cfg, folder, query)
+    if "serve" in flags:  # extras
+        from tools.search_page import search_page
+        from tools.serve import open_socket, run, Service
+
+        if query is not None or cfg.html:
+            raise DataError("--serve: queries are typed into the page; leave out the text, --image and --html")
+        listening = open_socket("127.0.0.1", cfg.serve)
     model = load_model(cfg.ckpt, cfg.device, cfg.dtype)
     place, checkpoint = cfg.index or os.path.join(folder, ".plume"), fingerprint(model)
     try:
@@ -155,6 +175,10 @@ def main(argv):
         raise Interrupted(f"interrupted: {len(index.items)} items are in the index, the same command goes on "
                           "with the rest") from None
     print_rest(index, others)
+    if "serve" in flags:
+        index.vectors = np.array(index.vectors)  # from the disk into memory
+        app = search_page(Service(model, cfg.batch_size, most=64), index, folder, cfg)
+        return run(app, listening, "the page")
     if query is None:
         return
     vector = model.encode([query], cfg.mode)[0]

@@ -1,6 +1,6 @@
 """An endpoint that speaks OpenAI's /v1/embeddings, for texts, pictures and clips; see docs/serve.md.
 
-    pip install fastapi "uvicorn[standard]" orjson
+    pip install starlette "uvicorn[standard]" orjson
     python -m tools.serve out/checkpoint
     python -m tools.serve out/checkpoint --port 9000 --media pictures/
 
@@ -28,11 +28,12 @@ from tools.serve_input import parse_request
 try:
     import orjson
     import uvicorn
-    from fastapi import FastAPI, Response
+    from starlette.applications import Starlette
     from starlette.exceptions import HTTPException
     from starlette.requests import ClientDisconnect
+    from starlette.responses import Response
 except ModuleNotFoundError as e:
-    raise SystemExit(f'error: {e.name} is missing: pip install fastapi "uvicorn[standard]" orjson') from e
+    raise SystemExit(f'error: {e.name} is missing: pip install starlette "uvicorn[standard]" orjson') from e
 
 WAIT = 0.005  # seconds that the first request of a batch waits for others
 SLOW = 60  # seconds within which a body must have come
@@ -165,14 +166,14 @@ def refuse(request, error):
 
 
 def make_app(service):
-    """Without routes."""
+    """Without routes; errors are answered in OpenAI's form."""
     errors = dict.fromkeys((DataError, HTTPException, ClientDisconnect), refuse)
-    return FastAPI(lifespan=service.lifespan, exception_handlers=errors, openapi_url=None)
+    return Starlette(lifespan=service.lifespan, exception_handlers=errors)
 
 
-def add_endpoint(app, service, cfg, name):
-    model, encode_text = service.model, service.model.processor.encode
-    width = model.lm.config.hidden_size
+def endpoint(service, cfg, name):
+    """-> the app.  name: what requests call the model"""
+    app, width, encode_text = make_app(service), service.model.lm.config.hidden_size, service.model.processor.encode
 
     async def embeddings(request):
         with service.place():
@@ -193,6 +194,7 @@ def add_endpoint(app, service, cfg, name):
 
     app.add_route("/v1/embeddings", embeddings, ["POST"])
     app.add_route("/health", health, ["GET"])
+    return app
 
 
 def open_socket(host, port):
@@ -224,9 +226,7 @@ def main(argv):
     listening = open_socket(cfg.host, cfg.port)
     model = load_model(ckpt, cfg.device, cfg.dtype)
     service, name = Service(model, cfg.batch_size, cfg.queue), cfg.name or os.path.basename(ckpt.rstrip("/"))
-    app = make_app(service)
-    add_endpoint(app, service, cfg, name)
-    run(app, listening, f"model {name!r} is served")
+    run(endpoint(service, cfg, name), listening, f"model {name!r} is served")
 
 
 if __name__ == "__main__":
