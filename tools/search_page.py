@@ -36,7 +36,8 @@ PAGE = """<!doctype html><html lang="en"><head><meta charset="utf-8">
 .cards {{ grid-template-columns: repeat(auto-fill, minmax(min(100%, 18rem), 1fr)); }}
 form {{ display: flex; flex-wrap: wrap; gap: .6rem; align-items: center; margin: 1rem 0; }}
 form [name=text] {{ flex: 1 1 20rem; }} form [name=count] {{ width: 4.5rem; }}
-input, button {{ font: inherit; padding: .4rem .6rem; }} article img {{ max-height: 220px; }}
+input, button {{ font: inherit; padding: .4rem .6rem; }} article img {{ max-height: 220px; width: auto; }}
+article h2 {{ font-size: 1rem; margin: .6rem 0 .2rem; overflow-wrap: anywhere; }}
 </style></head><body><header><h1>{title}</h1>
 <form method="post" action="/" enctype="multipart/form-data" role="search">
 <input name="text" type="search" aria-label="Text" placeholder="what you look for" value="{text}" autofocus>

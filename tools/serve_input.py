@@ -1,11 +1,12 @@
 """The body of a request to tools/serve.py -> what is to be embedded, each text and picture checked.
 
 `input` is one item or a list of items, `messages` is one item.  An item is a string, an object as
-`Plume.encode` takes it ({"text"?, "image"?, "video"?, "start"?, "end"?}), or {"content": parts} with the
-parts of a chat message.  A picture is a data: URI or a file below --media; no address is ever opened.
+`Plume.encode` takes it ({"text"?, "image"?, "video"?, "start"?, "end"?}), a part of a chat message, or
+{"content": parts}.  A picture is a data: URI or a file below --media; no address is ever opened.
 """
 
 import base64
+import contextlib
 import os
 import re
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from files.pictures import frame_files
 FIELDS = ("input", "messages", "model", "dimensions", "encoding_format", "mode", "prompt_name", "user")
 PARTS = {"text": "text", "image_url": "image", "video_url": "video"}  # type of a part -> key of an item
 MOST = 2048  # items of a request, as OpenAI has it
-DATA = re.compile(r"data:([\w.+/-]*)(;[^,]*)?,", re.I)
+DATA = re.compile(r"data:([\w.+/-]*)(?:;[^,]*)?;base64,", re.I)
 SCHEME = re.compile(r"([a-z][a-z0-9+.-]*)://", re.I)
 
 
@@ -87,13 +88,20 @@ def side_of_turns(turns, media):
 
 def side_of(item, media, where):
     """An item of `input` -> Side"""
+    if isinstance(item, dict) and "type" in item:
+        return side_of_parts([item], media, where)
     if isinstance(item, dict) and "content" in item:
         only_keys(item, ("content",), where)
         return side_of_parts(item["content"], media, where)
     if isinstance(item, dict):
         only_keys(item, ITEM_KEYS, where)  # parse_item would open the path of a stored object
-        item = {key: value if key not in ("image", "video") else medium(value, key, media, where)
-                for key, value in item.items()}
+        item = dict(item)
+        for kind in ("image", "video"):
+            given = item.get(kind)
+            if isinstance(given, list):
+                item[kind] = [medium(one, kind, media, where) for one in given]
+            elif given is not None:
+                item[kind] = medium(given, kind, media, where)
     return parse_item(item, where=where)
 
 
@@ -120,46 +128,40 @@ def side_of_parts(content, media, where):
 
 
 def medium(given, kind, media, where):
-    """A picture or clip of a request, or a list of them -> bytes of a picture, path of a file below media."""
-    if given is None:
-        return None
-    if isinstance(given, list):
-        return [medium(one, kind, media, where) for one in given]
+    """A picture or clip of a request -> bytes of a picture, path of a file below media, or of all in a folder."""
+    what = f"{where}: {kind} {quote(given)}"
     if not isinstance(given, str):
-        raise DataError(f"{where}: {kind} needs a data: URI or a path, got {quote(given)}")
+        raise DataError(f"{what}: needs a data: URI or a path")
     if given[:5].lower() == "data:":
-        return picture_bytes(given, where)
+        return picture_bytes(given, what)
     scheme = SCHEME.match(given)
     if scheme and scheme[1].lower() != "file":
-        raise DataError(f"{where}: {kind} {quote(given)}: no address is opened; send the picture itself as "
-                        "data:image/png;base64,...")
-    path = unquote(given[len("file://") :]) if scheme else given
-    file = below(media, path, f"{where}: {kind} {quote(given)}")
-    if kind == "video" and os.path.isdir(file):  # each frame may be a link
-        return [below(media, frame, f"{where}: a frame of {quote(given)}") for frame in frame_files(file)]
+        raise DataError(f"{what}: no address is opened; send the picture as data:image/png;base64,...")
+    if not media:
+        raise DataError(f"{what}: this server opens no files; it was started without --media")
+    file = below(media, unquote(given[len("file://") :]) if scheme else given, what)
+    if kind == "video" and os.path.isdir(file):  # each of its frames may be a link
+        return [below(media, frame, what) for frame in frame_files(file)]
+    if not os.path.isfile(file):
+        raise DataError(f"{what}: no such file below the server's --media")
     return file
-
-
-def picture_bytes(uri, where):
-    head = DATA.match(uri[:200])
-    if not head or not (head[2] or "").lower().endswith(";base64"):
-        raise DataError(f"{where}: needs data:image/png;base64,..., got {quote(uri[:60])}")
-    if head[1].lower().startswith(("video/", "audio/")):
-        raise DataError(f"{where}: a clip is read by its name: put the file below the server's --media")
-    try:
-        return base64.b64decode(uri[head.end() :], validate=True)
-    except ValueError as e:
-        raise DataError(f"{where}: the data: URI is not base64: {e}") from e
 
 
 def below(media, path, what):
-    """The real path of a file in the folder media, which no link and no .. leads out of; or DataError."""
-    if not media:
-        raise DataError(f"{what}: this server opens no files; it was started without --media")
-    if "\0" in path:
-        raise DataError(f"{what}: a path without NUL bytes is needed")
+    """-> the real path, where no link and no .. has led out of the folder media; or DataError."""
     root = os.path.realpath(media)
-    file = os.path.realpath(os.path.join(root, path))
-    if os.path.commonpath([root, file]) != root:
-        raise DataError(f"{what}: is not below the server's --media")
-    return file
+    with contextlib.suppress(ValueError):  # of a NUL in it
+        file = os.path.realpath(os.path.join(root, path))
+        if os.path.commonpath([root, file]) == root:
+            return file
+    raise DataError(f"{what}: is not below the server's --media")
+
+
+def picture_bytes(uri, what):
+    head = DATA.match(uri[:200])
+    if not head or head[1].lower().startswith(("video/", "audio/")):
+        raise DataError(f"{what}: needs data:image/png;base64,...; a clip is a file below the server's --media")
+    try:
+        return base64.b64decode(uri[head.end() :], validate=True)
+    except ValueError as e:
+        raise DataError(f"{what}: not base64: {e}") from e
