@@ -147,7 +147,7 @@ def main(argv):
         from tools.serve import open_socket, run, Service
 
         if query is not None or cfg.html:
-            raise DataError("--serve: queries are typed into the page; leave out the text, --image and --html")
+            raise DataError("--serve: queries are typed into the page; leave out text, --image, --html")
         listening = open_socket("127.0.0.1", cfg.serve)
     model = load_model(cfg.ckpt, cfg.device, cfg.dtype)
     place, checkpoint = cfg.index or os.path.join(folder, ".plume"), fingerprint(model)

@@ -112,8 +112,8 @@ async def read_form(request, count):
 
 def card(number, score, item):
     name = escape(name_of(item))
-    return (f'<article><img src="/thumbnails/{item["row"]}" loading="lazy" alt="{name}"><h2>{number}. {name}</h2>'
-            f'<p class="soft">{score:.3f}</p></article>')
+    return (f'<article><img src="/thumbnails/{item["row"]}" loading="lazy" alt="{name}">'
+            f'<h2>{number}. {name}</h2><p class="soft">{score:.3f}</p></article>')
 
 
 def picture_of(folder, item):

@@ -17,10 +17,11 @@ import signal
 import socket
 import time
 from base64 import b64encode
+from collections import namedtuple
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
-from engine.flags import command, parse_flags
+from engine.flags import command, leave, parse_flags
 from files.errors import DataError, quote, reason
 from tasks.find import load_model
 from tools.serve_input import parse_request
@@ -55,15 +56,8 @@ class Config:
     dtype: str = ""  # float32 or bfloat16; default: bfloat16 where it is fast
 
 
-@dataclass
-class Job:
-    """The items of a request, and the future that gets their vectors or a DataError."""
-
-    sides: list
-    mode: str
-    dim: int | None
-    answer: asyncio.Future
-    since: float = field(default_factory=time.monotonic)
+# A request's items (of files.items.Side), when it came, and the future that gets its vectors or a DataError
+Job = namedtuple("Job", "sides mode dim since answer")
 
 
 class Service:
@@ -87,7 +81,7 @@ class Service:
     async def embed(self, sides, mode="latent", dim=None):
         """-> float32 (n, D) unit rows, as `Plume.encode`; DataError where an item cannot be read"""
         answer = asyncio.get_running_loop().create_future()
-        self.jobs.put_nowait(Job(sides, mode, dim, answer))
+        self.jobs.put_nowait(Job(sides, mode, dim, time.monotonic(), answer))
         return await answer
 
     async def work(self):
@@ -173,7 +167,8 @@ def make_app(service):
 
 def endpoint(service, cfg, name):
     """-> the app.  name: what requests call the model"""
-    app, width, encode_text = make_app(service), service.model.lm.config.hidden_size, service.model.processor.encode
+    app, width = make_app(service), service.model.lm.config.hidden_size
+    encode_text = service.model.processor.encode
 
     async def embeddings(request):
         with service.place():
@@ -205,12 +200,16 @@ def open_socket(host, port):
 
 
 def run(app, listening, what):
-    """Until Ctrl-C or SIGTERM."""
+    """Until Ctrl-C or SIGTERM; a second Ctrl-C does not wait for what is being embedded."""
     for number in (signal.SIGINT, signal.SIGTERM):  # uvicorn has its own, and raises it again at the end
         signal.signal(number, signal.SIG_IGN)
     host, port = listening.getsockname()[:2]
     print(f"{what}: http://{f'[{host}]' if ':' in host else host}:{port}", flush=True)
-    uvicorn.Server(uvicorn.Config(app, access_log=False, log_level="warning", ws="none")).run([listening])
+    server = uvicorn.Server(uvicorn.Config(
+        app, access_log=False, log_level="warning", ws="none", timeout_keep_alive=60))
+    server.run([listening])
+    if server.force_exit:
+        leave(130)
 
 
 def main(argv):
@@ -219,8 +218,8 @@ def main(argv):
     if not ckpt:
         raise DataError("needs a checkpoint, in front of all flags: python -m tools.serve out/checkpoint")
     if min(cfg.queue, cfg.body_mib, cfg.batch_size) < 1:
-        raise DataError(f"--queue {cfg.queue}, --body_mib {cfg.body_mib}, --batch_size {cfg.batch_size}: need "
-                        "at least 1")
+        raise DataError(f"--queue {cfg.queue}, --body_mib {cfg.body_mib}, --batch_size {cfg.batch_size}: at "
+                        "least 1")
     if cfg.media and not os.path.isdir(cfg.media):
         raise DataError(f"--media {quote(cfg.media)}: no such folder")
     listening = open_socket(cfg.host, cfg.port)

@@ -9,7 +9,7 @@ import base64
 import contextlib
 import os
 import re
-from dataclasses import dataclass
+from collections import namedtuple
 from urllib.parse import unquote
 
 from engine.stream import check_mode
@@ -25,15 +25,7 @@ DATA = re.compile(r"data:([\w.+/-]*)(?:;[^,]*)?;base64,", re.I)
 SCHEME = re.compile(r"([a-z][a-z0-9+.-]*)://", re.I)
 
 
-@dataclass
-class Wanted:
-    """What a request asks for."""
-
-    sides: list  # of files.items.Side
-    model: str
-    mode: str
-    dim: int | None
-    base64: bool  # floats as base64 instead of a list
+Wanted = namedtuple("Wanted", "sides model mode dim base64")  # what a request asks for
 
 
 def parse_request(body, width, media):
@@ -77,8 +69,8 @@ def sides_of_input(given, media):
 def side_of_turns(turns, media):
     """`messages`: one turn of the user -> Side"""
     if not isinstance(turns, list) or len(turns) != 1:
-        raise DataError("messages: needs a list of one turn of the user; other turns and system texts are not "
-                        "read")
+        raise DataError("messages: needs a list of one turn of the user; system texts and other turns are "
+                        "not read")
     turn, where = turns[0], "messages[0]"
     only_keys(turn, ("role", "content"), where)
     if turn.get("role") != "user":
@@ -128,7 +120,7 @@ def side_of_parts(content, media, where):
 
 
 def medium(given, kind, media, where):
-    """A picture or clip of a request -> bytes of a picture, path of a file below media, or of all in a folder."""
+    """A picture or clip -> the bytes of a picture, the path of a file below media, or those of its frames."""
     what = f"{where}: {kind} {quote(given)}"
     if not isinstance(given, str):
         raise DataError(f"{what}: needs a data: URI or a path")
@@ -160,7 +152,7 @@ def below(media, path, what):
 def picture_bytes(uri, what):
     head = DATA.match(uri[:200])
     if not head or head[1].lower().startswith(("video/", "audio/")):
-        raise DataError(f"{what}: needs data:image/png;base64,...; a clip is a file below the server's --media")
+        raise DataError(f"{what}: needs data:image/png;base64,...; a clip is a file below --media")
     try:
         return base64.b64decode(uri[head.end() :], validate=True)
     except ValueError as e:

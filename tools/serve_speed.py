@@ -18,6 +18,7 @@ import time
 from dataclasses import dataclass
 
 import numpy as np
+import uvicorn
 
 from backbones.shapes import SHAPES
 from engine.flags import command, parse_flags
@@ -26,7 +27,7 @@ from hub.settings import RELEASED_PROMPT
 from model import Plume
 from tasks.find import load_model
 from tasks.turtle import World
-from tools.serve import Config as ServeConfig, endpoint, open_socket, Service, uvicorn
+from tools.serve import Config as ServeConfig, endpoint, open_socket, Service
 
 
 @dataclass
@@ -48,7 +49,8 @@ async def client(port, number, cfg):
     for i in range(cfg.requests):
         texts = [f"red square {number} {i} {n}" for n in range(cfg.texts)]
         body = json.dumps(dict(input=texts, model="speed", encoding_format="base64")).encode()
-        writer.write(b"POST /v1/embeddings HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
+        head = b"POST /v1/embeddings HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(body)
+        writer.write(head + body)
         head = await reader.readuntil(b"\r\n\r\n")
         assert head.startswith(b"HTTP/1.1 200"), head
         length = next(line for line in head.lower().splitlines() if line.startswith(b"content-length"))
@@ -97,8 +99,8 @@ async def measure(cfg, service):
         encoded, count = seconds() - begun, sum(map(len, service.batches))
         if number:  # the first one warms up
             ratios.append(encoded / served)
-            print(f"round {number}: {count} items in {len(service.batches)} batches; clock {served[0]:.2f} s, "
-                  f"encode {encoded[0]:.2f} s; CPU {served[1]:.2f} s, encode {encoded[1]:.2f} s")
+            print(f"round {number}: {count} items in {len(service.batches)} batches; by the clock "
+                  f"{served[0]:.2f} s, encode {encoded[0]:.2f} s; CPU {served[1]:.2f} s, {encoded[1]:.2f} s")
     child.stdin.close()
     await child.wait()
     server.should_exit = True
