@@ -11,6 +11,7 @@ from html import escape
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.formparsers import MultiPartException, MultiPartParser
+from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.responses import HTMLResponse, Response
 
 from files.clips import load_frames
@@ -28,6 +29,7 @@ except ModuleNotFoundError as e:
 
 LARGEST = 16 << 20  # bytes of an upload
 MOST = 200  # results
+HOSTS = ["127.0.0.1", "localhost"]  # a site whose name leads here must not read the page
 DRAWING = threading.Lock()  # the library that draws pages bears one thread
 HEADERS = {"Content-Security-Policy": "default-src 'none'; img-src 'self' data:; style-src 'unsafe-inline'; "
                                       "form-action 'self'; base-uri 'none'"}
@@ -88,6 +90,7 @@ def search_page(service, index, folder, cfg):
             raise HTTPException(404, str(e)) from e
 
     app = make_app(service)
+    app.add_middleware(TrustedHostMiddleware, allowed_hosts=HOSTS)
     app.add_route("/", ask, ["GET"])
     app.add_route("/", search, ["POST"])
     app.add_route("/thumbnails/{row:int}", thumbnail, ["GET"])
@@ -105,9 +108,14 @@ async def read_form(request, count):
         form = await MultiPartParser(request.headers, pieces(), max_files=1, max_fields=9).parse()
     except (MultiPartException, KeyError) as e:
         raise DataError(f"needs a form of this page: {e}") from e
-    text, image, number = form.get("text", ""), form.get("image", ""), str(form.get("count", ""))
-    image = image if isinstance(image, str) else await image.read()
-    return text, image, min(MOST, max(1, int(number))) if number.isdecimal() else count
+    text, image, number = (form.get(name, "") for name in ("text", "image", "count"))
+    if not isinstance(text, str) or not isinstance(number, str):
+        raise DataError("needs a form of this page: text and count are no files")
+    if not isinstance(image, str):
+        image = await image.read()
+    if number.isdecimal():
+        count = min(MOST, max(1, int(number[:9])))
+    return text, image, count
 
 
 def card(number, score, item):

@@ -119,7 +119,10 @@ class Service:
         for job in jobs:
             end = begin + len(job.sides)
             why = [bad[i] for i in range(begin, end) if i in bad]
-            answers.append(DataError("; ".join(why)) if why else vectors[begin:end])
+            answers.append(vectors[begin:end])
+            if why:
+                more = f"; and {len(why) - 3} more" if len(why) > 3 else ""
+                answers[-1] = DataError("; ".join(why[:3]) + more)
             begin = end
         return answers
 

@@ -23,8 +23,6 @@ PARTS = {"text": "text", "image_url": "image", "video_url": "video"}  # type of 
 MOST = 2048  # items of a request, as OpenAI has it
 DATA = re.compile(r"data:([\w.+/-]*)(?:;[^,]*)?;base64,", re.I)
 SCHEME = re.compile(r"([a-z][a-z0-9+.-]*)://", re.I)
-
-
 Wanted = namedtuple("Wanted", "sides model mode dim base64")  # what a request asks for
 
 

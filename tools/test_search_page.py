@@ -85,6 +85,8 @@ def test_what_is_no_query_is_said(page):
     broken = httpx.post(page, files={"image": ("x.png", b"no picture")})
     assert broken.status_code == 400 and "that are no picture" in broken.text
     assert httpx.post(page, content=b"x").status_code == 400
+    assert httpx.post(page, files={"text": ("a.txt", b"x")}).status_code == 400
+    assert httpx.get(page, headers=dict(host="elsewhere.example")).status_code == 400
     assert httpx.post(page, content=b"x" * (17 << 20)).status_code == 413
 
 

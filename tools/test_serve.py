@@ -3,14 +3,14 @@
 import asyncio
 import base64
 import concurrent.futures
+import importlib
 import io
 import json
 import os
 import re
 import socket
+import sys
 import time
-from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -190,6 +190,8 @@ def test_errors_have_openais_form_and_their_status(address, client):
         with pytest.raises(openai.BadRequestError, match=f"(?i)input.1.*({why})") as refused:
             client.embeddings.create(model="small", input=["a", {"image": uri}])
         assert refused.value.type == "invalid_request_error"
+    with pytest.raises(openai.BadRequestError, match="and 7 more"):
+        client.embeddings.create(model="small", input=[{"image": broken[2]}] * 10)
     url, large = f"{address}/v1/embeddings", b" " * ((1 << 20) + 1)
 
     def in_chunks():
@@ -276,6 +278,13 @@ def test_an_embedding_that_is_not_finite_is_an_error_of_its_own_request_alone():
     jobs = [Job(sides, "latent", None, 0, None) for sides in (["a", "b"], ["c", "bad"], ["d"])]
     first, second, third = Service(Broken(), 16, 9).encode(jobs)
     assert first.shape == (2, 2) and isinstance(second, DataError) and third.shape == (1, 2)
+
+
+def test_a_missing_package_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "orjson", None)
+    monkeypatch.delitem(sys.modules, "tools.serve")
+    with pytest.raises(SystemExit, match="orjson is missing: pip install starlette"):
+        importlib.import_module("tools.serve")
 
 
 @pytest.mark.parametrize("words, why", {
