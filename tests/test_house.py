@@ -42,7 +42,7 @@ def defined(name):
     """The names to which a module itself gives a value."""
     found = set()
     for node in TREES[name].body:
-        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
             found.add(node.name)
         else:
             names = [n for n in ast.walk(node) if isinstance(n, ast.Name)]

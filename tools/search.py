@@ -4,6 +4,7 @@
     python -m tools.search FOLDER "two people at a fountain"         the same, then the first results
     python -m tools.search FOLDER --image query.jpg --count 20       what looks like this picture
     python -m tools.search FOLDER "the same car in red" --image query.jpg --html results.html
+    python -m tools.search FOLDER --serve                            a page to search on, see docs/serve.md
     python -m tools.search FOLDER "a goal" --every 10                clips also in windows of 10 seconds
     python -m tools.search FOLDER --index_mode single                files in one pass, see docs/one_space.md
     python -m tools.search "a red car" --vectors DIR                 what python -m tools.encode has embedded
@@ -55,6 +56,7 @@ class Config:
     count: int = 10  # results shown
     html: str = ""  # also write them as a gallery to this file
     vectors: str = ""  # search this folder of python -m tools.encode, in its mode unless --mode is given
+    serve: int = -1  # instead: the port of a page on this machine; alone: 8001, 0: any that is free
     # index
     index: str = ""  # its folder; default: FOLDER/.plume
     index_mode: str = ""  # single: files are embedded in one pass, queries in --mode, for a checkpoint of
@@ -68,7 +70,7 @@ class Config:
     dtype: str = ""  # float32 or bfloat16; default: bfloat16 where it is fast
 
 
-NOT_WITH_VECTORS = ("index", "index_mode", "every", "html", "batch_size", "dtype")
+NOT_WITH_VECTORS = ("serve", "index", "index_mode", "every", "html", "batch_size", "dtype")
 
 
 def check_flags(cfg, folder, given):
@@ -83,6 +85,16 @@ def check_flags(cfg, folder, given):
                         f"{cfg.every} at least 0 seconds")
     if not writable(cfg.html) or cfg.html and not given:
         raise DataError(f"--html {cfg.html!r}: needs a query, and a file in a folder that exists")
+
+
+def with_port(argv):
+    """--serve alone -> --serve 8001"""
+    given = []
+    for word, following in zip(argv, [*argv[1:], "--"]):
+        given.append(word)
+        if word == "--serve" and following.startswith("--"):
+            given.append("8001")
+    return given
 
 
 def print_others(others):
@@ -157,7 +169,7 @@ def print_found(found, total, begun):
 
 def main(argv):
     words = list(itertools.takewhile(lambda word: not word.startswith("-"), argv))
-    cfg, given = parse_flags(Config, argv[len(words) :], __doc__)
+    cfg, given = parse_flags(Config, with_port(argv[len(words) :]), __doc__)
     if cfg.vectors:
         words = [None, *words]
     if not 1 <= len(words) <= 2:
@@ -172,6 +184,13 @@ def main(argv):
     if cfg.vectors:
         return search_vectors(cfg, given, query)
     check_flags(cfg, folder, query)
+    if "serve" in given:  # extras
+        from tools.search_page import search_page
+        from tools.serve import open_socket, run, Service
+
+        if query is not None or cfg.html:
+            raise DataError("--serve: queries are typed into the page; leave out text, --image, --html")
+        listening = open_socket("127.0.0.1", cfg.serve)
     model = load_model(cfg.ckpt, cfg.device, cfg.dtype)
     place, checkpoint = cfg.index or os.path.join(folder, ".plume"), fingerprint(model)
     try:
@@ -199,6 +218,10 @@ def main(argv):
                           "with the rest") from None
     print_others(others)
     print_bad(index)
+    if "serve" in given:
+        index.vectors = np.array(index.vectors)  # from the disk into memory
+        app = search_page(Service(model, cfg.batch_size, most=64), index, folder, cfg)
+        return run(app, listening, "the page")
     if query is None:
         return
     vector = model.encode([query], cfg.mode)[0]

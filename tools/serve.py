@@ -1,0 +1,235 @@
+"""An endpoint that speaks OpenAI's /v1/embeddings, for texts, pictures and clips; see docs/serve.md.
+
+    pip install starlette "uvicorn[standard]" orjson
+    python -m tools.serve out/checkpoint
+    python -m tools.serve out/checkpoint --port 9000 --media pictures/
+
+What has come within 5 ms goes through `Plume.encode` together, in one thread; meanwhile the next requests
+gather.  Ctrl-C or SIGTERM: what was taken is answered, then it ends.
+"""
+
+import engine.threads  # before torch
+
+import asyncio
+import contextlib
+import os
+import signal
+import socket
+import time
+from base64 import b64encode
+from collections import namedtuple
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+from engine.flags import command, leave, parse_flags
+from files.errors import DataError, quote, reason
+from tasks.find import load_model
+from tools.serve_input import parse_request
+
+try:
+    import orjson
+    import uvicorn
+    from starlette.applications import Starlette
+    from starlette.exceptions import HTTPException
+    from starlette.requests import ClientDisconnect
+    from starlette.responses import Response
+except ModuleNotFoundError as e:
+    raise SystemExit(f'error: {e.name} is missing: pip install starlette "uvicorn[standard]" orjson') from e
+
+WAIT = 0.005  # seconds that the first request of a batch waits for others
+SLOW = 60  # seconds within which a body must have come
+
+
+@dataclass
+class Config:
+    # endpoint
+    host: str = "127.0.0.1"  # there is no password: put a proxy in front of it for others
+    port: int = 8000  # 0: one that is free
+    name: str = ""  # what requests call the model; default: the name of its folder
+    media: str = ""  # requests may name files below this folder; default: none
+    # limits
+    queue: int = 256  # requests at a time; one more is refused
+    body_mib: int = 16  # MiB of a request; a larger one is refused
+    batch_size: int = 16  # items embedded together; does not change the result
+    # how
+    device: str = ""  # cuda, mps or cpu; default: the best there is
+    dtype: str = ""  # float32 or bfloat16; default: bfloat16 where it is fast
+
+
+# A request's items (of files.items.Side), when it came, and the future that gets its vectors or a DataError
+Job = namedtuple("Job", "sides mode dim since answer")
+
+
+class Service:
+    """A model, the thread that it runs in, and the requests that wait for it."""
+
+    def __init__(self, model, batch_size, most):
+        self.model, self.batch_size, self.most, self.open = model, batch_size, most, 0
+        self.jobs, self.thread = asyncio.Queue(), ThreadPoolExecutor(1)
+
+    @contextlib.contextmanager
+    def place(self):
+        """Of a request, from before its body is read until it is answered."""
+        if self.open >= self.most:
+            raise HTTPException(503, f"{self.open} requests wait already; try again later")
+        self.open += 1
+        try:
+            yield
+        finally:
+            self.open -= 1
+
+    async def embed(self, sides, mode="latent", dim=None):
+        """-> float32 (n, D) unit rows, as `Plume.encode`; DataError where an item cannot be read"""
+        answer = asyncio.get_running_loop().create_future()
+        self.jobs.put_nowait(Job(sides, mode, dim, time.monotonic(), answer))
+        return await answer
+
+    async def work(self):
+        """Batch after batch, until it is cancelled."""
+        while True:
+            jobs = [await self.jobs.get()]
+            await asyncio.sleep(jobs[0].since + WAIT - time.monotonic())
+            while not self.jobs.empty() and sum(len(job.sides) for job in jobs) < 8 * self.batch_size:
+                jobs.append(self.jobs.get_nowait())
+            for kind in {(job.mode, job.dim) for job in jobs}:
+                await self.answer([job for job in jobs if (job.mode, job.dim) == kind])
+
+    async def answer(self, jobs):
+        """Hands the answers of all over at once."""
+        done = asyncio.get_running_loop().run_in_executor(self.thread, self.encode, jobs)
+        await asyncio.wait([done])
+        answers = [done.exception()] * len(jobs) if done.exception() else done.result()
+        for job, answer in zip(jobs, answers):
+            if job.answer.cancelled():
+                continue
+            if isinstance(answer, Exception):
+                job.answer.set_exception(answer)
+            else:
+                job.answer.set_result(answer)
+
+    def encode(self, jobs):
+        """Jobs of one mode and dim -> for each its vectors, or the DataError that says why not."""
+        sides, bad = [side for job in jobs for side in job.sides], {}
+        try:
+            vectors = self.model.encode(
+                sides, jobs[0].mode, batch_size=self.batch_size, dim=jobs[0].dim, bad=bad)
+        except DataError as e:  # an embedding is not finite: only who asked for it is to hear of it
+            return [e] if len(jobs) == 1 else [answer for job in jobs for answer in self.encode([job])]
+        answers, begin = [], 0
+        for job in jobs:
+            end = begin + len(job.sides)
+            why = [bad[i] for i in range(begin, end) if i in bad]
+            answers.append(vectors[begin:end])
+            if why:
+                more = f"; and {len(why) - 3} more" if len(why) > 3 else ""
+                answers[-1] = DataError("; ".join(why[:3]) + more)
+            begin = end
+        return answers
+
+    @contextlib.asynccontextmanager
+    async def lifespan(self, app):
+        task = asyncio.create_task(self.work())
+        yield
+        task.cancel()
+
+
+async def read_body(request, most):
+    """-> bytes, at most so many; HTTPException as soon as there are more, or when they do not come."""
+    announced, chunks, received = int(request.headers.get("content-length", 0)), [], 0
+    try:
+        async with asyncio.timeout(SLOW):
+            async for chunk in request.stream():
+                received += len(chunk)
+                if max(announced, received) > most:
+                    raise HTTPException(413, f"the body is larger than {most:,} bytes, this server's limit")
+                chunks.append(chunk)
+    except TimeoutError:
+        raise HTTPException(408, f"the body did not come within {SLOW} s") from None
+    return b"".join(chunks)
+
+
+def json_answer(value, status=200):
+    content = orjson.dumps(value, option=orjson.OPT_SERIALIZE_NUMPY)
+    return Response(content, status, media_type="application/json")
+
+
+def refuse(request, error):
+    """The answer to an error, in OpenAI's form."""
+    status, message = 400, str(error)
+    if isinstance(error, HTTPException):
+        status, message = error.status_code, error.detail
+    kind = "invalid_request_error" if status < 500 else "server_error"
+    return json_answer(dict(error=dict(message=message, type=kind, param=None, code=None)), status)
+
+
+def make_app(service):
+    """Without routes; errors are answered in OpenAI's form."""
+    errors = dict.fromkeys((DataError, HTTPException, ClientDisconnect), refuse)
+    return Starlette(lifespan=service.lifespan, exception_handlers=errors)
+
+
+def endpoint(service, cfg, name):
+    """-> the app.  name: what requests call the model"""
+    app, width = make_app(service), service.model.lm.config.hidden_size
+    encode_text = service.model.processor.encode
+
+    async def embeddings(request):
+        with service.place():
+            wanted = parse_request(await read_body(request, cfg.body_mib << 20), width, cfg.media)
+            if wanted.model not in ("", name):
+                raise HTTPException(404, f"model {quote(wanted.model)}: this server has {name!r}")
+            vectors = await service.embed(wanted.sides, wanted.mode, wanted.dim)
+        if wanted.base64:
+            vectors = [b64encode(row).decode() for row in vectors.astype("<f4")]
+        data = [dict(object="embedding", index=i, embedding=row) for i, row in enumerate(vectors)]
+        texts = [text for side in wanted.sides for kind, text in side.parts if kind == "text"]
+        tokens = sum(len(encode_text(text)) for text in texts)
+        usage = dict(prompt_tokens=tokens, total_tokens=tokens)
+        return json_answer(dict(object="list", data=data, model=name, usage=usage))
+
+    async def health(request):
+        return json_answer(dict(status="ok", model=name, dimensions=width, waiting=service.open))
+
+    app.add_route("/v1/embeddings", embeddings, ["POST"])
+    app.add_route("/health", health, ["GET"])
+    return app
+
+
+def open_socket(host, port):
+    try:
+        return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+    except (OSError, OverflowError) as e:
+        raise DataError(f"--host {host} --port {port}: cannot be listened on: {reason(e)}") from e
+
+
+def run(app, listening, what):
+    """Until Ctrl-C or SIGTERM; a second Ctrl-C does not wait for what is being embedded."""
+    for number in (signal.SIGINT, signal.SIGTERM):  # uvicorn has its own, and raises it again at the end
+        signal.signal(number, signal.SIG_IGN)
+    host, port = listening.getsockname()[:2]
+    print(f"{what}: http://{f'[{host}]' if ':' in host else host}:{port}", flush=True)
+    server = uvicorn.Server(uvicorn.Config(
+        app, access_log=False, log_level="warning", ws="none", timeout_keep_alive=60))
+    server.run([listening])
+    if server.force_exit:
+        leave(130)
+
+
+def main(argv):
+    ckpt, *flags = argv if argv and not argv[0].startswith("-") else ["", *argv]
+    cfg, _ = parse_flags(Config, flags, __doc__)
+    if not ckpt:
+        raise DataError("needs a checkpoint, in front of all flags: python -m tools.serve out/checkpoint")
+    if min(cfg.queue, cfg.body_mib, cfg.batch_size) < 1:
+        raise DataError(f"--queue {cfg.queue}, --body_mib {cfg.body_mib}, --batch_size {cfg.batch_size}: at "
+                        "least 1")
+    if cfg.media and not os.path.isdir(cfg.media):
+        raise DataError(f"--media {quote(cfg.media)}: no such folder")
+    listening = open_socket(cfg.host, cfg.port)
+    model = load_model(ckpt, cfg.device, cfg.dtype)
+    service, name = Service(model, cfg.batch_size, cfg.queue), cfg.name or os.path.basename(ckpt.rstrip("/"))
+    run(endpoint(service, cfg, name), listening, f"model {name!r} is served")
+
+
+if __name__ == "__main__":
+    command(main)
