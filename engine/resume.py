@@ -9,13 +9,14 @@ from torch.distributed.checkpoint.state_dict import (
     get_model_state_dict, get_optimizer_state_dict, set_optimizer_state_dict, StateDictOptions)
 
 from engine.ranks import rank_and_world, say
-from engine.trained import load_trained, merged_weights, trained_weights
+from engine.trained import load_trained, merged_weights, size_of_merged, trained_weights
 from files.errors import DataError, lfs_hint, reason
 from files.writing import write_errors
 from hub.card import write_hub_files
 from hub.folders import (
     checkpoint_files, kept_name, NEWEST, newest_checkpoint, remove_checkpoint, replacing, RUN_STATE)
 from hub.layouts import write_checkpoint
+from hub.weights import count_parameters
 
 STATE = {"step", "ranks", "optimizer", "progress", "config", "kept"}  # the keys of RUN_STATE
 # May differ when a run goes on: they do not change the result, but for rounding
@@ -33,8 +34,9 @@ def save(cfg, model, optimizer, state, saved, kept, card):
     whole = StateDictOptions(full_state_dict=True, cpu_offload=True)  # gathers shards: all ranks have to ask
     if cfg.lora:
         weights, state["trained"] = merged_weights(model), trained_weights(model)
+        size = size_of_merged(model, weights)
     else:
-        weights = get_model_state_dict(model, options=whole)
+        weights, size = get_model_state_dict(model, options=whole), count_parameters(model)
     state["optimizer"] = get_optimizer_state_dict(model, optimizer, options=whole)
     if rank_and_world()[0] > 0:
         return kept
@@ -48,7 +50,7 @@ def save(cfg, model, optimizer, state, saved, kept, card):
     try:
         with replacing(path, keep) as folder:
             write_checkpoint(model, folder, state=weights)
-            write_hub_files(model, folder, card)
+            write_hub_files(model, folder, card, size)
             file = os.path.join(folder, RUN_STATE)
             with write_errors(file):
                 torch.save(dict(state, kept=kept), file)

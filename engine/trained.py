@@ -14,6 +14,7 @@ import os
 
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 
 from data import PLUME_TOKENS
 from files.errors import DataError, nearest
@@ -112,12 +113,13 @@ def add_new_rows(module, tokens, hook, rows=None):
 def replace_embeddings(embedding, args, x):
     """x (..., D) of the token ids in args: those of new tokens are the trained rows."""
     at = args[0][..., None] == embedding.new_tokens  # (..., n)
-    return torch.where(at.any(-1, keepdim=True), at.to(x.dtype) @ embedding.new_rows.to(x.dtype), x)
+    rows = F.embedding(at.int().argmax(-1), embedding.new_rows)  # exact under autocast, too
+    return torch.where(at.any(-1, keepdim=True), rows, x)
 
 
 def replace_logits(head, args, logits):
     """logits (..., V) of the states in args: those of new tokens come from the trained rows."""
-    new = nn.functional.linear(args[0], head.new_rows)
+    new = F.linear(args[0], head.new_rows)
     return logits.index_copy(-1, head.new_tokens, new.to(logits.dtype))
 
 
@@ -145,6 +147,12 @@ def merged_weights(model):
     for name, module in ((f"{LM}.embed_tokens", model.lm.embed_tokens), (HEAD, model.backbone.lm_head)):
         weights[f"{name}.weight"] = module.weight.index_copy(0, module.new_tokens, module.new_rows)
     return weights
+
+
+def size_of_merged(model, weights):
+    """How many numbers there are in `merged_weights`, a tied embedding counted once."""
+    twice = model.backbone.config.tie_word_embeddings
+    return sum(tensor.numel() for name, tensor in weights.items() if not (twice and name == f"{HEAD}.weight"))
 
 
 def trained_weights(model):

@@ -31,11 +31,14 @@ def about_run(cfg, done, steps, scored):
     return "\n".join(lines)
 
 
-def write_hub_files(model, folder, run="Nothing is known here about its training."):
-    """What sentence-transformers reads, and a model card; run: how it was trained, in Markdown."""
+def write_hub_files(model, folder, run="Nothing is known here about its training.", size=None):
+    """What sentence-transformers reads, and a model card.
+
+    run: how it was trained, in Markdown; size: numbers in the weights that are written, if not the model's.
+    """
     text = template_file("card.md").substitute(
         backbone=model.backbone.config.model_type, dim=model.lm.config.hidden_size,
-        size=f"{count_parameters(model) / 1e6:,.1f}", steps=model.settings["latent_steps"], run=run,
+        size=f"{(size or count_parameters(model)) / 1e6:,.1f}", steps=model.settings["latent_steps"], run=run,
         settings=json.dumps(model.settings, indent=1, ensure_ascii=False),
         versions=f"torch {torch.__version__}, transformers {transformers.__version__}")
     with write_errors(folder):
