@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_map_only
 import latent
 import train
 from backbones.vision import frames_by_size, qwen2_features
-from curriculum import Curriculum
+from curriculum import Curriculum, Stage
 from data import Batches, collate, to_device
 from files.items import parse_item
 from files.records import Pairs
@@ -24,6 +24,7 @@ from latent import decoder, prefill, rollout
 from model import Plume
 from test_plume import (
     assert_close, eight_pairs, FINAL, gradients, make_model, mixed_items, our_rollout, rendered, whole)
+from tests.processes import run
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 
@@ -195,43 +196,18 @@ def test_the_prefix_cache_is_never_copied(model):
 
 
 # ---- numbers and devices
-def take_hot_path(m, batch, pairs, modes, casts=False):
-    """Embeds in these modes, takes a step of training; what comes out has the right shapes, values aside."""
-    autocast = functools.partial(torch.autocast, "cpu", torch.bfloat16, enabled=casts)
-    with autocast():
-        for mode in modes:
-            vectors, _ = m.embed(batch, mode, limit=4)
-            assert vectors.shape == (6, 128) and vectors.dtype == torch.float32
-    for micro_tokens in (0, 300):  # in one piece; by GradCache
-        m.zero_grad()
-        parts = train.backward(m, pairs[micro_tokens], train.Config(), autocast())
-        assert parts["loss"].shape == ()
-        assert all(p.grad.shape == p.shape for p in m.parameters())
+@pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "lora"])
+def test_the_hot_path_never_waits_for_a_gpu(world, family):
+    """Neither for a value, nor for a copy, nor for an index that was left on the CPU."""
+    if family == "lora":
+        pytest.importorskip("peft", reason="needs peft: pip install peft")
+    records = world / "train.jsonl"
+    done = run("tests/fake_gpu.py", records, family, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr[-3000:]
 
 
-@pytest.fixture(scope="session")
-def hot_path(world):
-    """Mixed items as a batch, and the same pairs in one micro-batch and in several."""
-    m = make_model()
-    pairs = {}
-    for micro_tokens in (0, 300):
-        batches, job = eight_pairs(world / "train.jsonl", m.processor, micro_tokens=micro_tokens)
-        pairs[micro_tokens] = batches[job]
-    assert [len(batch["micro"]) for batch in pairs.values()] == [1, 3]
-    return collate(rendered(m, mixed_items(world)), m.processor), pairs
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_hot_path_never_asks_the_device_a_question(hot_path, dtype):
-    """On the meta device there are no values: anything that looks at one raises."""
-    batch, pairs = hot_path
-    m = make_model().to(dtype).to("meta")
-    modes = "single", "latent", "cot"  # of up to 16 tokens: then it looks whether all rows have ended
-    take_hot_path(m, to_device(batch, "meta"), pairs, modes)
-
-
-def test_the_hot_path_under_autocast_never_asks_the_device_a_question(hot_path, monkeypatch):
-    """The meta device has no autocast; fake tensors of a CPU have it, and no values either."""
+def test_the_hot_path_under_autocast_never_asks_the_device_a_question(world, monkeypatch):
+    """Fake tensors of a CPU, which has autocast, have no values, either."""
     fake = FakeTensorMode()
 
     def faked(tree):
@@ -244,12 +220,14 @@ def test_the_hot_path_under_autocast_never_asks_the_device_a_question(hot_path, 
             return faked(frames_by_size(grid, merge))
 
     monkeypatch.setattr("backbones.vision.frames_by_size", of_real_sizes)
-    m = make_model().float()._apply(fake.from_tensor)
-    batch, pairs = hot_path
+    m = make_model().float()
+    batches, (step, _, rows) = eight_pairs(world / "train.jsonl", m.processor)
+    batch = batches[step, Stage(2, 2, True), rows]
+    m._apply(fake.from_tensor)
     with fake:
-        for n, b in pairs.items():
-            pairs[n] = dict(faked(b), micro=[[faked(group) for group in part] for part in b["micro"]])
-        take_hot_path(m, faked(batch), pairs, ("single", "latent"), casts=True)  # on a CPU cot asks
+        batch = dict(faked(batch), micro=[[faked(group) for group in part] for part in batch["micro"]])
+        parts = train.backward(m, batch, train.Config(), torch.autocast("cpu", torch.bfloat16))
+        assert parts["loss"].shape == () and all(p.grad.shape == p.shape for p in m.parameters())
         with pytest.raises(DataDependentOutputException):
             m.adapter.w2.max().item()  # what such a question would lead to
 
