@@ -13,7 +13,6 @@ float16 and int8 are for inner products of rows made unit again, as `load_vector
 scaled by itself so that its largest component is 127 or -127, and rounded; no scale has to be kept.
 """
 
-import json
 import os
 import re
 import shutil

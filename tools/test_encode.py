@@ -22,7 +22,7 @@ from PIL import Image
 from model import Plume
 from test_plume import assert_close
 from tests.processes import call, ROOT, run, Started
-from tests.samples import in_one_space, NAMES, odd_folder, ODD, picture, write_clip, write_lines
+from tests.samples import in_one_space, NAMES, odd_folder, ODD, write_lines
 from tools import encode
 from tools.encode_input import count_records, open_source
 from tools.encode_parts import load_vectors, narrowed, read_part, TYPES, whole_parts
