@@ -39,7 +39,7 @@ def template_of(prompts, name):
     """The template of a prompt by its name; None: no prompt."""
     if name is None:
         return "{}"
-    if name not in prompts:
+    if not isinstance(name, str) or name not in prompts:
         raise DataError(f"prompt {quote(name)}: this checkpoint has no such prompt.{nearest(name, prompts)}")
     return prompts[name]
 
