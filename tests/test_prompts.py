@@ -234,6 +234,31 @@ def test_flags_go_into_the_checkpoint_the_records_stay_and_init_keeps_them(world
     assert kept == dict(query="Look for {}.", document=REPRESENT)
 
 
+def test_search_finds_what_training_taught_and_bare_texts_do_not(pictures, tmp_path):
+    """The command that docs/training.md names: -s shows the figures."""
+    query, document = "Find the picture that is described: {}", "Represent this picture.{}"
+    rows = [dict(qry=query.format(name), pos=dict(text=document.format(""), image=f"{name}.png"))
+            for name in NAMES]
+    write_lines(pictures / "pairs.jsonl", rows)
+    run("train.py", "--data", pictures / "pairs.jsonl", "--out", tmp_path, "--steps=25", "--global_batch=12",
+        "--segments=1", "--gate=0", "--replay=0", "--lr=2e-3", "--workers=0", "--query_prompt", query,
+        "--document_prompt", document)
+    ckpt = tmp_path / "checkpoint"
+    plume, right = Plume.from_pretrained(ckpt, "cpu"), np.arange(len(NAMES))
+    images = [str(pictures / f"{name}.png") for name in NAMES]
+    trained = [dict(text=row["pos"]["text"], image=image) for row, image in zip(rows, images)]
+
+    def hit(queries, documents):
+        return float(((queries @ documents.T).argmax(1) == right).mean())
+
+    exact = hit(plume.encode([row["qry"] for row in rows]), plume.encode(trained))
+    bare = hit(plume.encode(NAMES), plume.encode([dict(image=image) for image in images]))
+    first = [next(iter(search(ckpt, pictures, name, "--count=1"))) for name in NAMES]
+    found = float(np.mean([file == f"{name}.png" for file, name in zip(first, NAMES)]))
+    print(f"hit@1: the records' texts {exact:.2f}, tools.search {found:.2f}, bare texts {bare:.2f}")
+    assert exact >= 0.9 and found >= 0.9 * exact and bare <= 0.6 * exact
+
+
 @pytest.mark.parametrize("texts, template", [
     (["Find the picture: red", "Find the picture: rose"], "Find the picture: {}"),
     (["query: red car", "query: red bus", "query: a"], "query: {}"),
