@@ -240,7 +240,7 @@ def test_search_finds_what_training_taught_and_bare_texts_do_not(pictures, tmp_p
     rows = [dict(qry=query.format(name), pos=dict(text=document.format(""), image=f"{name}.png"))
             for name in NAMES]
     write_lines(pictures / "pairs.jsonl", rows)
-    run("train.py", "--data", pictures / "pairs.jsonl", "--out", tmp_path, "--steps=25", "--global_batch=12",
+    run("train.py", "--data", pictures / "pairs.jsonl", "--out", tmp_path, "--steps=40", "--global_batch=12",
         "--segments=1", "--gate=0", "--replay=0", "--lr=2e-3", "--workers=0", "--query_prompt", query,
         "--document_prompt", document)
     ckpt = tmp_path / "checkpoint"
