@@ -181,6 +181,8 @@ def test_encode_writes_the_prompt_into_the_manifest_and_search_finds_it_there(
         call("tools.encode", pictures, tmp_path / flag, "--ckpt", ckpt, flag)
         items = [{"image": str(pictures / name), "text": text} for name in names]
         assert_close(load_vectors(tmp_path / flag)[1], plume.encode(items), flag, 1e-6)
+    with pytest.warns(UserWarning, match="have the prompt '{}', and the checkpoint's .* is 'Represent.{}'"):
+        search(ckpt, "red bar", "--vectors", tmp_path / "--prompt=")
 
 
 def test_a_folder_of_vectors_of_before_goes_on_where_the_checkpoint_has_no_prompts(small, tmp_path):

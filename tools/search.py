@@ -24,6 +24,7 @@ import itertools
 import math
 import os
 import time
+import warnings
 from dataclasses import dataclass
 from html import escape
 
@@ -153,6 +154,10 @@ def search_vectors(cfg, given, query):
     mode = cfg.mode if "mode" in given else manifest["mode"]
     steps = manifest["steps"] if mode == manifest["mode"] else None
     warn_of_two_spaces(model.settings, mode, manifest["mode"])
+    document = model.settings["prompts"]["document"]
+    if manifest["prompt"] != document:
+        warnings.warn(f"{cfg.vectors}: these vectors have the prompt {quote(manifest['prompt'])}, and the "
+                      f"checkpoint's for documents is {quote(document)}")
     vector = model.encode_query([query], mode=mode, steps=steps, dim=manifest["dim"])[0]
     ids, vectors = load_vectors(cfg.vectors)
     begun = time.perf_counter()
