@@ -254,7 +254,7 @@ def iterate(items):
         except TypeError:
             instead = SINGLE
     if instead:
-        raise TypeError(f"items must be a list or another iterable, got {type(items).__name__}; {instead}")
+        raise TypeError(f"give a list or another iterable of items, got {type(items).__name__}; {instead}")
     if isinstance(items, Iterable):
         return iterator
     return itertools.islice(iterator, length_hint(items))  # of the older kind: [0], [1], ... as it says

@@ -88,7 +88,7 @@ def stored_prefixes(folder):
 def keep_foreign(theirs, before, ours):
     """Prompts in these files: `ours`, but for what others have changed or added since PLUME wrote `before`.
 
-    theirs: what the files have now.
+    theirs: what the files have now; "" is no prompt of anybody.
     """
-    own = {name: text for name, text in ours.items() if theirs.get(name) == before.get(name)}
+    own = {name: text for name, text in ours.items() if theirs.get(name) in ("", before.get(name))}
     return {name: text for name, text in theirs.items() if text != before.get(name)} | own

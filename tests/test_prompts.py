@@ -332,3 +332,4 @@ def test_of_prompts_in_files_only_foreign_ones_win():
     assert keep_foreign(theirs, before, ours) == dict(a="1", b="new", d="4", e="5")
     assert keep_foreign(dict(b="own", d="own"), before, ours) == dict(b="own", d="own")
     assert keep_foreign({}, {}, ours) == ours
+    assert keep_foreign(dict(b="", x=""), before, ours) == dict(b="new", d="4", x="")

@@ -78,7 +78,8 @@ def test_queries_of_the_page_get_the_prompt_of_the_checkpoint(small, folder, tmp
     model = Plume.from_pretrained(small, "cpu")
     media = [{"image": str(folder / ODD)}, {"image": str(folder / "blue circle.jpg")},
              {"video": str(folder / "clip.mp4")}]
-    scores = model.encode([dict(text="Represent.", **item) for item in media]) @ model.encode(["Find: red"])[0]
+    documents = model.encode([dict(text="Represent.", **item) for item in media])
+    scores = documents @ model.encode(["Find: red"])[0]
     assert re.findall(r"-?\d\.\d{3}(?=</p>)", found) == [f"{max(scores):.3f}"]
 
 
