@@ -90,5 +90,8 @@ def keep_foreign(theirs, before, ours):
 
     theirs: what the files have now; "" is no prompt of anybody.
     """
-    own = {name: text for name, text in ours.items() if theirs.get(name) in ("", before.get(name))}
-    return {name: text for name, text in theirs.items() if text != before.get(name)} | own
+    kept = {name: text for name, text in theirs.items() if name in ours or text != before.get(name)}
+    for name, text in ours.items():
+        if theirs.get(name, "") in ("", before.get(name)) and (text or name in theirs):
+            kept[name] = text
+    return kept

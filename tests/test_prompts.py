@@ -322,14 +322,15 @@ def test_its_files_have_the_prompts_anew_but_what_others_changed_stays(tmp_path)
     edit_json(config, prompts=dict(query="Theirs: ", document="", ask="{}?", more="More: "))
     assert saved(query="Seek: {}", document=REPRESENT) == dict(
         query="Theirs: ", document="Represent.", ask="{}?", more="More: ")
-    edit_json(config, prompts=dict(more="More: "))  # what was taken out stays out
-    assert saved(query="Again: {}") == dict(more="More: ")
+    edit_json(config, prompts=dict(more="More: "))  # as of a checkpoint whose own were written by hand
+    assert saved(query="Again: {}") == dict(more="More: ", query="Again: ", document="Represent.", ask="{}?")
 
 
 def test_of_prompts_in_files_only_foreign_ones_win():
     before, ours = dict(a="1", b="2", c="3"), dict(a="1", b="new", d="4")
     theirs = dict(a="1", b="2", c="3", e="5")
     assert keep_foreign(theirs, before, ours) == dict(a="1", b="new", d="4", e="5")
-    assert keep_foreign(dict(b="own", d="own"), before, ours) == dict(b="own", d="own")
+    assert keep_foreign(dict(b="own", d="own"), before, ours) == dict(a="1", b="own", d="own")
     assert keep_foreign({}, {}, ours) == ours
-    assert keep_foreign(dict(b="", x=""), before, ours) == dict(b="new", d="4", x="")
+    assert keep_foreign(dict(b="", x=""), before, ours) == dict(a="1", b="new", d="4", x="")
+    assert keep_foreign(dict(a="1"), dict(a="1", b=""), dict(a="", b="")) == dict(a="")
