@@ -217,23 +217,18 @@ def test_evaluation_puts_prompts_around_your_folders_and_nothing_else(ckpt, smal
 
 
 # ---- training
-def test_flags_go_into_the_checkpoint_the_records_stay_and_init_keeps_them(world, tmp_path):
-    data = ["--data", world / "train.jsonl", "--steps=1", "--global_batch=4", "--workers=0"]
-    done = run("train.py", *data, "--out", tmp_path / "a")
-    assert "--query_prompt 'Find the picture: {}'" in done.stdout
-    assert "--document_prompt 'Represent.{}'" in done.stdout
-    flags = ["--query_prompt", FIND, "--document_prompt", REPRESENT]
-    done = run("train.py", *data, "--out", tmp_path / "b", *flags)
-    assert "looked at" not in done.stdout
-    a, b = (Plume.from_pretrained(tmp_path / name / "checkpoint", "cpu") for name in "ab")
-    assert a.settings["prompts"] == PROMPTS
-    assert b.settings["prompts"] == dict(query=FIND, document=REPRESENT)
-    assert np.array_equal(a.encode(NAMES), b.encode(NAMES))
-    init = ["--init", tmp_path / "b" / "checkpoint", "--segments=8", "--steps_per_segment=1"]
-    done = run("train.py", *data, *init, "--out", tmp_path / "c", "--query_prompt", "Look for {}.")
-    assert "looked at" not in done.stdout
-    kept = json.loads((tmp_path / "c" / "checkpoint" / "config.json").read_text())["plume"]["prompts"]
-    assert kept == dict(query="Look for {}.", document=REPRESENT)
+def test_flags_go_into_the_checkpoint_and_init_keeps_what_they_do_not_name(world, tmp_path):
+    def trained(out, *flags):
+        done = run("train.py", "--data", world / "train.jsonl", "--out", tmp_path / out, "--steps=1",
+                   "--global_batch=4", "--workers=0", *flags)
+        m = Plume.from_pretrained(tmp_path / out / "checkpoint", "cpu")
+        return m.settings["prompts"], done.stdout
+
+    prompts, said = trained("a", "--query_prompt", FIND)
+    assert prompts == PROMPTS | dict(query=FIND) and said.count("looked at") == 1
+    assert "12 of 24 targets looked at" in said and "--document_prompt 'Represent.{}'" in said
+    prompts, said = trained("b", "--init", tmp_path / "a" / "checkpoint", "--document_prompt", "This is {}.")
+    assert prompts == dict(query=FIND, document="This is {}.") and "looked at" not in said
 
 
 def test_search_finds_what_training_taught_and_bare_texts_do_not(pictures, tmp_path):
