@@ -13,7 +13,8 @@
 A folder with rows/, image-tasks/, video-tasks/ or visdoc-tasks/ is a copy of MMEB-V2 (tasks/mmeb.py has its
 78 tasks); in any other DIR/<meta-task>/<dataset>/ holds corpus.jsonl ({"_id", "text"?, "image"?, "video"?,
 "start"?, "end"?}; seconds of a video file), queries.jsonl (the same keys, and perhaps "candidates": [ids], to
-be ranked only against those) and qrels.tsv (query-id, corpus-id, score; a header line).
+be ranked only against those) and qrels.tsv (query-id, corpus-id, score; a header line).  There queries and
+corpora get the checkpoint's prompts `query` and `document`; other tasks have instructions of their own.
 
 hit@k: share of queries with a relevant document among the first k.
 ndcg@5: linear gains from the graded scores.
@@ -391,11 +392,11 @@ def main(argv):
         return dist.destroy_process_group()
     ours = "-".join(os.path.normpath(cfg.ckpt).split(os.sep)[-2:])
     data = os.path.realpath(cfg.data) if cfg.data else f"turtle {cfg.moves} {cfg.rules} {cfg.codes}"
-    key = short_hash(embedder.run_hash, data)[:6]
+    key = short_hash(embedder.run_hash, data, str(model.settings["prompts"]))[:6]
     folder = root and os.path.join(root, f"{ours}-{name_of_mode(cfg, steps)}-{key}")
-    if not cfg.data:  # drawn for this model
-        _, make = find_tasks("", model.processor, moves=cfg.moves, rules=cfg.rules, codes=cfg.codes)
     if not published:  # all are read before the first is encoded; those of MMEB-V2 have been looked at
+        how = dict(moves=cfg.moves, rules=cfg.rules, codes=cfg.codes, prompts=model.settings["prompts"])
+        _, make = find_tasks(cfg.data, model.processor, **how)  # drawn for this model, or with its prompts
         make = {name: make(name) for name in names}.get
     tasks = [(name, functools.partial(make, name)) for name in names]
     results, left_out = {}, {}

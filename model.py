@@ -16,12 +16,12 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils._pytree import tree_map
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoConfig, AutoModelForImageTextToText
+from transformers import AutoModelForImageTextToText
 
 from adapter import MAX_STEPS, TransitionAdapter
 from backbones.called import check_called
 from backbones.families import BACKBONES, facts_of, Limits, limits_of
-from backbones.shapes import SHAPES
+from backbones.shapes import config_of, SHAPES
 from backbones.tokens import train_tokenizer
 from backbones.vision import normalised, vision_features
 from data import fixed_strings, Processor, SPECIAL, TEMPLATE, TEMPLATES
@@ -37,7 +37,6 @@ from latent import (
     at_least_float32, Cache, greedy, length_of, Prefix, rollout, rollout_of_groups, select_column,
     single_pass, unit, until_done, write)
 
-SPECIAL_IDS = ("image_pad", "video_pad", "vision_start", "vision_end")  # tokens that a configuration names
 # The fixed strings around every item, one token each: in a tiny model they would be most of the work.
 FIXED_STRINGS = [SHAPES["tiny"]["prompt"], *fixed_strings(TEMPLATE)]
 SECONDS = " seconds>"  # stands in front of every frame pair of Qwen3-VL
@@ -173,11 +172,12 @@ class Plume(nn.Module):
         return self.settings["adaptive"] and self.adapter.kind != "parallel"
 
     def encode(self, items, mode="latent", steps=None, batch_size=16, progress=False, limit=512, took=None,
-               workers=4, bad=None, dim=None, done=0.5, spent=None):
+               workers=4, bad=None, dim=None, done=0.5, spent=None, prompt=None):
         """Embed items -> float32 array (N, D), unit rows, in the order in which `items` gives them.
 
         items: a list, or anything else that can be iterated, of strings, pictures or {"text"?, "image"?,
         "video"?}; see files.items.parse_item.  Kinds may be mixed: rows are batched by length.
+        prompt: the name of one of the checkpoint's, as "query", put around each item; see hub/prompts.py.
         mode: "latent" (steps = 0..32, default the checkpoint's K), "single" (one pass), "cot" (greedy
         rationale, until <gen_emb> or `limit` tokens), "auto" (latent steps until the probability of <eot> is
         above `done`; what K steps do not hold is written as in cot).  progress: a bar, or its label.
@@ -192,8 +192,18 @@ class Plume(nn.Module):
         none = np.empty((0, dim or self.lm.config.hidden_size), np.float32)
         windows = encoding(
             self, items, mode, steps, batch_size, progress, limit, took, workers, bad=bad, dim=dim, done=done,
-            spent=spent)
+            spent=spent, prompt=prompt)
         return np.concatenate([none, *windows])
+
+    def encode_query(self, items, prompt="query", **how):
+        """`encode` with the checkpoint's prompt for what asks."""
+        return self.encode(items, prompt=prompt, **how)
+
+    def encode_document(self, items, prompt="document", **how):
+        """`encode` with the one for what is found; where the checkpoint says one space, in a single pass."""
+        if self.settings["one_space"] and not {"mode", "steps"} & how.keys():
+            how["mode"] = "single"
+        return self.encode(items, prompt=prompt, **how)
 
     # ---- making, loading, saving
     @classmethod
@@ -207,12 +217,7 @@ class Plume(nn.Module):
         model_type = shape.get("backbone", "qwen2_vl")
         fixed = [*FIXED_STRINGS, SECONDS] if BACKBONES[model_type].time == "text" else FIXED_STRINGS
         tokenizer = train_tokenizer(texts, SPECIAL, fixed)
-        in_blocks_of_64 = -(-len(tokenizer) // 64) * 64
-        text = dict(vocab_size=in_blocks_of_64, bos_token_id=None, eos_token_id=None) | shape["text"]
-        special = {f"{name.replace('_pad', '')}_token_id": tokenizer.convert_tokens_to_ids(f"<|{name}|>")
-                   for name in SPECIAL_IDS}
-        config = AutoConfig.for_model(
-            model_type, text_config=text, vision_config=shape["vision"], tie_word_embeddings=tied, **special)
+        config = config_of(shape, model_type, tokenizer, tied)
         prompt = shape.get("prompt", RELEASED_PROMPT)
         settings = dict(template=TEMPLATES[model_type], prompt=prompt) | settings
         settings["limits"] = limits_of(model_type, **shape["limits"]) | settings.get("limits", {})

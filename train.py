@@ -33,6 +33,7 @@ from curriculum import Progress
 from data import Batches, Schedule, StepSampler, to_device
 from engine.flags import command, parse_flags
 from engine.held_out import hit_at_1, readable_pairs
+from engine.instructions import propose_prompts
 from engine.lock import check_disk_space, exclusive_lock
 from engine.log import announce, Log
 from engine.ranks import (
@@ -40,7 +41,7 @@ from engine.ranks import (
     rank_and_world, say)
 from engine.resume import resume, save
 from engine.stop import bind_to_parent, check_finite, end_workers, ending_workers, StopOnSignal
-from engine.train_flags import check_flags, claim_one_space
+from engine.train_flags import check_flags, claim_one_space, settings_of
 from engine.trained import choose_trained, hash_of_frozen, TARGETS
 from files.errors import DataError, nearest
 from files.records import hold_out, Pairs
@@ -67,6 +68,9 @@ class Config:  # --help prints the comments
     init: str = ""  # checkpoint folder or hub name; empty: random weights in the shape of --shape or --preset
     shape: str = "tiny"  # of random weights: tiny is a small Qwen2-VL, tiny3 a small Qwen3-VL
     prompt: str = ""  # text behind <disc_emb>; default: the checkpoint's own
+    query_prompt: str = ""  # what the queries of --data already begin with, as 'Find the picture: {}'; kept
+    #     in the checkpoint for encode_query, search, ..; records stay as they are; default: the checkpoint's
+    document_prompt: str = ""  # the same for their targets, as 'Represent this picture.{}'
     min_pixels: int = 0  # a picture is scaled up to this area; 0: the checkpoint's own
     max_pixels: int = 0  # and down to this one: the number of tokens of a picture; 0: the checkpoint's own
     video_max_pixels: int = 0  # the same for each frame of a clip; 0: the checkpoint's own
@@ -468,16 +472,7 @@ def build_model(cfg, given, pairs, device):
 
     What the checkpoint of --init says about itself stays, unless a flag for it was given.
     """
-    flags = asdict(cfg)
-    limits = ("min_pixels", "max_pixels", "video_max_pixels", "num_frames", "frame_rate", "max_len")
-    switches = ("experts", "top_k", "shared_expert", "anchor", "step_embedding")
-    settings = {name: flags[name] for name in ("prompt", "latent_positions") if name in given}
-    settings["limits"] = {name: flags[name] for name in limits if flags[name]}
-    settings["adapter"] = {name: flags[name] for name in switches if name in given}
-    if "adapter" in given:
-        settings["adapter"]["kind"] = cfg.adapter
-    settings["latent_steps"] = cfg.segments * cfg.steps_per_segment
-    settings["adaptive"] = cfg.adaptive
+    settings = settings_of(cfg, given)
     if not (cfg.data or cfg.init or cfg.num_frames):
         settings["limits"]["num_frames"] = max(16, 2 * pairs.longest)  # all of turtle world's clips
     if cfg.resume and not cfg.lora:
@@ -489,6 +484,7 @@ def build_model(cfg, given, pairs, device):
         shape = cfg.preset or cfg.shape
         model = Plume.random(pairs.texts(), shape, cfg.seed, where, cfg.tied, **settings).to(device)
     claim_one_space(cfg, model.settings)
+    propose_prompts(cfg, given, pairs, model.settings["prompts"])
     choose_trained(cfg, model)
     if not cfg.data:
         pairs.backbone = model.processor.backbone  # turtle world's pictures are drawn for it

@@ -1,5 +1,9 @@
 """Shapes of models with new random weights; a Qwen2-VL where no other backbone stands."""
 
+from transformers import AutoConfig
+
+SPECIAL_IDS = ("image_pad", "video_pad", "vision_start", "vision_end")  # tokens that a configuration names
+
 
 def rope(theta, *sections):
     return dict(rope_type="default", rope_theta=theta, mrope_section=list(sections))
@@ -57,3 +61,13 @@ SHAPES = {
         vision=dict(depth=8, embed_dim=320, hidden_size=512, num_heads=8, mlp_ratio=4),
         prompt="Think, then embed.", limits={}),
 }
+
+
+def config_of(shape, model_type, tokenizer, tied):
+    """A value of SHAPES -> transformers' configuration; tied: the output embedding is the input embedding."""
+    in_blocks_of_64 = -(-len(tokenizer) // 64) * 64
+    text = dict(vocab_size=in_blocks_of_64, bos_token_id=None, eos_token_id=None) | shape["text"]
+    special = {f"{name.replace('_pad', '')}_token_id": tokenizer.convert_tokens_to_ids(f"<|{name}|>")
+               for name in SPECIAL_IDS}
+    return AutoConfig.for_model(
+        model_type, text_config=text, vision_config=shape["vision"], tie_word_embeddings=tied, **special)

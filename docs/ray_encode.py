@@ -18,7 +18,8 @@ class Encoder:
 
     def __call__(self, table):
         rows, bad = table.to_pylist(), {}
-        vectors = self.model.encode([{k: row.get(k) for k in ITEM_KEYS} for row in rows], bad=bad)
+        items = [{k: row.get(k) for k in ITEM_KEYS} for row in rows]
+        vectors = self.model.encode(items, prompt="document", bad=bad)
         why = [bad.get(i, "") for i in range(len(rows))]  # with NaN in its vector
         return dict(_id=[row["_id"] for row in rows], vector=vectors, why=why)
 

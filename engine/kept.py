@@ -57,11 +57,12 @@ def as_bytes(text):
 
 def fingerprint(model):
     """Hash of everything a checkpoint is: weights as they were loaded, configuration, settings, tokenizer."""
-    config = model.backbone.config.to_dict()
+    config, settings = model.backbone.config.to_dict(), dict(model.settings)
+    settings.pop("prompts")  # an item has its own in its text
     for name in ("plume", "transformers_version", "_name_or_path"):
         config.pop(name, None)
     h = hashlib.blake2b(digest_size=8)
-    h.update(json.dumps([config, model.settings], sort_keys=True, default=str).encode())
+    h.update(json.dumps([config, settings], sort_keys=True, default=str).encode())
     h.update(model.processor.backend.to_str().encode())
     for name, tensor in sorted(model.state_dict().items()):
         h.update(name.encode())
@@ -266,9 +267,8 @@ class Embedder:
 
     def counts(self):
         """What became of the items that were asked for, in words."""
-        different = len(self.planned)
-        words = (f"{self.asked} items, {self.encoded} encoded, {different - self.encoded} known from before, "
-                 f"{self.asked - different} shared")
+        words = (f"{self.asked} items, {self.encoded} encoded, {len(self.planned) - self.encoded} known from "
+                 f"before, {self.asked - len(self.planned)} shared")
         return words if self.index is self else f"queries: {words}; corpora: {self.index.counts()}"
 
     def __call__(self, sides, label, took=None):

@@ -6,6 +6,7 @@
 Items are those of `Plume.encode`, or a turn {"role": "user", "content": ...}; `mode` and `steps` go to
 `encode`, too.  Of a checkpoint that says that its latent and single-pass embeddings are one space,
 `encode_document` gives the single-pass one, unless mode or steps are given; `encode_query` thinks.
+A prompt is a text in front, or with one {} a template; see hub/prompts.py.
 hub/plume_st.py, which stands in the checkpoint, finds this file and fills in Plume.
 """
 
@@ -25,6 +26,7 @@ from files.items import parse_item, Side
 from files.pictures import PICTURE
 from hub.isolated import HOME
 from hub.layouts import write_checkpoint
+from hub.prompts import template_of_prefix, with_prompt
 
 MODALITIES = ("text", "image", "video", "message")
 
@@ -95,9 +97,8 @@ class PlumeEmbedder(InputModule):
                             f"{type(item).__name__} for a single item; {instead}")
         where = f"item {quote(item)}"
         side = Side(parts_of(item, where), where=where)
-        if prompt:  # in front of the text, behind pictures that stand in front of it
-            kinds = [kind for kind, _ in side.parts]
-            side.parts.insert(kinds.index("text") if "text" in kinds else len(kinds), ("text", prompt))
+        if prompt:
+            side = with_prompt(side, template_of_prefix(prompt))
         return dict(self.plume.processor.render(side), where=where)
 
     def forward(self, features, mode=None, steps=None, task=None):

@@ -27,6 +27,7 @@ from files.clips import is_clip_file, VIDEO_SUFFIXES
 from files.errors import DataError, nearest, quote
 from files.items import parse_item, Side
 from files.pictures import IMAGE_SUFFIXES, PICTURE
+from hub.prompts import template_of, with_prompt
 from latent import unit
 
 MODES = ("latent", "single", "cot", "auto")
@@ -43,7 +44,7 @@ class Spent(NamedTuple):
 
 
 def encoding(model, items, mode="latent", steps=None, batch_size=16, progress=False, limit=512, took=None,
-             workers=4, sort=True, bad=None, dim=None, done=0.5, spent=None):
+             workers=4, sort=True, bad=None, dim=None, done=0.5, spent=None, prompt=None):
     """`Plume.encode` in windows: yields the embeddings of the next items as an array.
 
     A window is 8 batches, or less when their media take AHEAD bytes; about as much is read ahead.  What mode
@@ -51,6 +52,7 @@ def encoding(model, items, mode="latent", steps=None, batch_size=16, progress=Fa
     sort: the rows of a window are batched by length; False: batches are neighbours as given.
     """
     check_mode(mode, steps)
+    template = template_of(model.settings["prompts"], prompt)
     if not 0 <= done <= 1:
         raise ValueError(f"done {done}: needs a probability, 0 .. 1")
     width = model.lm.config.hidden_size
@@ -67,7 +69,7 @@ def encoding(model, items, mode="latent", steps=None, batch_size=16, progress=Fa
     was_training = model.training
     model.eval()
     try:
-        for samples in windows(model, items, size, workers, bad, alone=took is not None):
+        for samples in windows(model, items, size, workers, bad, took is not None, template):
             order = list(range(len(samples)))
             if sort:  # a batch of about equal lengths has little padding
                 order.sort(key=lambda i: len(samples[i]["ids"]) if samples[i] else 0)
@@ -94,7 +96,7 @@ def encoding(model, items, mode="latent", steps=None, batch_size=16, progress=Fa
         bar.close()
 
 
-def windows(model, items, size, workers, bad, alone):
+def windows(model, items, size, workers, bad, alone, template):
     """Lists of at most `size` samples, of less when their media take AHEAD bytes; threads read ahead.
 
     alone: nothing is read while the caller is at work, so that its time can be taken.
@@ -106,7 +108,7 @@ def windows(model, items, size, workers, bad, alone):
 
     def read(i, item):
         buffer.wait(i)
-        sample = read_item(model, i, item, bad)
+        sample = read_item(model, i, item, bad, template)
         buffer.add(media_bytes(sample))
         return sample
 
@@ -164,11 +166,11 @@ def media_bytes(sample):
     return sum(patches.nbytes for patches in sample["pixels"]) if sample else 0
 
 
-def read_item(model, i, item, bad):
+def read_item(model, i, item, bad, template="{}"):
     """Item i -> a sample for `collate`; or None, and the reason in the dict `bad`, if it is given."""
     try:
         side = item if isinstance(item, Side) else parse_item(item, where=f"item {i}")
-        return dict(model.processor.render(side), where=side.where)
+        return dict(model.processor.render(with_prompt(side, template)), where=side.where)
     except DataError as e:
         if bad is None:
             raise
@@ -240,8 +242,7 @@ def check_mode(mode, steps):
     if mode not in MODES:
         raise ValueError(f"mode {quote(mode)}.{nearest(mode, MODES)}")
     if steps is not None and (mode != "latent" or not 0 <= steps <= MAX_STEPS):
-        raise ValueError(f"steps {steps} in mode {mode!r}: steps are 0..{MAX_STEPS} and belong to mode "
-                         "'latent'")
+        raise ValueError(f"steps {steps} in mode {mode!r}: 0..{MAX_STEPS} steps belong to mode 'latent'")
 
 
 def iterate(items):
@@ -253,8 +254,7 @@ def iterate(items):
         except TypeError:
             instead = SINGLE
     if instead:
-        raise TypeError("items must be a list or another iterable of items, got "
-                        f"{type(items).__name__}; {instead}")
+        raise TypeError(f"give a list or another iterable of items, got {type(items).__name__}; {instead}")
     if isinstance(items, Iterable):
         return iterator
     return itertools.islice(iterator, length_hint(items))  # of the older kind: [0], [1], ... as it says

@@ -2,6 +2,7 @@
 
 import importlib.util
 import math
+from dataclasses import asdict
 
 from adapter import MAX_STEPS, TransitionAdapter
 from backbones.shapes import SHAPES
@@ -10,10 +11,12 @@ from engine.flags import whole_numbers
 from engine.ranks import say
 from engine.trained import check_lora
 from files.errors import DataError, nearest
+from hub.prompts import check_template
 
 AT_LEAST = dict(seed=0, global_batch=2, micro_tokens=0, steps=0, save_every=1, log_every=1, eval_every=0,
                 keep=0, workers=0, until=0, warmup=0, decay=0, vision_lr=0, weight_decay=0, frame_rate=0,
                 w_cross=0, lora=0)
+PROMPT_FLAGS = dict(query_prompt="query", document_prompt="document")  # -> names of a checkpoint's prompts
 
 
 def check_flags(cfg, world):
@@ -60,6 +63,9 @@ def check_flags(cfg, world):
     for flag, fine, need in needs:
         if not fine:
             raise DataError(f"--{flag} {getattr(cfg, flag)}: needs {need}")
+    for name in PROMPT_FLAGS:
+        if template := getattr(cfg, name):
+            check_template(template, f"--{name}")
     check_lora(cfg)
     if cfg.shape not in SHAPES:
         raise DataError(f"--shape {cfg.shape!r} is not known.{nearest(cfg.shape, SHAPES)}")
@@ -70,6 +76,22 @@ def check_flags(cfg, world):
             cfg.adaptive)
     except ValueError as e:
         raise DataError(str(e)) from e
+
+
+def settings_of(cfg, given):
+    """The settings of a checkpoint for which there are flags; given: names of the flags."""
+    flags = asdict(cfg)
+    limits = ("min_pixels", "max_pixels", "video_max_pixels", "num_frames", "frame_rate", "max_len")
+    switches = ("experts", "top_k", "shared_expert", "anchor", "step_embedding")
+    settings = {name: flags[name] for name in ("prompt", "latent_positions") if name in given}
+    settings["prompts"] = {prompt: flags[name] for name, prompt in PROMPT_FLAGS.items() if name in given}
+    settings["limits"] = {name: flags[name] for name in limits if flags[name]}
+    settings["adapter"] = {name: flags[name] for name in switches if name in given}
+    if "adapter" in given:
+        settings["adapter"]["kind"] = cfg.adapter
+    settings["latent_steps"] = cfg.segments * cfg.steps_per_segment
+    settings["adaptive"] = cfg.adaptive
+    return settings
 
 
 def claim_one_space(cfg, settings):

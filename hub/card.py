@@ -1,6 +1,7 @@
 """What a checkpoint holds for others: model card, chat template, what sentence-transformers reads."""
 
 import json
+import os
 import shlex
 import shutil
 import string
@@ -10,9 +11,10 @@ from pathlib import Path
 import torch
 import transformers
 
-from files.writing import write_errors
-from hub.folders import CARD, HUB_FILES
-from hub.weights import count_parameters
+from files.writing import write_errors, write_json
+from hub.folders import CARD, HUB_FILES, ST_CONFIG
+from hub.prompts import prefixes
+from hub.weights import count_parameters, read_json
 
 HERE = Path(__file__).parent
 NOT_ON_CARD = ("out", "resume", "wandb", "media", "device")  # of this machine, not of the recipe
@@ -45,6 +47,8 @@ def write_hub_files(model, folder, run="Nothing is known here about its training
         Path(folder, CARD).write_text(text, encoding="utf-8", errors="backslashreplace")
         for name in HUB_FILES:
             shutil.copyfile(HERE / name, Path(folder, name))
+    config = read_json(HERE / ST_CONFIG)
+    write_json(os.path.join(folder, ST_CONFIG), config | dict(prompts=prefixes(model.settings["prompts"])))
 
 
 def chat_template(processor):

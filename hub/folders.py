@@ -17,7 +17,8 @@ What a new checkpoint does with the files of the one whose place it takes:
     written anew                  the others: they follow from the model, as chat_template.jinja from the
                                   template in config.json's plume block
 
-In another folder nothing of this is known: prompts are to be set there again, or the files copied.
+Prompts in the first of these are the checkpoint's (hub/prompts.py), but for those that others have changed.
+In another folder nothing of what others added is known: it is to be set there again, or the files copied.
 """
 
 import contextlib
@@ -31,6 +32,7 @@ from pathlib import Path
 from backbones.families import BACKBONES
 from files.errors import DataError, quote, reason
 from files.writing import require_utf8, temporary_name, write_json
+from hub.prompts import keep_foreign, stored_prefixes
 from hub.weights import INDEX, read_json, weight_files, WEIGHTS
 
 # What a checkpoint of ours consists of, and a model card
@@ -129,6 +131,8 @@ def keep_additions(old, new):
             shutil.copy(there, f"{file}.old")
             continue
         ours = read_json(file, type(theirs))
+        if name == ST_CONFIG and isinstance(theirs.get("prompts"), dict):
+            theirs["prompts"] = keep_foreign(theirs["prompts"], stored_prefixes(old), ours["prompts"])
         if name != MODULES:
             fixed = {key: ours[key] for key in ("model_type", "requirements") if key in ours}
             write_json(file, ours | theirs | fixed)

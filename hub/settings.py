@@ -1,6 +1,7 @@
 """What a checkpoint says about itself: the `plume` block of config.json, its defaults and checks.
 
 `limits` is backbones.families.Limits, `template` data.TEMPLATE, `adapter` TransitionAdapter's keywords.
+`prompts`: hub/prompts.py.
 `adaptive`: trained for mode auto; `one_space`: latent and single-pass embeddings are trained to compare.
 """
 
@@ -11,6 +12,7 @@ from backbones.families import Limits
 from data import TEMPLATE
 from files.errors import DataError, quote
 from files.jsonl import only_keys
+from hub.prompts import fill_prompts, PROMPTS
 
 FORMAT = 2  # of a checkpoint.  In format 1 a line break stood behind pictures and clips: other vectors
 RELEASED_PROMPT = (
@@ -21,7 +23,7 @@ ADAPTER = dict(kind="moe", experts=4, top_k=2, shared_expert=True, anchor=True, 
                router_bias=False)
 DEFAULTS = dict(latent_steps=8, latent_positions="mrope", adaptive=False, prompt=RELEASED_PROMPT,
                 one_space=False, white_image=False, template=TEMPLATE, adapter=ADAPTER,
-                limits=asdict(Limits()))
+                limits=asdict(Limits()), prompts=PROMPTS)
 # What the released layout implies and does not say; the pixels and tokens of its evaluation.
 RELEASED = dict(DEFAULTS, latent_positions="cache", white_image=True,
                 limits=asdict(Limits(min_pixels=784, max_pixels=2359296, max_len=11288)))
@@ -36,7 +38,7 @@ def stored_settings(block, path):
             "embed the same item differently (1 has a line break behind pictures and clips, and other "
             "positions behind clips), so its vectors would be wrong: train it again with this version, or "
             "use the version of PLUME that wrote it")
-    settings = dict(adaptive=False, one_space=False) | block  # older ones know neither
+    settings = dict(adaptive=False, one_space=False, prompts={}) | block  # older ones know none of these
     del settings["format"]
     if isinstance(settings.get("limits"), dict):  # older ones are of Qwen2-VL, whose clips have no seconds
         settings["limits"] = dict(frame_rate=Limits.frame_rate) | settings["limits"]
@@ -59,7 +61,9 @@ def fill_settings(given, defaults, where, complete=False):
         if type(value) is not type(default):
             kind = type(default).__name__
             raise DataError(f"{where}: {key!r} must be of type {kind}, got {quote(value)}")
-        if isinstance(default, dict):
+        if key == "prompts":
+            value = fill_prompts(value, where)
+        elif isinstance(default, dict):
             value = fill_settings(value, default, f"{where}: {key}", complete)
         out[key] = value
     return out

@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 from files.errors import DataError, lfs_hint, quote
 from files.items import parse_item
 from files.jsonl import parse_json, spans_of
+from hub.prompts import with_prompt
 
 
 @dataclass
@@ -68,9 +69,10 @@ def list_tasks(root):
     return found
 
 
-def read_task(root, name):
+def read_task(root, name, prompts=None):
     """Read one task in the BEIR layout with media -> Task.
 
+    prompts: of a checkpoint, {"query", "document": template}; what is read gets them.
     Raises DataError naming file and line for anything that is off.
     BEIR's own files are read as its loader does: a document's title stands in front of its text, `metadata`
     is not used, and of queries.jsonl only those count that qrels/test.tsv judges.
@@ -104,6 +106,10 @@ def read_task(root, name):
     if not task.queries:
         raise DataError(f"{path}: it judges none of the queries")
     task.about["not_judged"] = len(queries) - len(task.queries)
+    if prompts:
+        task.queries = [with_prompt(side, prompts["query"]) for side in task.queries]
+        task.corpus = [with_prompt(side, prompts["document"]) for side in task.corpus]
+        task.about["prompts"] = {name: prompts[name] for name in ("query", "document")}
     return task
 
 

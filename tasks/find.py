@@ -40,10 +40,12 @@ def load_model(ckpt, device="", dtype="", **settings):
     return Plume.from_pretrained(ckpt, device or None, dtype or None, **settings)
 
 
-def find_tasks(data, processor=None, released=False, skip_bad=False, moves="8", rules=False, codes=False):
+def find_tasks(data, processor=None, released=False, skip_bad=False, moves="8", rules=False, codes=False,
+               prompts=None):
     """-> names of all tasks of --data ("": turtle world), and a function: name -> its Task
 
     processor: the model's, for which turtle world draws its pictures; None: a Qwen2-VL's.
+    prompts: the model's, for your folders; the others have instructions of their own.
     released, skip_bad: see `read_published`; moves, rules, codes: see `World`.
     """
     if is_published(data):
@@ -51,7 +53,7 @@ def find_tasks(data, processor=None, released=False, skip_bad=False, moves="8", 
             return read_published(data, os.path.basename(name), released, skip_bad)
         return [task.full_name for task in MMEB.values()], make
     if data:
-        return list_tasks(data), functools.partial(read_task, data)
+        return list_tasks(data), functools.partial(read_task, data, prompts=prompts)
     turtle = world_tasks(processor.backbone if processor else QWEN2_VL, moves, rules, codes)
     if processor and moves_lost(processor, moves):
         warnings.warn(moves_lost(processor, moves))

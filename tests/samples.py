@@ -250,6 +250,14 @@ def in_one_space(checkpoint, folder):
     return copy
 
 
+def with_prompts(checkpoint, folder, **prompts):
+    """A copy of a checkpoint, of the same name, that has these prompts."""
+    copy = shutil.copytree(checkpoint, folder / checkpoint.name)
+    block = json.loads((copy / "config.json").read_text())["plume"]
+    edit_json(copy / "config.json", plume=block | dict(prompts=prompts))
+    return copy
+
+
 def edit_json(path, **changes):
     """Changes keys of a JSON file; a value of None takes the key away."""
     value = json.loads(path.read_text()) | changes

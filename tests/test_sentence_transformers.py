@@ -18,7 +18,7 @@ from files.items import Side
 from hub.isolated import NAMES as OURS
 from model import Plume
 from test_plume import assert_close, gradients, HERE, mixed_items, rendered
-from tests.samples import in_one_space, NAMES
+from tests.samples import in_one_space, NAMES, with_prompts
 from tests.test_house import copy_code, run
 
 st = pytest.importorskip("sentence_transformers", "6.2", reason="needs: pip install sentence-transformers")
@@ -287,3 +287,24 @@ def test_a_checkpoint_with_the_file_of_an_older_version_is_to_be_written_again(l
         load(folder)
     Plume.from_pretrained(folder, "cpu").save_pretrained(folder)
     assert isinstance(load(folder)[0].plume, Plume)
+
+
+def test_the_checkpoints_prompts_are_its_own_and_are_put_around_once(load, small, world, tmp_path):
+    prompts = dict(query="Find the picture: {}", document="{} Represent.", ask="Which? {}")
+    ckpt = with_prompts(small, tmp_path, **prompts)
+    plume = Plume.from_pretrained(ckpt, "cpu")
+    plume.save_pretrained(ckpt)
+    m, items = load(ckpt), ["red", {"image": str(world / "red bar.png")}, *mixed_items(world)[3:]]
+    assert m.prompts == dict(query="Find the picture: ", document="{} Represent.", ask="Which? ")
+    assert_close(m.encode(items), plume.encode(items), "bare", 1e-6)
+    assert_close(m.encode_query(items), plume.encode_query(items), "queries", 1e-6)
+    assert_close(m.encode_document(items), plume.encode_document(items), "documents", 1e-6)
+    assert_close(m.encode(items, prompt_name="ask"), plume.encode(items, prompt="ask"), "by name", 1e-6)
+    by_hand = plume.encode(["Find the picture: red", {"image": items[1]["image"], "text": " Represent."}])
+    assert_close(m.encode_query(items[:1]), by_hand[:1], "as written", 1e-6)
+    assert_close(m.encode_document(items[1:2]), by_hand[1:], "behind the picture", 1e-6)
+    m.save_pretrained(str(tmp_path / "again"))
+    again = load(tmp_path / "again")
+    assert again.prompts == m.prompts and np.array_equal(again.encode_query(items), m.encode_query(items))
+    assert np.array_equal(Plume.from_pretrained(tmp_path / "again", "cpu").encode_query(items),
+                          plume.encode_query(items))

@@ -111,7 +111,8 @@ def main(argv):
         raise DataError(f"--batch_size {cfg.batch_size} and --limit {cfg.limit} must be at least 1")
     check_output("png", cfg.png, cfg.json)
     model = load_model(cfg.ckpt, cfg.device, cfg.dtype)
-    names, make = find_tasks(cfg.data, model.processor, moves=cfg.moves, rules=cfg.rules, codes=cfg.codes)
+    how = dict(moves=cfg.moves, rules=cfg.rules, codes=cfg.codes, prompts=model.settings["prompts"])
+    names, make = find_tasks(cfg.data, model.processor, **how)
     tasks = {name: make(name) for name in select(names, cfg.task, cfg.data or "turtle world")}
     begun = time.time()
     rows, chance = compare(model, tasks, cfg.batch_size, cfg.limit)

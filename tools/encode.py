@@ -30,8 +30,10 @@ from engine.lock import lock_file
 from engine.ranks import rank_and_world
 from engine.stream import check_mode, encoding
 from files.errors import DataError, Interrupted, nearest, quote
+from files.items import Side
 from files.writing import write_json
 from hub.folders import LOCK
+from hub.prompts import template_of, with_prompt
 from tasks.find import load_model
 from tools.encode_input import count_records, open_source
 from tools.encode_parts import (
@@ -55,6 +57,7 @@ class Config:
     of: int = 0  # N, the number of processes; default: torchrun's WORLD_SIZE, or 1
     # how
     ckpt: str = "out/checkpoint"  # checkpoint folder or hub name
+    prompt: str = "document"  # the checkpoint's prompt around each item, by its name; '': none
     mode: str = "latent"  # latent, single, cot or auto
     steps: int = -1  # latent steps; default: the checkpoint's
     batch_size: int = 16  # items embedded together; does not change the result
@@ -96,9 +99,10 @@ def facts_of_run(model, cfg, source):
     if cfg.mode == "latent":
         steps = model.settings["latent_steps"] if cfg.steps < 0 else cfg.steps
     dtype = str(model.lm.norm.weight.dtype).removeprefix("torch.")
+    template = template_of(model.settings["prompts"], cfg.prompt or None)
     return dict(
-        checkpoint=fingerprint(model), mode=cfg.mode, steps=steps, dim=cfg.dim or width, type=cfg.type,
-        dtype=dtype, part_size=cfg.part_size, input=source.digest())
+        checkpoint=fingerprint(model), prompt=template, mode=cfg.mode, steps=steps, dim=cfg.dim or width,
+        type=cfg.type, dtype=dtype, part_size=cfg.part_size, input=source.digest())
 
 
 def write_or_compare_manifest(out, about, source, area):
@@ -137,6 +141,8 @@ def embedded(model, items, cfg, manifest):
     def sides():
         for number, name, side in items:
             ahead.append((number, name, str(side) if isinstance(side, DataError) else ""))
+            if isinstance(side, Side):
+                side = with_prompt(side, manifest["prompt"])
             yield side  # `encoding` puts into `bad` what is no Side
 
     windows = encoding(

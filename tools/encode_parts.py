@@ -55,7 +55,7 @@ def read_manifest(folder):
     manifest = read_json(file)
     if not isinstance(manifest, dict) or not {"dim", "parts"} <= manifest.keys():
         raise DataError(f"{file}: is none of python -m tools.encode")
-    return manifest
+    return dict(prompt="{}") | manifest  # older ones had none
 
 
 def write_part(folder, number, ids, vectors, bad):

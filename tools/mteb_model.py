@@ -8,6 +8,7 @@
 MTEB keeps results by name and revision: the revision is the hash of the weights and settings.
 """
 
+import itertools
 import os
 
 from mteb.models import ModelMeta
@@ -15,6 +16,8 @@ from mteb.models.abs_encoder import AbsEncoder
 from mteb.models.model_meta import ScoringFunction
 
 from engine.kept import fingerprint
+from files.items import parse_item
+from hub.prompts import template_of_prefix, with_prompt
 from model import Plume
 
 KINDS = ("text", "image", "video")
@@ -23,14 +26,17 @@ KINDS = ("text", "image", "video")
 class PlumeEncoder(AbsEncoder):
     """A checkpoint for `mteb.evaluate`.
 
-    mode, steps: see `Plume.encode`; prompts: {a task, a task type, "query" or "document": the text in front}.
+    mode, steps: see `Plume.encode`; prompts: {a task, a task type, "query" or "document": a text in
+    front, or a template with {}}; a task's own go before the checkpoint's `query` and `document`.
     index_mode: of documents; default: "single" where the checkpoint says that this is one space, else mode.
     """
 
     def __init__(self, path, mode="latent", steps=None, prompts=None, index_mode=None, **loading):
         self.model, self.mode, self.steps = Plume.from_pretrained(path, **loading), mode, steps
         self.index_mode = index_mode or ("single" if self.model.settings["one_space"] else mode)
-        self.model_prompts = self.validate_task_to_prompt_name(prompts) or {}
+        own = {name: self.model.settings["prompts"][name] for name in ("query", "document")}
+        own = {name: template for name, template in own.items() if template != "{}"}
+        self.model_prompts = own | (self.validate_task_to_prompt_name(prompts) or {})
         name = os.path.basename(os.path.abspath(path))
         given = dict(mode=mode, steps=steps, prompts=self.model_prompts, index_mode=self.index_mode)
         self.mteb_model_meta = ModelMeta.create_empty(dict(
@@ -42,16 +48,17 @@ class PlumeEncoder(AbsEncoder):
                **unused):
         """inputs: MTEB's loader of batches, dicts of lists -> float32 array (N, D) of unit rows."""
         prompt = self.model_prompts.get(self.get_prompt_name(task_metadata, prompt_type), "")
-        items = (item for batch in inputs for item in items_of(batch, prompt))
+        items = sides_of(inputs, template_of_prefix(prompt))
         mode = self.index_mode if prompt_type == "document" else self.mode
         steps = self.steps if mode == self.mode else None
         return self.model.encode(items, mode, steps, batch_size, show_progress_bar)
 
 
-def items_of(batch, prompt):
-    """A batch of MTEB -> items as `Plume.encode` takes them, the prompt in front of their texts."""
-    columns = {kind: batch[kind] for kind in KINDS if kind in batch}
-    items = [dict(zip(columns, row)) for row in zip(*columns.values(), strict=True)]
-    if prompt:
-        items = [item | dict(text=prompt + item.get("text", "")) for item in items]
-    return items
+def sides_of(batches, template):
+    """MTEB's batches -> Sides, the template around their texts."""
+    numbers = itertools.count()
+    for batch in batches:
+        columns = {kind: batch[kind] for kind in KINDS if kind in batch}
+        for row in zip(*columns.values(), strict=True):
+            side = parse_item(dict(zip(columns, row)), where=f"item {next(numbers)}")
+            yield with_prompt(side, template)

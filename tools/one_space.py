@@ -73,7 +73,7 @@ def main(argv):
     rows = []
     for path in cfg.ckpt:
         model = load_model(path, cfg.device, cfg.dtype)
-        names, make = find_tasks(cfg.data, model.processor)
+        names, make = find_tasks(cfg.data, model.processor, prompts=model.settings["prompts"])
         tasks = [make(name) for name in select(names, cfg.task, cfg.data or "turtle world")]
         rows += [dict(row, ckpt=path) for row in measure(model, tasks)]
     print(f"{'queries':9}{'index':9}{'hit@1':>8}{'ms/query':>10}{'ms/document':>13}   checkpoint")

@@ -169,9 +169,10 @@ def curriculum_of(cfg, model):
     return Curriculum(segments, K // segments, adaptive=model.settings["adaptive"])
 
 
-def tasks_of(cfg, processor):
+def tasks_of(cfg, model):
     """-> the Tasks with the queries that are looked at, how many there are in all, the ids of --ids."""
-    names, make = find_tasks(cfg.data, processor, moves=cfg.moves, rules=cfg.rules)
+    how = dict(moves=cfg.moves, rules=cfg.rules, prompts=model.settings["prompts"])
+    names, make = find_tasks(cfg.data, model.processor, **how)
     ids, tasks, known, total = set(filter(None, cfg.ids.split(","))), [], {}, 0
     for task_name in select(names, cfg.task, cfg.data or "turtle world"):
         task = make(task_name)
@@ -251,7 +252,7 @@ def main(argv):
     cfg, _ = parse_flags(Config, argv, __doc__)
     check_flags(cfg)
     model = load_model(cfg.ckpt, cfg.device, cfg.dtype)
-    tasks, total, ids = tasks_of(cfg, model.processor)
+    tasks, total, ids = tasks_of(cfg, model)
     result, shown = probe(model, tasks, total, ids, cfg)
     how = f"K = {result['steps']}, {result['device']}, {result['seconds']:.0f} s"
     print(f"{cfg.ckpt}: {len(tasks)} tasks, {how}")

@@ -13,8 +13,9 @@ The index is a folder: items.jsonl (path, content hash, and which seconds or pag
 vectors), vectors-XXXXXXXX.npy (float32, unit rows), bad.jsonl (what cannot be read, and why), and
 embeddings/, where every item is kept as soon as it is encoded: a run that was stopped goes on there, and
 `eval.py --scores INDEX` shares it.  What has the same size and time is not read again, what has the same
-content not encoded again.  Another checkpoint, mode or version has its own; modes.json has what --index_mode
-was given for a checkpoint.  PDF files need pypdfium2.
+content not encoded again.  Another checkpoint, prompt, mode or version has its own; modes.json has what
+--index_mode was given for a checkpoint.  Queries get the checkpoint's prompt `query`, files `document`.  PDF
+files need pypdfium2.
 """
 
 import engine.threads  # before torch
@@ -23,6 +24,7 @@ import itertools
 import math
 import os
 import time
+import warnings
 from dataclasses import dataclass
 from html import escape
 
@@ -152,7 +154,11 @@ def search_vectors(cfg, given, query):
     mode = cfg.mode if "mode" in given else manifest["mode"]
     steps = manifest["steps"] if mode == manifest["mode"] else None
     warn_of_two_spaces(model.settings, mode, manifest["mode"])
-    vector = model.encode([query], mode, steps, dim=manifest["dim"])[0]
+    document = model.settings["prompts"]["document"]
+    if manifest["prompt"] != document:
+        warnings.warn(f"{cfg.vectors}: these vectors have the prompt {quote(manifest['prompt'])}, and the "
+                      f"checkpoint's for documents is {quote(document)}")
+    vector = model.encode_query([query], mode=mode, steps=steps, dim=manifest["dim"])[0]
     ids, vectors = load_vectors(cfg.vectors)
     begun = time.perf_counter()
     scores = vectors @ vector
@@ -202,7 +208,7 @@ def main(argv):
         embedder = Embedder(
             model, mode, steps, cfg.batch_size, skip_bad=True, folder=os.path.join(place, "embeddings"),
             checkpoint_hash=checkpoint)
-        index = Index(place, embedder)
+        index = Index(place, embedder, model.settings["prompts"]["document"])
     except OSError as e:
         raise DataError(f"{place}: the index cannot be there: {reason(e)}; name a folder with --index") from e
     if mode != cfg.mode:
@@ -224,7 +230,7 @@ def main(argv):
         return run(app, listening, "the page")
     if query is None:
         return
-    vector = model.encode([query], cfg.mode)[0]
+    vector = model.encode_query([query], mode=cfg.mode)[0]
     begun = time.perf_counter()
     found = [(score, name_of(item), item) for score, item in index.search(vector, cfg.count)]
     print_found(found, len(index.items), begun)

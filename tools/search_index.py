@@ -27,6 +27,7 @@ from files.pages import pages
 from files.pictures import DECODER_ERRORS, IMAGE_SUFFIXES
 from files.writing import write_text, writing
 from hub.folders import LOCK
+from hub.prompts import with_prompt
 
 KINDS = dict.fromkeys(VIDEO_SUFFIXES, "video") | dict.fromkeys(IMAGE_SUFFIXES, "image")
 if importlib.util.find_spec("pypdfium2"):  # an extra of this tool
@@ -35,14 +36,17 @@ PAGE = 2_000_000  # pixels of a page in the gallery
 
 
 class Index:
-    """Of a folder's files: `items`, a dict for each row of `vectors`, and `bad` ones with their reasons."""
+    """Of a folder's files: `items`, a dict for each row of `vectors`, and `bad` ones with their reasons.
 
-    def __init__(self, folder, embedder):
-        self.embedder = embedder
+    template: the prompt that files get.
+    """
+
+    def __init__(self, folder, embedder, template="{}"):
+        self.embedder, self.template = embedder, template
         # how files become items is this file's, and the PDF reader's
         reader = importlib.metadata.version("pypdfium2") if ".pdf" in KINDS else ""
         source = Path(__file__).read_text(encoding="utf-8")
-        self.own = os.path.join(folder, short_hash(embedder.run_hash, source, reader))
+        self.own = os.path.join(folder, short_hash(embedder.run_hash, source, reader, template))
         os.makedirs(self.own, exist_ok=True)
         self.read()
 
@@ -155,6 +159,7 @@ class Index:
                     if isinstance(side, DataError):
                         bad.append(dict(item, **part, why=str(side)))
                         continue
+                    side = with_prompt(side, self.template)
                     key = self.embedder.weigh(side).key
                     yield key, dict(item, hash=key.hex(), **part), side
             except DataError as e:

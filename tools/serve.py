@@ -171,11 +171,12 @@ def make_app(service):
 def endpoint(service, cfg, name):
     """-> the app.  name: what requests call the model"""
     app, width = make_app(service), service.model.lm.config.hidden_size
-    encode_text = service.model.processor.encode
+    encode_text, prompts = service.model.processor.encode, service.model.settings["prompts"]
 
     async def embeddings(request):
         with service.place():
-            wanted = parse_request(await read_body(request, cfg.body_mib << 20), width, cfg.media)
+            body = await read_body(request, cfg.body_mib << 20)
+            wanted = parse_request(body, width, cfg.media, prompts)
             if wanted.model not in ("", name):
                 raise HTTPException(404, f"model {quote(wanted.model)}: this server has {name!r}")
             vectors = await service.embed(wanted.sides, wanted.mode, wanted.dim)

@@ -17,6 +17,7 @@ from files.errors import DataError, quote
 from files.items import ITEM_KEYS, parse_item, Side
 from files.jsonl import only_keys, parse_json
 from files.pictures import frame_files
+from hub.prompts import template_of, with_prompt
 
 FIELDS = ("input", "messages", "model", "dimensions", "encoding_format", "mode", "prompt_name", "user")
 PARTS = {"text": "text", "image_url": "image", "video_url": "video"}  # type of a part -> key of an item
@@ -26,14 +27,15 @@ SCHEME = re.compile(r"([a-z][a-z0-9+.-]*)://", re.I)
 Wanted = namedtuple("Wanted", "sides model mode dim base64")  # what a request asks for
 
 
-def parse_request(body, width, media):
-    """Bytes of JSON -> Wanted.  width: components of a vector; media: folder of files, or ""."""
+def parse_request(body, width, media, prompts):
+    """Bytes of JSON -> Wanted.  width: components of a vector; media: folder of files, or "".
+
+    prompts: the checkpoint's.
+    """
     request = parse_json(body, "the body")
     only_keys(request, FIELDS, "the body")
     request = {key: value for key, value in request.items() if value is not None}
-    if "prompt_name" in request:
-        raise DataError(f"prompt_name {quote(request['prompt_name'])}: this checkpoint has no prompts; write "
-                        "the instruction in front of the text")
+    template = template_of(prompts, request.get("prompt_name"))
     dim, form = request.get("dimensions"), request.get("encoding_format", "float")
     if dim is not None and (type(dim) is not int or not 1 <= dim <= width):
         raise DataError(f"dimensions {quote(dim)}: this model has 1 to {width}")
@@ -50,6 +52,7 @@ def parse_request(body, width, media):
         sides = [side_of_turns(request["messages"], media)]
     else:
         sides = sides_of_input(request["input"], media)
+    sides = [with_prompt(side, template) for side in sides]
     return Wanted(sides, request.get("model", ""), mode, dim, form == "base64")
 
 

@@ -274,8 +274,8 @@ def test_a_long_file_is_never_in_memory(model, tmp_path):
             read.append(item)
             yield item
 
-    rows = encode.embedded(
-        model, items(), encode.Config(mode="single", batch_size=8), dict(steps=None, dim=None))
+    cfg, manifest = encode.Config(mode="single", batch_size=8), dict(steps=None, dim=None, prompt="{}")
+    rows = encode.embedded(model, items(), cfg, manifest)
     with contextlib.closing(rows):
         ahead = [len(read) - row.record for row in itertools.islice(rows, 300)]
     assert len(ahead) == 300 and max(ahead) <= 2 * 8 * 8  # two windows

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from model import Plume
-from tests.samples import in_one_space, NAMES
+from tests.samples import in_one_space, NAMES, with_prompts
 
 mteb = pytest.importorskip("mteb", reason="needs mteb: pip install mteb")
 datasets = pytest.importorskip("datasets", reason="needs datasets: pip install datasets")
@@ -79,3 +79,29 @@ def test_in_one_space_documents_take_one_pass_and_queries_think(small, tmp_path)
     assert np.abs(vectors - single).max() < 1e-6
     names = {encoder.mteb_model_meta.experiment_name for encoder in (default, both_latent, fewer)}
     assert len(names) == 3  # no result of one is read for another
+
+
+def test_the_checkpoints_prompts_are_used_until_a_task_has_its_own(small, world, tmp_path):
+    ckpt = with_prompts(small, tmp_path, query="Find: {}", document="{} Represent.")
+    plume, path = Plume.from_pretrained(ckpt, "cpu"), str(world / "red bar.png")
+    metadata = make_task("Names", "Retrieval", "text", []).metadata
+    loader = [dict(text=NAMES[:3], image=[path] * 3), dict(image=[path])]
+
+    def encoded(kind, **prompts):
+        encoder = PlumeEncoder(ckpt, device="cpu", prompts=prompts)
+        return encoder.encode(loader, task_metadata=metadata, prompt_type=kind), encoder
+
+    def by_hand(template):
+        texts = [template.replace("{}", text) for text in (*NAMES[:3], "")]
+        return plume.encode([dict(text=text, image=path) for text in texts])
+
+    _, own = encoded(None)
+    for kind, given, template in (
+            (PromptType.query, {}, "Find: {}"), (PromptType.document, {}, "{} Represent."),
+            (PromptType.query, dict(query="Look: "), "Look: {}"), (PromptType.query, dict(query=""), "{}"),
+            (PromptType.document, dict(Retrieval="Seek {}!"), "Seek {}!"), (None, {}, "{}")):
+        vectors, _ = encoded(kind, **given)
+        assert np.abs(vectors - by_hand(template)).max() < 1e-6, template
+    without = PlumeEncoder(small, device="cpu")
+    assert own.mteb_model_meta.revision == without.mteb_model_meta.revision
+    assert own.mteb_model_meta.experiment_name != without.mteb_model_meta.experiment_name

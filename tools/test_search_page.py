@@ -16,7 +16,7 @@ httpx = pytest.importorskip("httpx")
 from files.pictures import load_image
 from model import Plume
 from tests.processes import call, Started
-from tests.samples import picture, write_clip
+from tests.samples import picture, with_prompts, write_clip
 
 ODD = "red <b>bar & 'x'.png"
 
@@ -69,6 +69,18 @@ def test_results_are_those_of_the_index_and_names_are_escaped(page, small, folde
     content = (folder / "blue circle.jpg").read_bytes()
     found = httpx.post(page, files={"text": (None, ""), "image": ("../x", content)}).text
     assert names(found)[0] == "blue circle.jpg" and "1.000" in found
+
+
+def test_queries_of_the_page_get_the_prompt_of_the_checkpoint(small, folder, tmp_path):
+    ckpt = with_prompts(small, tmp_path, query="Find: {}", document="Represent.{}")
+    with serving(folder, "--ckpt", ckpt) as address:
+        found = httpx.post(address, files={"text": (None, "red"), "count": (None, "1")}).text
+    model = Plume.from_pretrained(small, "cpu")
+    media = [{"image": str(folder / ODD)}, {"image": str(folder / "blue circle.jpg")},
+             {"video": str(folder / "clip.mp4")}]
+    documents = model.encode([dict(text="Represent.", **item) for item in media])
+    scores = documents @ model.encode(["Find: red"])[0]
+    assert re.findall(r"-?\d\.\d{3}(?=</p>)", found) == [f"{max(scores):.3f}"]
 
 
 def test_only_files_of_the_index_are_shown(page):

@@ -20,10 +20,11 @@ for package in ("starlette", "uvicorn", "orjson"):
 httpx, openai = pytest.importorskip("httpx"), pytest.importorskip("openai")
 
 from files.errors import DataError
+from hub.prompts import PROMPTS
 from model import Plume
 from test_plume import assert_close
 from tests.processes import call, Started
-from tests.samples import picture, png, write_clip
+from tests.samples import picture, png, with_prompts, write_clip
 from tools.serve import Job, Service
 from tools.serve_input import parse_request
 
@@ -59,8 +60,9 @@ def media(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def address(small, media):
-    started, address = start(small, "--media", media, "--body_mib=1")
+def address(small, media, tmp_path_factory):
+    ckpt = with_prompts(small, tmp_path_factory.mktemp("with prompts"), query="Find: {} ?", other="{}!")
+    started, address = start(ckpt, "--media", media, "--body_mib=1")
     yield address
     started.terminate()
     assert started.wait(60) == 0, started.stderr
@@ -126,6 +128,16 @@ def test_pictures_and_clips_in_every_spelling_are_what_encode_gives(address, cli
         assert_close([answer["data"][0]["embedding"]], plume.encode([item]), "messages")
 
 
+def test_a_prompt_is_asked_for_by_its_name(client, plume):
+    items = ["red", {"image": data_uri(picture("red", "bar"))}]
+    wanted = dict(query=("Find: red ?", "Find:  ?"), other=("red!", "!"), document=("red", ""))
+    for name, texts in (*wanted.items(), (None, ("red", ""))):
+        more = dict(extra_body=dict(prompt_name=name)) if name else {}
+        answer = client.embeddings.create(model="small", input=items, **more)
+        expected = [texts[0], {"image": picture("red", "bar"), "text": texts[1]}]
+        assert_close(rows(answer), plume.encode(expected), str(name))
+
+
 REFUSED = {
     "{": "not JSON", "[1]": "needs an object", '{"input": "a", "input": "b"}': "stands twice",
     "{}": "either 'input' or 'messages'", '{"input": "a", "messages": []}': "either 'input' or 'messages'",
@@ -137,7 +149,8 @@ REFUSED = {
     '{"input": "a", "dimensions": 0}': "1 to 128", '{"input": "a", "dimensions": 1.5}': "1 to 128",
     '{"input": "a", "mode": "latnet"}': "Did you mean 'latent'?",
     '{"input": "a", "mode": []}': "Known: latent", '{"input": {"image": [["a.png"]]}}': "needs a data: URI",
-    '{"input": "a", "prompt_name": "query"}': "has no prompts",
+    '{"input": "a", "prompt_name": "qury"}': "Did you mean 'query'?",
+    '{"input": "a", "prompt_name": []}': "no such prompt. Known: query, document.",
     '{"input": "a", "encoding_format": "int8"}': "'float' or 'base64'",
     '{"messages": [{"role": "system", "content": "a"}, {"role": "user", "content": "b"}]}': "system texts",
     '{"messages": [{"role": "assistant", "content": "a"}]}': "needs 'role' 'user'",
@@ -155,7 +168,7 @@ REFUSED = {
 @pytest.mark.parametrize("body", REFUSED)
 def test_what_is_wrong_is_named(body):
     with pytest.raises(DataError) as refused:
-        parse_request(body.encode(), 128, "")
+        parse_request(body.encode(), 128, "", PROMPTS)
     assert REFUSED[body] in str(refused.value)
 
 
@@ -172,10 +185,10 @@ def test_what_is_wrong_is_named(body):
 def test_no_file_outside_of_media_is_opened(item, media, monkeypatch):
     monkeypatch.chdir(media.parent)
     with pytest.raises(DataError) as refused:
-        parse_request(json.dumps(dict(input=[item])).encode(), 128, str(media))
+        parse_request(json.dumps(dict(input=[item])).encode(), 128, str(media), PROMPTS)
     assert str(media) not in str(refused.value)
     with pytest.raises(DataError, match="without --media|needs|unknown key"):
-        parse_request(json.dumps(dict(input=[item])).encode(), 128, "")
+        parse_request(json.dumps(dict(input=[item])).encode(), 128, "", PROMPTS)
 
 
 def test_errors_have_openais_form_and_their_status(address, client):
