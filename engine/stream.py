@@ -11,7 +11,6 @@ import operator
 import os
 import threading
 import time
-import warnings
 from collections import deque
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor, wait
@@ -23,10 +22,10 @@ from tqdm import tqdm
 
 from adapter import MAX_STEPS
 from data import collate, to_device
-from files.clips import is_clip_file, VIDEO_SUFFIXES
 from files.errors import DataError, nearest, quote
 from files.items import parse_item, Side
-from files.pictures import IMAGE_SUFFIXES, PICTURE
+from files.named import FileNameWarning
+from files.pictures import PICTURE
 from latent import unit
 
 MODES = ("latent", "single", "cot", "auto")
@@ -289,12 +288,8 @@ def length_hint(items):
 
 def warn_of_file_names(items):
     """The items as they come; the first string that is the name of a picture or clip gives a warning."""
-    told, suffixes = False, IMAGE_SUFFIXES + VIDEO_SUFFIXES
+    warning = FileNameWarning()
     for item in items:
-        if not told and isinstance(item, str) and item.lower().endswith(suffixes) and os.path.isfile(item):
-            told = item.lower().endswith(IMAGE_SUFFIXES) or is_clip_file(item)
-            if told:  # and no source of TypeScript
-                warnings.warn("a string that is the name of a file is embedded as text; for the picture or "
-                              "clip itself give {'image': ...} or {'video': ...}.  The first is "
-                              f"{quote(item)}")
+        if isinstance(item, str):
+            warning.look(item)
         yield item

@@ -28,7 +28,7 @@ class FileNameWarning:
     def __init__(self, root=""):
         self.root, self.given = root, False
 
-    def look(self, text, where):
+    def look(self, text, where=""):
         if self.given or not medium_named(text, self.root):
             return
         self.given = True

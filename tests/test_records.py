@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shutil
+import warnings
 from types import SimpleNamespace
 from unittest import mock
 
@@ -19,6 +20,7 @@ from files.items import parse_item, parse_side, parse_target, Side
 from files.records import hold_out, Pairs
 from files.writing import write_errors, write_text
 from model import Plume
+from tasks.beir import read_items
 from tests.samples import ODD, odd_folder, picture, record, REPLY, turns, write_lines
 from tests.test_checkpoints import LFS
 
@@ -63,6 +65,23 @@ def test_all_spellings_of_a_record_mean_the_same(world, tmp_path):
             assert (q.parts, q.rationale, q.answer) == (pairs[0][0].parts, "Because. So.", "yes")
             assert p.parts == [("text", "yes")]
     assert parse_target("just text", "here") == ("", "just text")  # without tags: the answer
+
+
+def test_texts_that_name_pictures_stay_text_in_records_and_tasks_with_one_warning(world, tmp_path):
+    rows = [record(qry="a red bar", pos="red bar.png"), record(qry=side("blue bar.png"), pos="gone.png")]
+    write_lines(tmp_path / "r.jsonl", rows)
+    documents = [{"_id": n, "text": f"{n} bar.png"} for n in ("red", "blue", "no")]
+    write_lines(tmp_path / "corpus.jsonl", documents)
+    reads = (Pairs, "r.jsonl", (), "record 1: pos"), (read_items, "corpus.jsonl", ("title",), "record 1")
+    for read, name, more, where in reads:
+        with pytest.warns(UserWarning) as seen:
+            read(str(tmp_path / name), str(world), *more)
+        (told,) = [str(warning.message) for warning in seen]
+        assert "embedded as text" in told and where in told and told.endswith("'red bar.png'")
+    assert Pairs(str(tmp_path / "r.jsonl"), str(world))[0][1].parts == [("text", "red bar.png")]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        Pairs(str(tmp_path / "r.jsonl"))  # there is no such file below its own folder
 
 
 def test_a_video_is_a_file_or_a_list_of_frames(world):

@@ -42,7 +42,8 @@ class Config:
     out: str = ""  # JSONL to write
     media: str = ""  # folder that media paths in --data are relative to; default: the folder of --data
     name: str = ""  # dataset_name of all records; default: the name of --data
-    columns: str = ""  # what is what in triplets: anchor=question+image,positive=answer (+: both are one side)
+    columns: str = ""  # what is what in triplets: anchor=question+image,positive=answer
+    #     (+: together they are one side)
     drop: str = ""  # columns that are left out, with commas between
     text: str = ""  # columns whose strings are text, even where they name files or addresses
     system: str = ""  # system turns of messages: keep (in front of the user's text) or drop

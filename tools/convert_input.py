@@ -69,6 +69,7 @@ def read_arrow(path):
             else:
                 batches = pyarrow.ipc.open_stream(raw)
             for batch in batches:
+                batch.validate(full=True)
                 for start in range(0, batch.num_rows, ROWS):
                     yield from batch.slice(start, ROWS).to_pylist()
     except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as e:

@@ -33,9 +33,10 @@ def spoken(messages, images, videos, values, system):
 
 
 def user_text(messages, system):
-    """The one turn of the user; system: "keep" puts a system turn's text in front of it, "drop" leaves it out.
+    """The one turn of the user.
 
-    As an instruction it stands behind media with which the user's text begins.
+    system: "keep" puts a system turn's text in front of it, behind media with which it begins, as an
+    instruction; "drop" leaves it out.
     """
     roles = [turn.get("role") for turn in messages]
     text = messages[-1]["content"] if messages else ""
@@ -94,8 +95,8 @@ def vlm2vec(row, values):
     """
     only(row, ("qry", "qry_image_path", "pos_text", "pos_image_path", "neg_text", "neg_image_path"))
     query = marked(row["qry"], row.get("qry_image_path"), values)
-    targets, negatives = (
-        marked_list(row.get(f"{side}_text"), row.get(f"{side}_image_path"), values) for side in ("pos", "neg"))
+    targets = marked_list(row.get("pos_text"), row.get("pos_image_path"), values)
+    negatives = marked_list(row.get("neg_text"), row.get("neg_image_path"), values)
     if not targets:
         raise DataError("neither pos_text nor pos_image_path says anything")
     return query, targets, negatives

@@ -1,4 +1,4 @@
-"""A row with the columns anchor, positive, negative, ... -> the query, targets and negatives of its records."""
+"""A row with the columns anchor, positive, negative, ... -> query, targets, negatives."""
 
 import re
 
@@ -16,8 +16,8 @@ def parse_columns(text):
     for part in text.split(",") if text else ():
         side, equals, names = part.partition("=")
         if not equals or not TARGET.fullmatch(side) or side in sides or not all(names.split("+")):
-            raise DataError(f"--columns {quote(text)}: needs anchor, positive, negative or negative_1, ..., each "
-                            "once, as anchor=question+image,positive=answer")
+            raise DataError(f"--columns {quote(text)}: needs anchor, positive, negative or negative_1, ..., "
+                            "each once, as anchor=question+image,positive=answer")
         sides[side] = names.split("+")
     if sides and not {"anchor", "positive"} <= sides.keys():
         raise DataError(f"--columns {quote(text)}: needs both anchor=... and positive=...")
@@ -39,8 +39,8 @@ def sides_named(row):
             raise DataError(f"both {base_of[side]!r} and {base!r} are columns; --drop one of them")
         sides.setdefault(side, []).append(key)
     if unknown and "anchor" in sides and "positive" in sides:
-        raise DataError(f"unknown column {unknown[0]!r}: --drop {unknown[0]} leaves it out, --columns says what "
-                        "it is; known are anchor, query, positive, negative, negative_1, ...")
+        raise DataError(f"unknown column {unknown[0]!r}: --drop {unknown[0]} leaves it out, --columns says "
+                        "what it is; known are anchor, query, positive, negative, negative_1, ...")
     return sides
 
 
@@ -51,8 +51,8 @@ def triplet(row, values, columns):
         used = sum(columns.values(), [])
         for key in row:
             if key not in used and row[key] is not None:
-                raise DataError(f"column {key!r} is in no side of --columns.{closest(key, used)} --drop {key} "
-                                "leaves it out")
+                raise DataError(f"column {key!r} is in no side of --columns.{closest(key, used)} "
+                                f"--drop {key} leaves it out")
     found = {"anchor": [], "positive": [], "negative": []}
     for side, names in sides.items():
         found[side.split("_")[0]] += sides_of(row, names, values)

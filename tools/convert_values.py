@@ -81,7 +81,7 @@ class Values:
         raise DataError(
             f"column {column!r}: {quote(medium)} is a picture or clip, {quote(text)} in row "
             f"{row if is_medium else self.row} is none below {self.source}: the strings of a column are all "
-            f"media or all text.  --text {column} makes all of them text, --media has the folder of the files")
+            f"media or all text. --text {column} makes all of them text, --media is the folder of the files")
 
     def check_text(self, value, column):
         """DataError where a text is an address or an encoded picture; -> the text"""
@@ -97,8 +97,8 @@ class Values:
     def explicit(self, value, column="messages"):
         """A text by its key, as in a message: DataError where it is a medium, an address, ...; -> the text"""
         if column not in self.texts and self.kind_of(value):
-            raise DataError(f"{quote(value)} is a picture or clip, and stands where text is meant; give it as "
-                            f"'image' or 'video' (--text {column}: it is text)")
+            raise DataError(f"{quote(value)} is a picture or clip, and stands where text is meant; give it "
+                            f"as 'image' or 'video' (--text {column}: it is text)")
         return self.check_text(value, column)
 
     def check_names(self):
@@ -108,7 +108,7 @@ class Values:
                 row, value = alone
                 raise DataError(
                     f"column {column!r}: all its strings are names of pictures or clips, and none of them is "
-                    f"below {self.source}, as row {row}'s {quote(value)}: --media has the folder of the "
+                    f"below {self.source}, as row {row}'s {quote(value)}: --media is the folder of the "
                     f"files, --text {column} makes them text")
 
     # ---- a medium

@@ -9,7 +9,7 @@ from PIL import Image
 
 from files.records import Pairs
 from tests.processes import call
-from tests.samples import clip, ODD, odd_folder, picture, write_lines
+from tests.samples import ODD, odd_folder, picture, write_clip, write_lines
 from tests.test_checkpoints import LFS
 
 
@@ -75,7 +75,7 @@ def test_triplets_messages_of_ms_swift_and_rows_of_vlm2vec(pictures):
 
 
 def test_a_column_whose_strings_all_name_media_is_media_unless_it_is_called_text(pictures):
-    clip("red", "bar", pictures / "in" / "red.mp4")
+    write_clip(pictures / "in" / "red.mp4", [picture("red", "bar")] * 3)
     picture("red", "bar").save(pictures / "in" / "suffixless", "png")
     rows = [dict(anchor="a", positive="red.png", negative=["red.mp4", "suffixless"]),
             dict(anchor="see red.png", positive=dict(text="b"), negative=str(pictures / "in" / "blue.png"))]
@@ -86,7 +86,7 @@ def test_a_column_whose_strings_all_name_media_is_media_unless_it_is_called_text
     write_lines(pictures / "in" / "gone.jsonl", [dict(anchor="a", positive=f"gone/{n}.jpg") for n in "ab"])
     gone = pictures / "in" / "gone.jsonl", pictures / "out" / "gone.jsonl"
     failed = call("tools.convert", "--data", gone[0], "--out", gone[1], check=False).stderr
-    assert "column 'positive': all its strings are names of pictures" in failed and "row 1's 'gone/a" in failed
+    assert re.search("column 'positive': all its strings are names of pictures.* row 1's 'gone/a", failed)
     assert not gone[1].exists()
     assert converted(*gone, "--text", "positive")[1][1] == [("text", "gone/b.jpg")]
 
@@ -103,7 +103,7 @@ def test_several_columns_are_one_side_and_several_positives_a_pair_each(pictures
             dict(id=2, picture="blue.png", question="<image>?", title="C", body=None)]
     assert records_of(pictures, rows, *flags) == [["<red.png>what", "A\nb"], ["<blue.png>?", "C"]]
     for flags, why in (
-            (("--columns", "anchor=picture,positive=titel", "--drop", "id"), "column 'question' is in no side"),
+            (("--columns", "anchor=picture,positive=titel", "--drop", "id"), "'question' is in no side"),
             (("--columns", "anchor=picture"), "needs both anchor=... and positive=..."),
             (("--columns", "query=picture,positive=title"), "needs anchor, positive, negative"),
             (("--drop", "id,questoin"), "no anchor: no such column"),
@@ -130,12 +130,12 @@ def data_uri(path, kind):
 
 def test_data_uris_and_bytes_of_pictures_and_clips_become_files(pictures):
     red, mp4 = pictures / "in" / "red.png", pictures / "in" / "red.mp4"
-    clip("red", "bar", mp4)
-    rows = [dict(anchor=data_uri(red, "image/png"), positive=data_uri(mp4, "video/mp4")),
-            dict(anchor=data_uri(red, "image/png"), positive=dict(video=data_uri(mp4, "video/mp4"), text="b"))]
+    write_clip(mp4, [picture("red", "bar")] * 3)
+    image, video = data_uri(red, "image/png"), data_uri(mp4, "video/mp4")
+    rows = [dict(anchor=image, positive=video), dict(anchor=image, positive=dict(video=video, text="b"))]
     write_lines(pictures / "in" / "rows.jsonl", rows)
     found = converted(pictures / "in" / "rows.jsonl", pictures / "out" / "p.jsonl")
-    ((kind, image),), ((clip_kind, video),) = found[0]
+    ((kind, image), _), ((clip_kind, video), _) = found[0]
     assert (kind, clip_kind) == ("image", "video") and found[1][1] == [("video", video), ("text", "b")]
     assert red.read_bytes() == open(image, "rb").read() and mp4.read_bytes() == open(video, "rb").read()
     assert len(os.listdir(pictures / "out" / "p_media")) == 2  # each once
@@ -154,7 +154,8 @@ def written_by(kind, rows, path):
             stream.write_table(table, max_chunksize=1)
     else:
         datasets = pytest.importorskip("datasets")
-        datasets.Dataset.from_list(rows).save_to_disk(path / "saved" / "train", num_shards=2)
+        saved = datasets.Dataset.from_list(rows)
+        saved.save_to_disk(path / "saved" / "train", num_shards=min(2, len(rows)))
         return path / "saved" / "train"
     return file
 
@@ -182,7 +183,8 @@ def test_a_saved_folder_of_splits_names_them_and_another_folder_what_is_taken(pi
 
 def test_csv_and_tsv_with_quotes_empty_cells_and_paths(pictures):
     csv, tsv, out = pictures / "in" / "t.csv", pictures / "in" / "t.tsv", pictures / "out" / "p.jsonl"
-    csv.write_text('\ufeffanchor,positive,negative\r\n"a, ""b""\nc",red.png,\r\n\r\n007,blue.png,é\r\n', "utf-8")
+    lines = ("\ufeffanchor,positive,negative", '"a, ""b""\nc",red.png,', "", "007,blue.png,é", "")
+    csv.write_text("\r\n".join(lines), "utf-8")
     expected = [['a, "b"\nc', "<red.png>"], ["007", "<blue.png>", "é"]]
     assert shown(converted(csv, out), pictures / "in") == expected
     tsv.write_text("query\tpos\nx, y\tz\n")
@@ -233,7 +235,7 @@ def test_triplets_in_parquet_with_pictures_as_bytes(pictures):
                                            "row 1 is none"),
     (dict(query="a", response="red.png"), "row 2: 'red.png' is a picture or clip, and stands where text"),
     (dict(messages=[dict(role="system", content="Find it."), *user("a")], positive_messages=[user("b")]),
-     "row 2: a system turn, 'Find it.': the checkpoint's template has one system text for all items; --system"),
+     "row 2: a system turn, 'Find it.': the checkpoint's template has one system text for all items"),
     (dict(anchor="a", positive=dict(image="gone.png")), "gone.png' does not exist"),
     (dict(messages=user("a"), positive_messages=[]), "row 2: no positive_messages"),
     (dict(messages=[*user("a"), *user("b")], positive_messages=[user("c")]), "needs one message of the user"),
@@ -260,8 +262,13 @@ def harmed(raw):
     }
 
 
-@pytest.mark.parametrize("harm", ["a pointer", "cut off", "damaged", "its end damaged", "empty"])
-@pytest.mark.parametrize("suffix", [".parquet", ".arrow", ".jsonl", ".json", ".jsonl.gz"])
+HARMS = ("a pointer", "cut off", "damaged", "its end damaged", "empty")
+SUFFIXES = (".parquet", ".arrow", ".jsonl", ".json", ".jsonl.gz")
+HARMED = [(suffix, harm) for suffix in SUFFIXES for harm in HARMS]
+HARMED.remove((".arrow", "damaged"))  # the format has no checksum: zeros in a text are a text
+
+
+@pytest.mark.parametrize("suffix, harm", HARMED)
 def test_a_file_that_cannot_be_read_is_named_and_not_the_one_that_is_written(tmp_path, suffix, harm):
     pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
     data, out = tmp_path / f"in{suffix}", tmp_path / "out.jsonl"
