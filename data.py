@@ -234,7 +234,7 @@ class Processor:
         """-> the frames of a medium and their seconds, as `load_clip`."""
         if kind == "image":
             return [load_image(source)], [0.0, 0.0]
-        return load_clip(source, self.limits.num_frames, self.limits.frame_rate)
+        return load_clip(source, self.limits.num_frames, self.limits.frame_rate, self.limits.fps)
 
     def size(self, kind, frames):
         """-> (width, height) in which they are shown."""

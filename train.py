@@ -70,7 +70,8 @@ class Config:  # --help prints the comments
     min_pixels: int = 0  # a picture is scaled up to this area; 0: the checkpoint's own
     max_pixels: int = 0  # and down to this one: the number of tokens of a picture; 0: the checkpoint's own
     video_max_pixels: int = 0  # the same for each frame of a clip; 0: the checkpoint's own
-    num_frames: int = 0  # frames sampled from a clip; 0: the checkpoint's own
+    num_frames: int = 0  # frames sampled from a clip, with --fps at most; 0: the checkpoint's own
+    fps: float = 0.0  # frames sampled from a second of a clip; 0: the checkpoint's own, if it has any
     frame_rate: float = 0.0  # frames a second of clips given as frames; 0: the checkpoint's own
     max_len: int = 0  # tokens in a sequence; a longer rationale loses its end; 0: the checkpoint's own
     latent_positions: str = "mrope"  # of latent steps: mrope goes on counting, cache as released
@@ -106,8 +107,7 @@ class Config:  # --help prints the comments
     #     twice: memory, not recipe; 0: its whole share of the global batch
     epochs: float = 1.5  # passes over the data; ignored when --steps is given
     steps: int = 0  # optimizer steps; 0: from --epochs
-    lr: float = 2e-3  # peak learning rate for the tiny preset in turtle world;
-    #     1e-3 on real pictures, 1e-5 for a pretrained backbone
+    lr: float = 2e-3  # peak; for the tiny preset in turtle world, 1e-3 on real pictures, 1e-5 if pretrained
     warmup: float = 0.03  # share of the run with a rising learning rate
     decay: float = 0.6  # share of the run, at its end, with a cosine down to a tenth; 1: all, as the paper
     vision_lr: float = 0.5  # learning rate of the vision tower, as a share of lr
@@ -469,7 +469,7 @@ def build_model(cfg, given, pairs, device):
     What the checkpoint of --init says about itself stays, unless a flag for it was given.
     """
     flags = asdict(cfg)
-    limits = ("min_pixels", "max_pixels", "video_max_pixels", "num_frames", "frame_rate", "max_len")
+    limits = ("min_pixels", "max_pixels", "video_max_pixels", "num_frames", "frame_rate", "fps", "max_len")
     switches = ("experts", "top_k", "shared_expert", "anchor", "step_embedding")
     settings = {name: flags[name] for name in ("prompt", "latent_positions") if name in given}
     settings["limits"] = {name: flags[name] for name in limits if flags[name]}

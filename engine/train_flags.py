@@ -13,7 +13,7 @@ from files.errors import DataError, nearest
 
 AT_LEAST = dict(seed=0, global_batch=2, micro_tokens=0, steps=0, save_every=1, log_every=1, eval_every=0,
                 keep=0, workers=0, until=0, warmup=0, decay=0, vision_lr=0, weight_decay=0, frame_rate=0,
-                w_cross=0, lora=0)
+                fps=0, w_cross=0, lora=0)
 
 
 def check_flags(cfg, world):

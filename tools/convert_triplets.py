@@ -82,7 +82,7 @@ def sides_of(row, names, values):
             else:
                 part = side_of(value, name, values)
             part = dict(text=part) if isinstance(part, str) else part
-            if part.keys() & {"start", "end"}:
+            if part.keys() & {"start", "end", "fps"}:
                 raise DataError(f"column {name!r}: a part of a clip is an item of its own, in one column")
             texts += listed(part.get("text"))
             for kind, found in media.items():

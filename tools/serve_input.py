@@ -1,8 +1,8 @@
 """The body of a request to tools/serve.py -> what is to be embedded, each text and picture checked.
 
 `input` is one item or a list of items, `messages` is one item.  An item is a string, an object as
-`Plume.encode` takes it ({"text"?, "image"?, "video"?, "start"?, "end"?}), a part of a chat message, or
-{"content": parts}.  A picture is a data: URI or a file below --media; no address is ever opened.
+`Plume.encode` takes it ({"text"?, "image"?, "video"?, "start"?, "end"?, "fps"?}), a part of a chat message,
+or {"content": parts}.  A picture is a data: URI or a file below --media; no address is ever opened.
 """
 
 import base64
