@@ -277,7 +277,7 @@ class Processor:
             raise DataError(
                 f"{side.where}: {used} tokens of question, media and latent steps and {len(closing) + 2} "
                 f"behind them exceed max_len {self.limits.max_len}; raise max_len, or lower max_pixels, "
-                "video_max_pixels or num_frames")
+                "video_max_pixels or num_frames", over=-room)
         kept, eot = tokens[:room], [self.id["<eot>"]]
         if curriculum and curriculum.rest_of_rationale == "after":
             thought = eot + kept

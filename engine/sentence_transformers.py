@@ -9,19 +9,23 @@ Items are those of `Plume.encode`, or a turn {"role": "user", "content": ...}; `
 hub/plume_st.py, which stands in the checkpoint, finds this file and fills in Plume.
 """
 
+import copy
 import importlib
 import os
 import warnings
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from sentence_transformers.base.modules import InputModule
 
 from data import collate, padded, to_device
-from engine.stream import check_embeddings, check_mode, warn_of_file_names, what_instead
+from engine.stream import check_embeddings, check_mode, what_instead
+from engine.truncate import render_truncated, warn_of_cut
 from files.errors import DataError, quote
 from files.items import parse_item, Side
+from files.named import warn_of_file_names
 from files.pictures import PICTURE
 from hub.isolated import HOME
 from hub.layouts import write_checkpoint
@@ -41,6 +45,7 @@ class PlumeEmbedder(InputModule):
     def __init__(self, model, modalities=MODALITIES):
         super().__init__()
         self.plume, self.modalities = model, list(modalities)
+        self.shortened = None  # a processor whose max_len is max_seq_length, once that was set
 
     @classmethod
     def load(cls, model_name_or_path, subfolder="", token=None, cache_folder=None, revision=None,
@@ -85,6 +90,9 @@ class PlumeEmbedder(InputModule):
         items = list(warn_of_file_names(inputs))
         with ThreadPoolExecutor(4) as pool:
             samples = list(pool.map(self.read, items, [prompt] * len(items)))
+        if self.shortened:
+            cut = {i: sample["cut"] for i, sample in enumerate(samples) if sample["cut"]}
+            warn_of_cut(cut, len(samples), self.max_seq_length)
         ids = padded([sample["ids"] for sample in samples], 0)
         return dict(input_ids=ids, rows=torch.arange(len(samples)), samples=samples)
 
@@ -98,6 +106,8 @@ class PlumeEmbedder(InputModule):
         if prompt:  # in front of the text, behind pictures that stand in front of it
             kinds = [kind for kind, _ in side.parts]
             side.parts.insert(kinds.index("text") if "text" in kinds else len(kinds), ("text", prompt))
+        if self.shortened:
+            return dict(render_truncated(self.shortened, side), where=where)
         return dict(self.plume.processor.render(side), where=where)
 
     def forward(self, features, mode=None, steps=None, task=None):
@@ -126,17 +136,26 @@ class PlumeEmbedder(InputModule):
 
     @property
     def max_seq_length(self):
-        """In tokens, with pictures; what is longer is an error and not cut."""
-        return self.plume.processor.limits.max_len
+        """In tokens, with pictures and the prompt.  What is longer is an error, until this is set.
+
+        Then it loses the end of its text, and a warning counts it.
+        """
+        return (self.shortened or self.plume.processor).limits.max_len
 
     @max_seq_length.setter
     def max_seq_length(self, length):
-        if length != self.max_seq_length:
+        processor = self.plume.processor
+        most = processor.limits.max_len
+        if length is None:
+            self.shortened = None
+            return
+        if type(length) is not int or not 1 <= length <= most:
             raise DataError(
-                f"max_seq_length {quote(length)}: PLUME never cuts an item, so this cannot be set; cut the "
-                "texts before encode. The longest item that is no error, pictures and all, is max_len of the "
-                f"checkpoint's limits, {self.max_seq_length} tokens here: to load it with another one give "
+                f"max_seq_length {quote(length)}: needs a whole number up to {most}, the checkpoint's "
+                "max_len, or None: longer items are an error then. To load it with another max_len give "
                 "config_kwargs={'limits': {'max_len': ...}}")
+        self.shortened = copy.copy(processor)
+        self.shortened.limits = replace(processor.limits, max_len=length)
 
     @property
     def tokenizer(self):

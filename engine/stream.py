@@ -22,9 +22,10 @@ from tqdm import tqdm
 
 from adapter import MAX_STEPS
 from data import collate, to_device
+from engine.truncate import render_truncated, warn_of_cut
 from files.errors import DataError, nearest, quote
 from files.items import parse_item, Side
-from files.named import FileNameWarning
+from files.named import warn_of_file_names
 from files.pictures import PICTURE
 from latent import unit
 
@@ -42,11 +43,12 @@ class Spent(NamedTuple):
 
 
 def encoding(model, items, mode="latent", steps=None, batch_size=16, progress=False, limit=512, took=None,
-             workers=4, sort=True, bad=None, dim=None, done=0.5, spent=None):
+             workers=4, sort=True, bad=None, dim=None, done=0.5, spent=None, truncate=False):
     """`Plume.encode` in windows: yields the embeddings of the next items as an array.
 
     A window is 8 batches, or less when their media take AHEAD bytes; about as much is read ahead.  What mode
     auto has to write in it waits until it is worth a batch.
+    truncate: as in `Plume.encode`; a dict gets {an item's number: tokens that it has lost}, too.
     sort: the rows of a window are batched by length; False: batches are neighbours as given.
     """
     check_mode(mode, steps)
@@ -59,6 +61,7 @@ def encoding(model, items, mode="latent", steps=None, batch_size=16, progress=Fa
         raise ValueError(f"batch_size {batch_size}, limit {limit}, workers {workers}: need at least 1")
     label = progress if isinstance(progress, str) else f"encode ({mode})"
     bar = tqdm(total=length_hint(items), desc=label, unit="item", disable=not progress)
+    cut, number = None if truncate is False else {}, 0
     items, size = warn_of_file_names(iterate(items)), 8 * batch_size if sort else batch_size
     if spent is not None:
         for name in Spent._fields:
@@ -66,8 +69,8 @@ def encoding(model, items, mode="latent", steps=None, batch_size=16, progress=Fa
     was_training = model.training
     model.eval()
     try:
-        for samples in windows(model, items, size, workers, bad, alone=took is not None):
-            order = list(range(len(samples)))
+        for samples in windows(model, items, size, workers, bad, cut, alone=took is not None):
+            order, number = list(range(len(samples))), number + len(samples)
             if sort:  # a batch of about equal lengths has little padding
                 order.sort(key=lambda i: len(samples[i]["ids"]) if samples[i] else 0)
             out = torch.full((len(samples), dim or width), torch.nan, device=model.device)
@@ -88,12 +91,15 @@ def encoding(model, items, mode="latent", steps=None, batch_size=16, progress=Fa
                     spent[name].extend(column)
             check_embeddings(model, samples, out)
             yield out
+        warn_of_cut(cut, number, model.processor.limits.max_len)
+        if isinstance(truncate, dict):
+            truncate.update(sorted(cut.items()))
     finally:
         model.train(was_training)
         bar.close()
 
 
-def windows(model, items, size, workers, bad, alone):
+def windows(model, items, size, workers, bad, cut, alone):
     """Lists of at most `size` samples, of less when their media take AHEAD bytes; threads read ahead.
 
     alone: nothing is read while the caller is at work, so that its time can be taken.
@@ -105,7 +111,7 @@ def windows(model, items, size, workers, bad, alone):
 
     def read(i, item):
         buffer.wait(i)
-        sample = read_item(model, i, item, bad)
+        sample = read_item(model, i, item, bad, cut)
         buffer.add(media_bytes(sample))
         return sample
 
@@ -163,11 +169,19 @@ def media_bytes(sample):
     return sum(patches.nbytes for patches in sample["pixels"]) if sample else 0
 
 
-def read_item(model, i, item, bad):
-    """Item i -> a sample for `collate`; or None, and the reason in the dict `bad`, if it is given."""
+def read_item(model, i, item, bad, cut=None):
+    """Item i -> a sample for `collate`; or None, and the reason in the dict `bad`, if it is given.
+
+    cut: a dict that gets how many tokens of a text that is too long are left out; None: that is an error.
+    """
     try:
         side = item if isinstance(item, Side) else parse_item(item, where=f"item {i}")
-        return dict(model.processor.render(side), where=side.where)
+        if cut is None:
+            return dict(model.processor.render(side), where=side.where)
+        sample = render_truncated(model.processor, side)
+        if sample["cut"]:
+            cut[i] = sample["cut"]
+        return dict(sample, where=side.where)
     except DataError as e:
         if bad is None:
             raise
@@ -284,12 +298,3 @@ def length_hint(items):
     except NotImplementedError:
         return None
     return hint if hint >= 0 else None
-
-
-def warn_of_file_names(items):
-    """The items as they come; the first string that is the name of a picture or clip gives a warning."""
-    warning = FileNameWarning()
-    for item in items:
-        if isinstance(item, str):
-            warning.look(item)
-        yield item

@@ -39,3 +39,12 @@ class FileNameWarning:
         """A Side that is one text and nothing else."""
         if [kind for kind, _ in side.parts] == ["text"]:
             self.look(side.parts[0][1], f"{side.where}: ")
+
+
+def warn_of_file_names(items):
+    """The items as they come; the first string that is the name of a picture or clip gives a warning."""
+    warning = FileNameWarning()
+    for item in items:
+        if isinstance(item, str):
+            warning.look(item)
+        yield item

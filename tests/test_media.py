@@ -24,10 +24,10 @@ from backbones.families import BACKBONES, Limits
 from backbones.shapes import SHAPES
 from backbones.vision import normalised
 from data import patchify, target_size
-from engine.stream import warn_of_file_names
 from files import clips
 from files.clips import is_clip_file, load_frames, Part
 from files.errors import DataError
+from files.named import warn_of_file_names
 from files.pictures import IMAGE_FORMATS, IMAGE_SUFFIXES, load_image
 from model import Plume
 from test_plume import assert_close, HERE, SHARED

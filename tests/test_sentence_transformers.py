@@ -135,19 +135,37 @@ def test_what_it_offers_and_what_it_refuses(load, small):
         m.encode(["red"])
 
 
-def test_max_seq_length_cannot_be_set_and_tables_are_refused(load, small):
-    m = load(small)
-    m.max_seq_length = m.max_seq_length
-    for length in (128, 1024, None):
-        with pytest.raises(DataError, match=f"max_seq_length {length}: PLUME never cuts.*'max_len'"):
+def test_max_seq_length_cuts_texts_with_a_warning_and_tables_are_refused(load, small, plume, world):
+    m, long = load(small), "red circle " * 400
+    with pytest.raises(DataError, match="exceed max_len 512"):
+        m.encode([long])
+    for length in (0, 1024, "9", 99.5):
+        with pytest.raises(DataError, match=f"max_seq_length {length!r}: needs a whole number up to 512"):
             m.max_seq_length = length
+    m.max_seq_length = 60
+    items = [{"text": long, "image": str(world / "red bar.png")}, "red"]
+    with pytest.warns(UserWarning, match="1 of 2 items are longer than 60 tokens .* the first is item 0"):
+        sample = m.preprocess(items)["samples"][0]
+    assert len(sample["ids"]) + len(sample["suffix"]) in (59, 60) and sample["cut"] > 300
+    kept = max(n for n in range(600) if not too_long(plume, long[:n], 60))
+    with pytest.warns(UserWarning, match="1 of 1 items are longer than 60 tokens"):
+        vectors = m.encode([long])
+    assert_close(vectors, plume.encode([long[:kept]]), "as cut by hand", 1e-6)
+    m.max_seq_length = None
     assert m.max_seq_length == 512
+    with pytest.raises(DataError, match="exceed max_len 512"):
+        m.encode([long])
     assert load(small, config_kwargs=dict(limits=dict(max_len=128))).max_seq_length == 128
     table = type("DataFrame", (), dict(columns=["text"], __iter__=lambda table: iter(["text"])))()
     for items, why in ((table, "DataFrame for a single item; give one of its columns"),
                        ({"red"}, "set for a single item; .*sorted"), (iter(["red"]), r"take list\(items\)")):
         with pytest.raises(DataError, match=f"takes a .*{why}"):
             m.encode(items)
+
+
+def too_long(plume, text, most):
+    sample = plume.processor.render(Side([("text", text)]))
+    return len(sample["ids"]) + len(sample["suffix"]) > most
 
 
 def test_bytes_are_pictures(load, small, plume, world):

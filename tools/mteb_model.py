@@ -23,12 +23,15 @@ KINDS = ("text", "image", "video")
 class PlumeEncoder(AbsEncoder):
     """A checkpoint for `mteb.evaluate`.
 
-    mode, steps: see `Plume.encode`; prompts: {a task, a task type, "query" or "document": the text in front}.
+    mode, steps, truncate: see `Plume.encode`; a long document is cut unless told, so as not to end a task.
+    prompts: {a task, a task type, "query" or "document": the text in front}.
     index_mode: of documents; default: "single" where the checkpoint says that this is one space, else mode.
     """
 
-    def __init__(self, path, mode="latent", steps=None, prompts=None, index_mode=None, **loading):
+    def __init__(self, path, mode="latent", steps=None, prompts=None, index_mode=None, truncate=True,
+                 **loading):
         self.model, self.mode, self.steps = Plume.from_pretrained(path, **loading), mode, steps
+        self.truncate = truncate
         self.index_mode = index_mode or ("single" if self.model.settings["one_space"] else mode)
         self.model_prompts = self.validate_task_to_prompt_name(prompts) or {}
         name = os.path.basename(os.path.abspath(path))
@@ -45,7 +48,8 @@ class PlumeEncoder(AbsEncoder):
         items = (item for batch in inputs for item in items_of(batch, prompt))
         mode = self.index_mode if prompt_type == "document" else self.mode
         steps = self.steps if mode == self.mode else None
-        return self.model.encode(items, mode, steps, batch_size, show_progress_bar)
+        return self.model.encode(
+            items, mode, steps, batch_size, show_progress_bar, truncate=self.truncate)
 
 
 def items_of(batch, prompt):

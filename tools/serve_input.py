@@ -18,12 +18,13 @@ from files.items import ITEM_KEYS, parse_item, Side
 from files.jsonl import only_keys, parse_json
 from files.pictures import frame_files
 
-FIELDS = ("input", "messages", "model", "dimensions", "encoding_format", "mode", "prompt_name", "user")
+FIELDS = ("input", "messages", "model", "dimensions", "encoding_format", "mode", "truncate",
+          "prompt_name", "user")
 PARTS = {"text": "text", "image_url": "image", "video_url": "video"}  # type of a part -> key of an item
 MOST = 2048  # items of a request, as OpenAI has it
 DATA = re.compile(r"data:([\w.+/-]*)(?:;[^,]*)?;base64,", re.I)
 SCHEME = re.compile(r"([a-z][a-z0-9+.-]*)://", re.I)
-Wanted = namedtuple("Wanted", "sides model mode dim base64")  # what a request asks for
+Wanted = namedtuple("Wanted", "sides model mode dim base64 truncate")  # what a request asks for
 
 
 def parse_request(body, width, media):
@@ -39,7 +40,9 @@ def parse_request(body, width, media):
         raise DataError(f"dimensions {quote(dim)}: this model has 1 to {width}")
     if form not in ("float", "base64"):
         raise DataError(f"encoding_format {quote(form)}: needs 'float' or 'base64'")
-    mode = request.get("mode", "latent")
+    mode, truncate = request.get("mode", "latent"), request.get("truncate", False)
+    if type(truncate) is not bool:
+        raise DataError(f"truncate {quote(truncate)}: needs true or false")
     try:
         check_mode(mode, None)
     except ValueError as e:
@@ -50,7 +53,7 @@ def parse_request(body, width, media):
         sides = [side_of_turns(request["messages"], media)]
     else:
         sides = sides_of_input(request["input"], media)
-    return Wanted(sides, request.get("model", ""), mode, dim, form == "base64")
+    return Wanted(sides, request.get("model", ""), mode, dim, form == "base64", truncate)
 
 
 def sides_of_input(given, media):

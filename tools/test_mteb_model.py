@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from files.errors import DataError
 from model import Plume
 from tests.samples import in_one_space, NAMES
 
@@ -61,6 +62,16 @@ def test_mteb_scores_text_and_pictures_as_ranking_by_hand(small, world, tmp_path
     assert first.revision == second.revision and first.experiment_name != second.experiment_name
     other = PlumeEncoder(small, device="cpu", latent_steps=3)
     assert other.mteb_model_meta.revision != first.revision  # so that no result of another model is read
+
+
+def test_a_document_that_is_too_long_does_not_end_a_task_unless_told(small):
+    long, metadata = "red bar " * 400, make_task("Names", "Retrieval", "text", []).metadata
+    loader = [dict(text=["red", long])]
+    with pytest.warns(UserWarning, match="1 of 2 items are longer than 512 tokens"):
+        vectors = PlumeEncoder(small, device="cpu").encode(loader, task_metadata=metadata)
+    assert np.isfinite(vectors).all()
+    with pytest.raises(DataError, match="exceed max_len"):
+        PlumeEncoder(small, device="cpu", truncate=False).encode(loader, task_metadata=metadata)
 
 
 def test_in_one_space_documents_take_one_pass_and_queries_think(small, tmp_path):
