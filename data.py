@@ -365,13 +365,13 @@ class Schedule:
 
     Every global batch comes from one data set (its other rows are hard negatives).  A data set gets steps in
     proportion to its size, all over the run, and passes through all its records before it shows one again.
-    dataset (pairs,): number of each record's data set, -1: held out.
+    dataset (pairs,): number of each record's data set, -1: held out; weights: of each, times its size.
     """
 
-    def __init__(self, dataset, names, global_batch, steps, seed):
+    def __init__(self, dataset, names, global_batch, steps, seed, weights=1.0):
         self.rows = [np.flatnonzero(dataset == d) for d in range(len(names))]
         self.global_batch, self.steps, self.seed = global_batch, steps, seed
-        share = np.array([len(r) for r in self.rows])
+        share = np.array([len(r) for r in self.rows]) * weights
         share = share / share.sum() * steps
         self.counts = np.floor(share).astype(int)
         largest_remainders = np.argsort(self.counts - share, kind="stable")[: steps - self.counts.sum()]

@@ -40,7 +40,7 @@ from engine.ranks import (
     rank_and_world, say)
 from engine.resume import resume, save
 from engine.stop import bind_to_parent, check_finite, end_workers, ending_workers, StopOnSignal
-from engine.train_flags import check_flags, claim_one_space
+from engine.train_flags import check_flags, claim_one_space, weights_of
 from engine.trained import choose_trained, hash_of_frozen, TARGETS
 from files.errors import DataError, nearest
 from files.records import hold_out, Pairs
@@ -60,6 +60,7 @@ class Config:  # --help prints the comments
     rules: bool = False  # turtle world's moves mean what a rule book says, a word or picture at the start
     codes: bool = False  # turtle world is pages with a code word that belongs to the answer
     media: str = ""  # folder that media paths are relative to; default: the folder of --data
+    weights: str = ""  # of data sets, as a=2,b=0.5: a gets twice the steps that its size gives it; default: 1
     skip_bad: bool = False  # leave out records that cannot be read and name them; default: stop at the first
     workers: int = 1  # processes that decode and tokenize ahead; raise while the log's `wait` is not near 0;
     #     with a gate up to 15
@@ -93,8 +94,7 @@ class Config:  # --help prints the comments
     segments: int = 8  # S, parts a rationale is cut into; 1 stage each
     steps_per_segment: int = 1  # c, latent steps a part turns into; K = S * c
     rest_of_rationale: str = "inside"  # the text that is left: inside the thought, or after it as released
-    last_stage: float = 0.3  # share of the run in the last stage (paper: 0.5);
-    #     its second half drops the answer, too
+    last_stage: float = 0.3  # share of the run in the last stage (paper: 0.5), half of it without the answer
     gate: float = 0.6  # enter a stage when the mean of `gate_loss` is under this, at the latest by the
     #     schedule; 0: by the schedule alone, as the paper
     replay: float = 0.15  # share of the steps that go back: half to stage 0, half to a random earlier one
@@ -450,7 +450,7 @@ def make_schedule(cfg, pairs):
         if len(out) > len(held):
             say(f"{len(out) - len(held)} pairs with the queries of held-out ones are left out of training")
     steps = cfg.steps or max(1, round(cfg.epochs * (dataset >= 0).sum() / cfg.global_batch))
-    return Schedule(dataset, pairs.names, cfg.global_batch, steps, cfg.seed), held
+    return Schedule(dataset, pairs.names, cfg.global_batch, steps, cfg.seed, weights_of(cfg, pairs)), held
 
 
 def data_loader(batches, sampler, workers, device):

@@ -72,6 +72,25 @@ def check_flags(cfg, world):
         raise DataError(str(e)) from e
 
 
+def weights_of(cfg, pairs):
+    """--weights "a=2,b=0.5" -> a number for each data set of the pairs, 1.0 where none is given"""
+    given, names = {}, pairs.names
+    for part in cfg.weights.split(",") if cfg.weights else ():
+        name, _, text = part.rpartition("=")
+        try:
+            weight = float(text)
+        except ValueError:
+            weight = 0.0
+        if not name or name in given or not 0 < weight < math.inf:
+            raise DataError(f"--weights {cfg.weights!r}: needs names of data sets, each once, with numbers "
+                            "above 0, as a=2,b=0.5")
+        given[name] = weight
+    for name in given:
+        if name not in names:
+            raise DataError(f"--weights {name}: no such data set.{nearest(name, names)}")
+    return [given.get(name, 1.0) for name in names]
+
+
 def claim_one_space(cfg, settings):
     """A checkpoint says that its embeddings are one space while --w_cross trains that; its end is said, too.
 
