@@ -3,9 +3,10 @@
     model = SentenceTransformer("out/checkpoint", trust_remote_code=True)
     vectors = model.encode(["a red car", {"image": "car.jpg"}, {"text": "why?", "video": "clip.mp4"}])
 
-Items are those of `Plume.encode`, or a turn {"role": "user", "content": ...}; `mode` and `steps` go to
-`encode`, too.  Of a checkpoint that says that its latent and single-pass embeddings are one space,
-`encode_document` gives the single-pass one, unless mode or steps are given; `encode_query` thinks.
+Items are those of `Plume.encode`, or a turn {"role": "user", "content": ...}; `mode`,
+`steps`, `dim`, `done` and `limit` go to `encode`, too.  Of a checkpoint that says that its latent and
+single-pass embeddings are one space, `encode_document` gives the single-pass one, unless mode or steps are
+given; `encode_query` thinks.
 hub/plume_st.py, which stands in the checkpoint, finds this file and fills in Plume.
 """
 
@@ -21,7 +22,9 @@ import torch
 from sentence_transformers.base.modules import InputModule
 
 from data import collate, padded, to_device
-from engine.stream import check_embeddings, check_mode, what_instead
+from engine.containers import what_instead
+from engine.st_card import CardData
+from engine.stream import check_embeddings, check_mode, check_numbers
 from engine.truncate import render_truncated, warn_of_cut
 from files.errors import DataError, quote
 from files.items import parse_item, Side
@@ -29,6 +32,7 @@ from files.named import warn_of_file_names
 from files.pictures import PICTURE
 from hub.isolated import HOME
 from hub.layouts import write_checkpoint
+from latent import unit
 
 MODALITIES = ("text", "image", "video", "message")
 
@@ -39,7 +43,7 @@ class PlumeEmbedder(InputModule):
     Plume = None  # the class of model.py, which imports engine/
     config_file_name = "sentence_bert_config.json"
     config_keys = ["modalities"]
-    forward_kwargs = {"mode", "steps", "task"}
+    forward_kwargs = {"mode", "steps", "task", "dim", "done", "limit"}
     modalities = MODALITIES
 
     def __init__(self, model, modalities=MODALITIES):
@@ -73,6 +77,10 @@ class PlumeEmbedder(InputModule):
         dtype = None if dtype == "auto" else dtype
         model = cls.Plume.from_pretrained(folder, dtype=dtype, **config_kwargs or {})
         return cls(model, **cls.load_config(model_name_or_path, **hub))
+
+    def on_model_ready(self, model):
+        if not isinstance(model.model_card_data, CardData):
+            model.model_card_data = CardData.taking_over(model.model_card_data)
 
     def save(self, output_path, *unused, **also_unused):
         write_checkpoint(self.plume, output_path)
@@ -110,8 +118,8 @@ class PlumeEmbedder(InputModule):
             return dict(render_truncated(self.shortened, side), where=where)
         return dict(self.plume.processor.render(side), where=where)
 
-    def forward(self, features, mode=None, steps=None, task=None):
-        """mode: "latent" unless given; task: "query", "document" or None."""
+    def forward(self, features, mode=None, steps=None, task=None, dim=None, done=0.5, limit=512):
+        """mode: "latent" unless given; task: "query", "document" or None; the others as in `Plume.encode`."""
         settings, trained = self.plume.settings, self.training and torch.is_grad_enabled()
         if trained and settings["one_space"]:
             warnings.warn("training here does not keep latent and single-pass embeddings in one space, as "
@@ -121,9 +129,12 @@ class PlumeEmbedder(InputModule):
             mode = "single"
         mode = mode or "latent"
         check_mode(mode, steps)
+        check_numbers(done, dim, self.get_embedding_dimension(), limit=limit)
         samples = [features["samples"][row] for row in features["rows"].tolist()]
         batch = to_device(collate(samples, self.plume.processor), self.plume.device)
-        vectors, _ = self.plume.embed(batch, mode, steps)  # (B, D)
+        vectors, _ = self.plume.embed(batch, mode, steps, limit, done)  # (B, D)
+        if dim is not None:
+            vectors = unit(vectors[:, :dim])
         if not torch.is_grad_enabled():
             check_embeddings(self.plume, samples, vectors.cpu().numpy())
         return features | dict(sentence_embedding=vectors)

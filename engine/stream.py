@@ -4,15 +4,11 @@ Threads read and decode the next window while the model embeds this one; a bound
 the two in memory at about 2 * AHEAD bytes, however many items there are.
 """
 
-import io
 import itertools
 import math
-import operator
-import os
 import threading
 import time
 from collections import deque
-from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor, wait
 from typing import NamedTuple
 
@@ -22,15 +18,14 @@ from tqdm import tqdm
 
 from adapter import MAX_STEPS
 from data import collate, to_device
+from engine.containers import iterate, length_hint
 from engine.truncate import render_truncated, warn_of_cut
 from files.errors import DataError, nearest, quote
 from files.items import parse_item, Side
 from files.named import warn_of_file_names
-from files.pictures import PICTURE
 from latent import unit
 
 MODES = ("latent", "single", "cot", "auto")
-SINGLE = "put a single item into [ ]"
 WAITING = 2  # times batch_size: so many rows wait, with their caches, until mode auto writes them together
 AHEAD = 1 << 27  # bytes of media that `encode` holds for a window, and about as many are read ahead
 
@@ -52,13 +47,8 @@ def encoding(model, items, mode="latent", steps=None, batch_size=16, progress=Fa
     sort: the rows of a window are batched by length; False: batches are neighbours as given.
     """
     check_mode(mode, steps)
-    if not 0 <= done <= 1:
-        raise ValueError(f"done {done}: needs a probability, 0 .. 1")
     width = model.lm.config.hidden_size
-    if dim is not None and not 1 <= dim <= width:
-        raise ValueError(f"dim {dim}: this model has 1 to {width} components")
-    if min(batch_size, limit, workers) < 1:
-        raise ValueError(f"batch_size {batch_size}, limit {limit}, workers {workers}: need at least 1")
+    check_numbers(done, dim, width, batch_size=batch_size, limit=limit, workers=workers)
     label = progress if isinstance(progress, str) else f"encode ({mode})"
     bar = tqdm(total=length_hint(items), desc=label, unit="item", disable=not progress)
     cut, number = None if truncate is False else {}, 0
@@ -257,44 +247,11 @@ def check_mode(mode, steps):
                          "'latent'")
 
 
-def iterate(items):
-    """An iterator over the items of any container, in its own order; TypeError for what is none."""
-    instead, iterator = what_instead(items), None
-    if not instead:
-        try:
-            iterator = iter(items)
-        except TypeError:
-            instead = SINGLE
-    if instead:
-        raise TypeError("items must be a list or another iterable of items, got "
-                        f"{type(items).__name__}; {instead}")
-    if isinstance(items, Iterable):
-        return iterator
-    return itertools.islice(iterator, length_hint(items))  # of the older kind: [0], [1], ... as it says
-
-
-def what_instead(items):
-    """What to give in place of a single item, or of what goes through something else than items; or ""."""
-    if isinstance(items, io.IOBase):
-        return "for its lines give file.read().splitlines(), and put a picture into [ ]"
-    if isinstance(items, np.ndarray):
-        return SINGLE if items.ndim == 3 else ""
-    if isinstance(items, (str, os.PathLike, Mapping, *PICTURE)):
-        return SINGLE
-    if hasattr(items, "columns"):  # of pandas, polars, pyarrow: going through it gives names or columns
-        return ("give one of its columns: table['text'].tolist() (pandas), .to_list() (polars) or "
-                ".to_pylist() (pyarrow)")
-    if isinstance(items, torch.utils.data.DataLoader):
-        return "it gives batches: take its data set"
-    if isinstance(items, (set, frozenset)):
-        return "it has no order, in which rows could be given back: take sorted(items)"
-    return ""
-
-
-def length_hint(items):
-    """How many items there are, or None when nobody knows."""
-    try:
-        hint = operator.length_hint(items, -1)
-    except NotImplementedError:
-        return None
-    return hint if hint >= 0 else None
+def check_numbers(done, dim, width, **at_least_1):
+    """Raises ValueError for what `encode` cannot do; width: components of the model's embeddings."""
+    if not 0 <= done <= 1:
+        raise ValueError(f"done {done}: needs a probability, 0 .. 1")
+    if dim is not None and not 1 <= dim <= width:
+        raise ValueError(f"dim {dim}: this model has 1 to {width} components")
+    if min(at_least_1.values()) < 1:
+        raise ValueError(f"{', '.join(f'{k} {v}' for k, v in at_least_1.items())}: need at least 1")

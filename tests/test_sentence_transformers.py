@@ -62,7 +62,8 @@ def test_the_same_batches_give_the_same_bits_and_others_the_same_numbers(load, s
     assert vectors.dtype == np.float32
     assert_close(vectors, plume.encode(many), "other batches", 1e-6)
     assert_close(m.encode("red"), plume.encode(["red"])[0], "a single item", 1e-6)
-    for how in (dict(mode="single"), dict(steps=2)):
+    for how in (dict(mode="single"), dict(steps=2), dict(dim=16), dict(mode="cot", limit=3),
+                dict(mode="auto", done=0.1)):
         assert_close(m.encode(items, **how), plume.encode(items, **how), str(how), 1e-6)
 
 
@@ -121,6 +122,9 @@ def test_what_it_offers_and_what_it_refuses(load, small):
     for call, given, error, why in (
         (m.encode, dict(mode="sinlge"), ValueError, "Did you mean 'single'"),
         (m.encode, dict(stps=9), ValueError, "stps"),
+        (m.encode, dict(dim=129), ValueError, "dim 129: this model has 1 to 128"),
+        (m.encode, dict(done=2), ValueError, "done 2: needs a probability"),
+        (m.encode, dict(limit=0), ValueError, "limit 0: need at least 1"),
         (load, dict(model_kwargs=dict(device_map="auto")), ValueError, "device_map: not known here"),
         (load, dict(processor_kwargs=dict(max_pixels=9)), ValueError, "max_pixels: not known here"),
     ):
@@ -249,6 +253,11 @@ def test_training_through_its_trainer_makes_the_loss_fall(load, small, world, tm
     trainer.train()
     fell = [row["loss"] for row in trainer.state.log_history if "loss" in row]
     assert fell[-1] < 0.75 * fell[0], fell
+    m.save_pretrained(str(tmp_path / "saved"))
+    card = (tmp_path / "saved" / "README.md").read_text()
+    assert str(world) not in card and "{'image': '&lt;image&gt;'}" in card and "<code>red bar</code>" in card
+    assert 'SentenceTransformer("sentence_transformers_model_id", trust_remote_code=True)' in card
+    assert type(copy.deepcopy(m).model_card_data) is type(m.model_card_data)
     old = dict(before.named_parameters())
     still = [name for name, p in m.named_parameters() if torch.equal(p, old[name])]
     assert all("step" in name for name in still), still

@@ -15,6 +15,7 @@ from mteb.models.abs_encoder import AbsEncoder
 from mteb.models.model_meta import ScoringFunction
 
 from engine.kept import fingerprint
+from hub.weights import count_parameters
 from model import Plume
 
 KINDS = ("text", "image", "video")
@@ -32,13 +33,18 @@ class PlumeEncoder(AbsEncoder):
                  **loading):
         self.model, self.mode, self.steps = Plume.from_pretrained(path, **loading), mode, steps
         self.truncate = truncate
-        self.index_mode = index_mode or ("single" if self.model.settings["one_space"] else mode)
+        usual = "single" if self.model.settings["one_space"] else mode
+        self.index_mode = index_mode or usual
         self.model_prompts = self.validate_task_to_prompt_name(prompts) or {}
         name = os.path.basename(os.path.abspath(path))
-        given = dict(mode=mode, steps=steps, prompts=self.model_prompts, index_mode=self.index_mode)
+        # What is not as usual is an experiment to MTEB: kept apart, and not among what load_results gives
+        given = dict(steps=steps, prompts=self.model_prompts)
+        given |= dict(mode=mode) if mode != "latent" else {}
+        given |= dict(index_mode=index_mode) if self.index_mode != usual else {}
         self.mteb_model_meta = ModelMeta.create_empty(dict(
             name=f"plume/{name}", revision=fingerprint(self.model), similarity_fn_name=ScoringFunction.COSINE,
-            modalities=list(KINDS), embed_dim=self.model.lm.config.hidden_size,
+            modalities=list(KINDS), n_parameters=count_parameters(self.model),
+            max_tokens=self.model.processor.limits.max_len, embed_dim=self.model.lm.config.hidden_size,
             experiment_kwargs={key: value for key, value in given.items() if value}))
 
     def encode(self, inputs, *, task_metadata, prompt_type=None, batch_size=16, show_progress_bar=True,

@@ -58,6 +58,12 @@ def test_mteb_scores_text_and_pictures_as_ranking_by_hand(small, world, tmp_path
         found = (queries @ plume.encode(documents).T).argmax(1)
         by_hand = float((found == np.arange(len(NAMES))).mean())
         assert result.scores["test"][0]["hit_rate_at_1"] == pytest.approx(by_hand, abs=1e-4)
+    usual = PlumeEncoder(small, device="cpu")
+    mteb.evaluate(usual, tasks[:1], cache=cache, show_progress_bar=False)
+    found = cache.load_results(models=[usual.mteb_model_meta.name], include_remote=False)
+    (kept,) = found.model_results
+    assert [result.task_name for result in kept.task_results] == ["LocalNames"]
+    assert usual.mteb_model_meta.n_parameters == sum(p.numel() for p in plume.parameters())
     first, second = encoder.mteb_model_meta, with_prompt.mteb_model_meta
     assert first.revision == second.revision and first.experiment_name != second.experiment_name
     other = PlumeEncoder(small, device="cpu", latent_steps=3)
