@@ -15,9 +15,11 @@ from data import collate
 from engine.stream import encoding
 from files.errors import DataError
 from files.items import Side
+from files.records import Pairs
 from hub.isolated import NAMES as OURS
 from model import Plume
 from test_plume import assert_close, gradients, HERE, mixed_items, rendered
+from tests.processes import call
 from tests.samples import in_one_space, NAMES
 from tests.test_house import copy_code, run
 
@@ -261,6 +263,24 @@ def test_training_through_its_trainer_makes_the_loss_fall(load, small, world, tm
     old = dict(before.named_parameters())
     still = [name for name, p in m.named_parameters() if torch.equal(p, old[name])]
     assert all("step" in name for name in still), still
+
+
+def test_hard_negatives_that_it_mines_with_our_checkpoint_train_as_neg(load, small, plume, tmp_path):
+    datasets = pytest.importorskip("datasets", reason="needs datasets: pip install datasets")
+    asked = [f"Find: {name}" for name in NAMES]
+    pairs = datasets.Dataset.from_dict(dict(anchor=asked, positive=NAMES))
+    mined = st.util.mine_hard_negatives(
+        pairs, load(small), num_negatives=3, output_format="n-tuple", verbose=False)
+    mined.to_json(tmp_path / "mined.jsonl")
+    call("tools.convert", "--data", tmp_path / "mined.jsonl", "--out", tmp_path / "pairs.jsonl")
+    scores = plume.encode(asked) @ plume.encode(NAMES).T
+    np.fill_diagonal(scores, -1)
+    best = [{NAMES[i] for i in row.argsort()[-3:]} for row in scores]
+    found = {}
+    for query, target, *negatives in Pairs(str(tmp_path / "pairs.jsonl")):
+        texts = [text for side in (query, target, *negatives) for _, text in side.parts]
+        found[texts[0]] = texts[1], set(texts[2:])
+    assert found == {query: (name, three) for query, name, three in zip(asked, NAMES, best)}
 
 
 PROGRAM = """
