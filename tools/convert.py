@@ -45,7 +45,8 @@ class Config:
     columns: str = ""  # what is what in triplets: anchor=question+image,positive=answer
     #     (+: together they are one side)
     drop: str = ""  # columns that are left out, with commas between
-    text: str = ""  # columns whose strings are text, even where they name files or addresses
+    text: str = ""  # columns whose strings are text, even where they name files or addresses;
+    #     "messages": the texts of messages and of VLM2Vec's rows
     system: str = ""  # system turns of messages: keep (in front of the user's text) or drop
 
 
@@ -104,6 +105,8 @@ def main(argv):
         raise DataError(f"--data {cfg.data!r}: no such file; it takes {TAKES}")
     if not cfg.out or not writable(cfg.out):
         raise DataError(f"--out {cfg.out!r}: name a file in a folder that exists")
+    if cfg.media and not os.path.isdir(cfg.media):
+        raise DataError(f"--media {cfg.media!r}: no such folder")
     if cfg.system not in ("", "keep", "drop"):
         raise DataError(f"--system {cfg.system!r}: needs keep or drop")
     data = os.path.abspath(cfg.data)

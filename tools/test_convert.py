@@ -141,6 +141,19 @@ def test_data_uris_and_bytes_of_pictures_and_clips_become_files(pictures):
     assert len(os.listdir(pictures / "out" / "p_media")) == 2  # each once
 
 
+def test_a_folder_of_media_that_is_not_there_and_a_system_flag_that_is_not_known_are_refused(pictures):
+    write_lines(pictures / "in" / "rows.jsonl", [dict(anchor="red.png", positive="b")])
+    moved = pictures / "out" / "rows.jsonl"
+    os.rename(pictures / "in" / "rows.jsonl", moved)
+    given = moved, pictures / "out" / "p.jsonl"
+    found = converted(*given, "--media", pictures / "in")
+    assert shown(found, pictures / "in") == [["<red.png>", "b"]]
+    for flags, why in ((("--media", pictures / "gone"), "gone': no such folder"),
+                       (("--system", "yes"), "--system 'yes': needs keep or drop")):
+        failed = call("tools.convert", "--data", given[0], "--out", given[1], *flags, check=False)
+        assert why in failed.stderr
+
+
 def written_by(kind, rows, path):
     """Rows in a file, or folder, of this kind -> its path"""
     pyarrow = pytest.importorskip("pyarrow")
