@@ -15,7 +15,7 @@ ITEM_KEYS = ("text", "image", "video", "start", "end", "fps")
 STORED = ("bytes", "path")  # a medium as a column of the datasets library has it; the bytes go first
 # of a training record, in every spelling that published files have
 MEDIA_KEYS = {"image": "image", "images": "image", "video": "video", "videos": "video"}
-SIDE_KEYS = ("conversations", *MEDIA_KEYS)
+SIDE_KEYS = ("conversations", *MEDIA_KEYS, "fps")
 TURN_KEYS = ("from", "value", "role", "content")
 SPEAKERS = {"human": "human", "user": "human", "gpt": "gpt", "assistant": "gpt"}
 
@@ -96,7 +96,8 @@ def parse_item(item, root="", where="item"):
 def parse_side(raw, root, where):
     """A side of a training record -> Side.  root: folder of the media; where: for errors.
 
-    raw: {"conversations": turns, "image"?, "video"?}, or an item to embed, without rationale or answer.
+    raw: {"conversations": turns, "image"?, "video"?, "fps"?}, or an item to embed, which has no rationale and
+    no answer.
     """
     if isinstance(raw, list) and len(raw) == 1:  # seen in the wild
         raw = raw[0]
@@ -113,6 +114,8 @@ def parse_side(raw, root, where):
         if media[kind]:
             raise DataError(f"{where}: both {kind!r} and {kind + 's'!r} are given")
         media[kind] = [given] if key == "video" else listed(given)  # a list as "video": one clip's frames
+    if raw.get("fps") is not None:
+        media["video"] = [part_of(video, None, None, raw["fps"], where) for video in media["video"] or [None]]
     parts = expand_markers(spoken["human"], media, root, where, disc=True)
     if [kind for kind, _ in parts].count("disc") > 1:
         raise DataError(f"{where}: more than one <disc_emb> in the text")

@@ -15,6 +15,7 @@ import torch
 
 import train
 from engine.lock import exclusive_lock
+from files.clips import Part
 from files.errors import DataError, last_line, quote, readable
 from files.items import parse_item, parse_side, parse_target, Side
 from files.records import hold_out, Pairs
@@ -90,6 +91,9 @@ def test_a_video_is_a_file_or_a_list_of_frames(world):
 
     clip = ("video", str(world / "red bar.mp4"))
     assert video(video="red bar.mp4") == video(videos=["red bar.mp4"]) == clip
+    assert video(video="red bar.mp4", fps=2) == ("video", Part(clip[1], fps=2.0))
+    with pytest.raises(DataError, match="here: 'start', 'end' and 'fps' belong to a 'video' that is a file"):
+        parse_side(side("what?", fps=2), str(world), "here")
     names = ["red bar.png", "blue bar.png"]
     frames = ("video", [str(world / name) for name in names])
     assert video(video=names) == video(videos=[names]) == frames
