@@ -234,7 +234,7 @@ class Processor:
         """-> the frames of a medium and their seconds, as `load_clip`."""
         if kind == "image":
             return [load_image(source)], [0.0, 0.0]
-        return load_clip(source, self.limits.num_frames, self.limits.frame_rate)
+        return load_clip(source, self.limits.num_frames, self.limits.frame_rate, self.limits.fps)
 
     def size(self, kind, frames):
         """-> (width, height) in which they are shown."""
@@ -277,7 +277,7 @@ class Processor:
             raise DataError(
                 f"{side.where}: {used} tokens of question, media and latent steps and {len(closing) + 2} "
                 f"behind them exceed max_len {self.limits.max_len}; raise max_len, or lower max_pixels, "
-                "video_max_pixels or num_frames")
+                "video_max_pixels or num_frames", over=-room)
         kept, eot = tokens[:room], [self.id["<eot>"]]
         if curriculum and curriculum.rest_of_rationale == "after":
             thought = eot + kept
@@ -365,13 +365,13 @@ class Schedule:
 
     Every global batch comes from one data set (its other rows are hard negatives).  A data set gets steps in
     proportion to its size, all over the run, and passes through all its records before it shows one again.
-    dataset (pairs,): number of each record's data set, -1: held out.
+    dataset (pairs,): number of each record's data set, -1: held out; weights: of each, times its size.
     """
 
-    def __init__(self, dataset, names, global_batch, steps, seed):
+    def __init__(self, dataset, names, global_batch, steps, seed, weights=1.0):
         self.rows = [np.flatnonzero(dataset == d) for d in range(len(names))]
         self.global_batch, self.steps, self.seed = global_batch, steps, seed
-        share = np.array([len(r) for r in self.rows])
+        share = np.array([len(r) for r in self.rows]) * weights
         share = share / share.sum() * steps
         self.counts = np.floor(share).astype(int)
         largest_remainders = np.argsort(self.counts - share, kind="stable")[: steps - self.counts.sum()]

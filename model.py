@@ -172,7 +172,7 @@ class Plume(nn.Module):
         return self.settings["adaptive"] and self.adapter.kind != "parallel"
 
     def encode(self, items, mode="latent", steps=None, batch_size=16, progress=False, limit=512, took=None,
-               workers=4, bad=None, dim=None, done=0.5, spent=None, prompt=None):
+               workers=4, bad=None, dim=None, done=0.5, spent=None, prompt=None, truncate=False):
         """Embed items -> float32 array (N, D), unit rows, in the order in which `items` gives them.
 
         items: a list, or anything else that can be iterated, of strings, pictures or {"text"?, "image"?,
@@ -185,6 +185,7 @@ class Plume(nn.Module):
         took: a dict whose "seconds" (of the model alone) and "tokens" (decoded) are added to.
         workers: threads that decode and tokenize beside the model.
         dim: only so many first components, normalised again; made for checkpoints of --matryoshka.
+        truncate: True cuts a text that is longer than max_len at its end, and warns; else it is an error.
         bad: a dict.  What cannot be read gets its reason there, by its number, and NaN in its row; without it
         the first such item raises DataError, which names it.  An embedding that is not finite is always a
         DataError.
@@ -192,7 +193,7 @@ class Plume(nn.Module):
         none = np.empty((0, dim or self.lm.config.hidden_size), np.float32)
         windows = encoding(
             self, items, mode, steps, batch_size, progress, limit, took, workers, bad=bad, dim=dim, done=done,
-            spent=spent, prompt=prompt)
+            spent=spent, prompt=prompt, truncate=truncate)
         return np.concatenate([none, *windows])
 
     def encode_query(self, items, prompt="query", **how):

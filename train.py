@@ -41,7 +41,7 @@ from engine.ranks import (
     rank_and_world, say)
 from engine.resume import resume, save
 from engine.stop import bind_to_parent, check_finite, end_workers, ending_workers, StopOnSignal
-from engine.train_flags import check_flags, claim_one_space, settings_of
+from engine.train_flags import check_flags, claim_one_space, settings_of, weights_of
 from engine.trained import choose_trained, hash_of_frozen, TARGETS
 from files.errors import DataError, nearest
 from files.records import hold_out, Pairs
@@ -61,6 +61,7 @@ class Config:  # --help prints the comments
     rules: bool = False  # turtle world's moves mean what a rule book says, a word or picture at the start
     codes: bool = False  # turtle world is pages with a code word that belongs to the answer
     media: str = ""  # folder that media paths are relative to; default: the folder of --data
+    weights: str = ""  # of data sets, as a=2,b=0.5: a gets twice the steps that its size gives it; default: 1
     skip_bad: bool = False  # leave out records that cannot be read and name them; default: stop at the first
     workers: int = 1  # processes that decode and tokenize ahead; raise while the log's `wait` is not near 0;
     #     with a gate up to 15
@@ -74,7 +75,8 @@ class Config:  # --help prints the comments
     min_pixels: int = 0  # a picture is scaled up to this area; 0: the checkpoint's own
     max_pixels: int = 0  # and down to this one: the number of tokens of a picture; 0: the checkpoint's own
     video_max_pixels: int = 0  # the same for each frame of a clip; 0: the checkpoint's own
-    num_frames: int = 0  # frames sampled from a clip; 0: the checkpoint's own
+    num_frames: int = 0  # frames sampled from a clip, with --fps at most; 0: the checkpoint's own
+    fps: float = 0.0  # frames sampled from a second of a clip; 0: the checkpoint's own, if it has any
     frame_rate: float = 0.0  # frames a second of clips given as frames; 0: the checkpoint's own
     max_len: int = 0  # tokens in a sequence; a longer rationale loses its end; 0: the checkpoint's own
     latent_positions: str = "mrope"  # of latent steps: mrope goes on counting, cache as released
@@ -96,8 +98,7 @@ class Config:  # --help prints the comments
     segments: int = 8  # S, parts a rationale is cut into; 1 stage each
     steps_per_segment: int = 1  # c, latent steps a part turns into; K = S * c
     rest_of_rationale: str = "inside"  # the text that is left: inside the thought, or after it as released
-    last_stage: float = 0.3  # share of the run in the last stage (paper: 0.5);
-    #     its second half drops the answer, too
+    last_stage: float = 0.3  # share of the run in the last stage (paper: 0.5), half of it without the answer
     gate: float = 0.6  # enter a stage when the mean of `gate_loss` is under this, at the latest by the
     #     schedule; 0: by the schedule alone, as the paper
     replay: float = 0.15  # share of the steps that go back: half to stage 0, half to a random earlier one
@@ -110,8 +111,7 @@ class Config:  # --help prints the comments
     #     twice: memory, not recipe; 0: its whole share of the global batch
     epochs: float = 1.5  # passes over the data; ignored when --steps is given
     steps: int = 0  # optimizer steps; 0: from --epochs
-    lr: float = 2e-3  # peak learning rate for the tiny preset in turtle world;
-    #     1e-3 on real pictures, 1e-5 for a pretrained backbone
+    lr: float = 2e-3  # peak; for the tiny preset in turtle world, 1e-3 on real pictures, 1e-5 if pretrained
     warmup: float = 0.03  # share of the run with a rising learning rate
     decay: float = 0.6  # share of the run, at its end, with a cosine down to a tenth; 1: all, as the paper
     vision_lr: float = 0.5  # learning rate of the vision tower, as a share of lr
@@ -454,7 +454,7 @@ def make_schedule(cfg, pairs):
         if len(out) > len(held):
             say(f"{len(out) - len(held)} pairs with the queries of held-out ones are left out of training")
     steps = cfg.steps or max(1, round(cfg.epochs * (dataset >= 0).sum() / cfg.global_batch))
-    return Schedule(dataset, pairs.names, cfg.global_batch, steps, cfg.seed), held
+    return Schedule(dataset, pairs.names, cfg.global_batch, steps, cfg.seed, weights_of(cfg, pairs)), held
 
 
 def data_loader(batches, sampler, workers, device):

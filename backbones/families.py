@@ -42,15 +42,18 @@ class Limits:
     max_pixels: int = 28 * 28 * 1280  # and down to this one
     video_min_pixels: int = 56 * 56  # the same for each frame of a clip
     video_max_pixels: int = 28 * 28 * 32
-    num_frames: int = 8  # frames sampled from a clip
+    num_frames: int = 8  # frames sampled from a clip; with fps at most
+    fps: float = 0.0  # frames sampled from a second of a clip, see files.sampling; 0: num_frames
     frame_rate: float = 2.0  # frames a second of a clip that is given as frames; Qwen2-VL does not ask
     max_len: int = 8192  # tokens in one sequence: prefix, suffix, in training also the latent steps
 
     def __post_init__(self):
         if type(self.frame_rate) is not float or not 0 < self.frame_rate < math.inf:
             raise DataError(f"frame_rate {quote(self.frame_rate)}: needs a number above 0, as 2.0")
+        if type(self.fps) is not float or not 0 <= self.fps < math.inf:
+            raise DataError(f"fps {quote(self.fps)}: needs a number of at least 0, as 2.0")
         for name, value in vars(self).items():
-            if name != "frame_rate" and (type(value) is not int or value < 1):
+            if name not in ("frame_rate", "fps") and (type(value) is not int or value < 1):
                 raise DataError(f"{name} {quote(value)}: needs a whole number of at least 1")
         for low, high in (("min_pixels", "max_pixels"), ("video_min_pixels", "video_max_pixels")):
             if vars(self)[low] > vars(self)[high]:

@@ -164,7 +164,7 @@ class Embedder:
         area, count = high, limits.num_frames  # of a video file: only decoding would tell
         if isinstance(value, Part):
             sources = [value.video]
-            h.update(f"{value.start} {value.end}".encode())
+            h.update(f"{value.start} {value.end} {value.fps}".encode())
         for source in sources:
             digest, size = self.hash(source)
             h.update(digest)

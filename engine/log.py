@@ -22,6 +22,8 @@ def announce(cfg, pairs, schedule, model, curriculum):
         say(f"  {name} = {value!r}")
     sets = list(zip(pairs.names, schedule.rows, schedule.counts))
     told = ", ".join(f"{name} {len(rows)} ({count} steps)" for name, rows, count in sets)
+    if cfg.weights:
+        told += f"; weights {cfg.weights}, 1 for others"
     say(f"{len(pairs)} pairs in {len(sets)} data sets: {told}")
     if pairs.negatives:
         say(f"hard negatives: up to {pairs.negatives} a pair")

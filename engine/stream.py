@@ -4,16 +4,11 @@ Threads read and decode the next window while the model embeds this one; a bound
 the two in memory at about 2 * AHEAD bytes, however many items there are.
 """
 
-import io
 import itertools
 import math
-import operator
-import os
 import threading
 import time
-import warnings
 from collections import deque
-from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor, wait
 from typing import NamedTuple
 
@@ -23,15 +18,15 @@ from tqdm import tqdm
 
 from adapter import MAX_STEPS
 from data import collate, to_device
-from files.clips import is_clip_file, VIDEO_SUFFIXES
+from engine.containers import iterate, length_hint
+from engine.truncate import render_truncated, warn_of_cut
 from files.errors import DataError, nearest, quote
 from files.items import parse_item, Side
-from files.pictures import IMAGE_SUFFIXES, PICTURE
+from files.named import warn_of_file_names
 from hub.prompts import template_of, with_prompt
 from latent import unit
 
 MODES = ("latent", "single", "cot", "auto")
-SINGLE = "put a single item into [ ]"
 WAITING = 2  # times batch_size: so many rows wait, with their caches, until mode auto writes them together
 AHEAD = 1 << 27  # bytes of media that `encode` holds for a window, and about as many are read ahead
 
@@ -44,24 +39,21 @@ class Spent(NamedTuple):
 
 
 def encoding(model, items, mode="latent", steps=None, batch_size=16, progress=False, limit=512, took=None,
-             workers=4, sort=True, bad=None, dim=None, done=0.5, spent=None, prompt=None):
+             workers=4, sort=True, bad=None, dim=None, done=0.5, spent=None, prompt=None, truncate=False):
     """`Plume.encode` in windows: yields the embeddings of the next items as an array.
 
     A window is 8 batches, or less when their media take AHEAD bytes; about as much is read ahead.  What mode
     auto has to write in it waits until it is worth a batch.
+    truncate: as in `Plume.encode`; a dict gets {an item's number: tokens that it has lost}, too.
     sort: the rows of a window are batched by length; False: batches are neighbours as given.
     """
     check_mode(mode, steps)
     template = template_of(model.settings["prompts"], prompt)
-    if not 0 <= done <= 1:
-        raise ValueError(f"done {done}: needs a probability, 0 .. 1")
     width = model.lm.config.hidden_size
-    if dim is not None and not 1 <= dim <= width:
-        raise ValueError(f"dim {dim}: this model has 1 to {width} components")
-    if min(batch_size, limit, workers) < 1:
-        raise ValueError(f"batch_size {batch_size}, limit {limit}, workers {workers}: need at least 1")
+    check_numbers(done, dim, width, batch_size=batch_size, limit=limit, workers=workers)
     label = progress if isinstance(progress, str) else f"encode ({mode})"
     bar = tqdm(total=length_hint(items), desc=label, unit="item", disable=not progress)
+    cut, number = None if truncate is False else {}, 0
     items, size = warn_of_file_names(iterate(items)), 8 * batch_size if sort else batch_size
     if spent is not None:
         for name in Spent._fields:
@@ -69,8 +61,8 @@ def encoding(model, items, mode="latent", steps=None, batch_size=16, progress=Fa
     was_training = model.training
     model.eval()
     try:
-        for samples in windows(model, items, size, workers, bad, took is not None, template):
-            order = list(range(len(samples)))
+        for samples in windows(model, items, size, workers, bad, cut, took is not None, template):
+            order, number = list(range(len(samples))), number + len(samples)
             if sort:  # a batch of about equal lengths has little padding
                 order.sort(key=lambda i: len(samples[i]["ids"]) if samples[i] else 0)
             out = torch.full((len(samples), dim or width), torch.nan, device=model.device)
@@ -91,12 +83,15 @@ def encoding(model, items, mode="latent", steps=None, batch_size=16, progress=Fa
                     spent[name].extend(column)
             check_embeddings(model, samples, out)
             yield out
+        warn_of_cut(cut, number, model.processor.limits.max_len)
+        if isinstance(truncate, dict):
+            truncate.update(sorted(cut.items()))
     finally:
         model.train(was_training)
         bar.close()
 
 
-def windows(model, items, size, workers, bad, alone, template):
+def windows(model, items, size, workers, bad, cut, alone, template):
     """Lists of at most `size` samples, of less when their media take AHEAD bytes; threads read ahead.
 
     alone: nothing is read while the caller is at work, so that its time can be taken.
@@ -108,7 +103,7 @@ def windows(model, items, size, workers, bad, alone, template):
 
     def read(i, item):
         buffer.wait(i)
-        sample = read_item(model, i, item, bad, template)
+        sample = read_item(model, i, item, bad, cut, template)
         buffer.add(media_bytes(sample))
         return sample
 
@@ -166,11 +161,19 @@ def media_bytes(sample):
     return sum(patches.nbytes for patches in sample["pixels"]) if sample else 0
 
 
-def read_item(model, i, item, bad, template="{}"):
-    """Item i -> a sample for `collate`; or None, and the reason in the dict `bad`, if it is given."""
+def read_item(model, i, item, bad, cut=None, template="{}"):
+    """Item i -> a sample for `collate`; or None, and the reason in the dict `bad`, if it is given.
+
+    cut: a dict that gets how many tokens of a text that is too long are left out; None: that is an error.
+    """
     try:
         side = item if isinstance(item, Side) else parse_item(item, where=f"item {i}")
-        return dict(model.processor.render(with_prompt(side, template)), where=side.where)
+        if cut is None:
+            return dict(model.processor.render(with_prompt(side, template)), where=side.where)
+        sample = render_truncated(model.processor, side, template)
+        if sample["cut"]:
+            cut[i] = sample["cut"]
+        return dict(sample, where=side.where)
     except DataError as e:
         if bad is None:
             raise
@@ -245,56 +248,11 @@ def check_mode(mode, steps):
         raise ValueError(f"steps {steps} in mode {mode!r}: 0..{MAX_STEPS} steps belong to mode 'latent'")
 
 
-def iterate(items):
-    """An iterator over the items of any container, in its own order; TypeError for what is none."""
-    instead, iterator = what_instead(items), None
-    if not instead:
-        try:
-            iterator = iter(items)
-        except TypeError:
-            instead = SINGLE
-    if instead:
-        raise TypeError(f"give a list or another iterable of items, got {type(items).__name__}; {instead}")
-    if isinstance(items, Iterable):
-        return iterator
-    return itertools.islice(iterator, length_hint(items))  # of the older kind: [0], [1], ... as it says
-
-
-def what_instead(items):
-    """What to give in place of a single item, or of what goes through something else than items; or ""."""
-    if isinstance(items, io.IOBase):
-        return "for its lines give file.read().splitlines(), and put a picture into [ ]"
-    if isinstance(items, np.ndarray):
-        return SINGLE if items.ndim == 3 else ""
-    if isinstance(items, (str, os.PathLike, Mapping, *PICTURE)):
-        return SINGLE
-    if hasattr(items, "columns"):  # of pandas, polars, pyarrow: going through it gives names or columns
-        return ("give one of its columns: table['text'].tolist() (pandas), .to_list() (polars) or "
-                ".to_pylist() (pyarrow)")
-    if isinstance(items, torch.utils.data.DataLoader):
-        return "it gives batches: take its data set"
-    if isinstance(items, (set, frozenset)):
-        return "it has no order, in which rows could be given back: take sorted(items)"
-    return ""
-
-
-def length_hint(items):
-    """How many items there are, or None when nobody knows."""
-    try:
-        hint = operator.length_hint(items, -1)
-    except NotImplementedError:
-        return None
-    return hint if hint >= 0 else None
-
-
-def warn_of_file_names(items):
-    """The items as they come; the first string that is the name of a picture or clip gives a warning."""
-    told, suffixes = False, IMAGE_SUFFIXES + VIDEO_SUFFIXES
-    for item in items:
-        if not told and isinstance(item, str) and item.lower().endswith(suffixes) and os.path.isfile(item):
-            told = item.lower().endswith(IMAGE_SUFFIXES) or is_clip_file(item)
-            if told:  # and no source of TypeScript
-                warnings.warn("a string that is the name of a file is embedded as text; for the picture or "
-                              "clip itself give {'image': ...} or {'video': ...}.  The first is "
-                              f"{quote(item)}")
-        yield item
+def check_numbers(done, dim, width, **at_least_1):
+    """Raises ValueError for what `encode` cannot do; width: components of the model's embeddings."""
+    if not 0 <= done <= 1:
+        raise ValueError(f"done {done}: needs a probability, 0 .. 1")
+    if dim is not None and not 1 <= dim <= width:
+        raise ValueError(f"dim {dim}: this model has 1 to {width} components")
+    if min(at_least_1.values()) < 1:
+        raise ValueError(f"{', '.join(f'{k} {v}' for k, v in at_least_1.items())}: need at least 1")

@@ -15,7 +15,7 @@ from hub.prompts import check_template
 
 AT_LEAST = dict(seed=0, global_batch=2, micro_tokens=0, steps=0, save_every=1, log_every=1, eval_every=0,
                 keep=0, workers=0, until=0, warmup=0, decay=0, vision_lr=0, weight_decay=0, frame_rate=0,
-                w_cross=0, lora=0)
+                fps=0, w_cross=0, lora=0)
 PROMPT_FLAGS = dict(query_prompt="query", document_prompt="document")  # -> names of a checkpoint's prompts
 
 
@@ -81,7 +81,7 @@ def check_flags(cfg, world):
 def settings_of(cfg, given):
     """The settings of a checkpoint for which there are flags; given: names of the flags."""
     flags = asdict(cfg)
-    limits = ("min_pixels", "max_pixels", "video_max_pixels", "num_frames", "frame_rate", "max_len")
+    limits = ("min_pixels", "max_pixels", "video_max_pixels", "num_frames", "frame_rate", "fps", "max_len")
     switches = ("experts", "top_k", "shared_expert", "anchor", "step_embedding")
     settings = {name: flags[name] for name in ("prompt", "latent_positions") if name in given}
     settings["prompts"] = {prompt: flags[name] for name, prompt in PROMPT_FLAGS.items() if name in given}
@@ -92,6 +92,25 @@ def settings_of(cfg, given):
     settings["latent_steps"] = cfg.segments * cfg.steps_per_segment
     settings["adaptive"] = cfg.adaptive
     return settings
+
+
+def weights_of(cfg, pairs):
+    """--weights "a=2,b=0.5" -> a number for each data set of the pairs, 1.0 where none is given"""
+    given, names = {}, pairs.names
+    for part in cfg.weights.split(",") if cfg.weights else ():
+        name, _, text = part.rpartition("=")
+        try:
+            weight = float(text)
+        except ValueError:
+            weight = 0.0
+        if not name or name in given or not 0 < weight < math.inf:
+            raise DataError(f"--weights {cfg.weights!r}: needs names of data sets, each once, with numbers "
+                            "above 0, as a=2,b=0.5")
+        given[name] = weight
+    for name in given:
+        if name not in names:
+            raise DataError(f"--weights {name}: no such data set.{nearest(name, names)}")
+    return [given.get(name, 1.0) for name in names]
 
 
 def claim_one_space(cfg, settings):

@@ -17,6 +17,7 @@ from PIL import Image
 from files.errors import DataError, lfs_hint, quote
 from files.frames import display_matrix, rgb_of_frame, upright
 from files.pictures import DECODER_ERRORS, frame_files, load_image, MAX_PIXELS, to_rgb
+from files.sampling import evenly_spaced, frames_taken
 
 VIDEO_SUFFIXES = tuple(  # a clip of any other name can be given, too; a folder is searched for these
     ".mp4 .m4v .mov .qt .3gp .3gpp .3g2 .f4v .mj2 .mkv .mk3d .webm .avi .divx .flv .wmv .asf .ogv .ogm .mpg "
@@ -34,13 +35,19 @@ SEES_ALPHA = {"vp8": "libvpx", "vp9": "libvpx-vp9"}  # these keep it in a second
 
 @dataclass(frozen=True)
 class Part:
-    """Of a video file what is shown from second `start` to right before `end`; its first frame is at 0."""
+    """Of a video file what is shown from second `start` to right before `end`; its first frame is at 0.
+
+    fps: frames a second that are taken; None: as of every clip.
+    """
 
     video: str
     start: float = 0.0
     end: float = math.inf
+    fps: float | None = None
 
     def __str__(self):
+        if (self.start, self.end) == (0, math.inf):
+            return self.video
         return f"{self.video} ({self.start:g} - {self.end:g} s)"
 
 
@@ -57,12 +64,13 @@ def is_clip_file(path):
     return b"\0" in head and TRANSPORT_STREAM.search(head) is not None  # text may have a G in every line
 
 
-def load_clip(source, count, frame_rate=2.0):
+def load_clip(source, count, frame_rate=2.0, fps=0.0):
     """A clip -> at most `count` RGB Pillow images, evenly spaced in time from the first frame to the last.
 
     And in seconds when each of them begins, counted from the first one's begin, and when the clip ends.
     source: a video file, a `Part` of one, a folder of frame files (natural order), or a list of what
     `load_image` takes.  frame_rate: frames a second where the source does not tell.
+    fps: frames a second that are taken, up to `count`, as `frames_taken`; 0: `count` of every clip.
     A clip with fewer frames gives all it has.  Frames of a file are shown as a player does: turned, mirrored
     and stretched as the file asks for; where they are transparent they are white.  Decoding keeps only the
     chosen frames in memory.
@@ -74,11 +82,11 @@ def load_clip(source, count, frame_rate=2.0):
         frames = source if is_list else frame_files(source)
         if not frames:
             raise DataError(f"{quote(source)}: a clip given as frames, but there is no frame in it")
-        chosen = [round(i) for i in np.linspace(0, len(frames) - 1, min(count, len(frames)))]
+        chosen = evenly_spaced(len(frames), frames_taken(len(frames), frame_rate, count, fps))
         return [load_image(frames[i]) for i in chosen], [i / frame_rate for i in (*chosen, len(frames))]
     part = source if isinstance(source, Part) else Part(source)
     try:
-        return decode_clip(part, count, frame_rate)
+        return decode_clip(part, count, frame_rate, fps if part.fps is None else part.fps)
     except DECODER_ERRORS as e:  # FFmpegError is an OSError or ValueError
         raise DataError(f"{source}: cannot be used as a video: {e}{lfs_hint(part.video)}") from e
 
@@ -89,9 +97,10 @@ def load_frames(source, count):
     return frames
 
 
-def decode_clip(part, count, frame_rate):
+def decode_clip(part, count, frame_rate, fps):
     """The headers say when each frame is shown; those nearest to `count` evenly spaced times are decoded.
 
+    With fps they are evenly spaced by their numbers, as Qwen3-VL has it; else by their times.
     What lies between two of them is jumped over where a key frame stands there.  Where the frames then do not
     come at the times of their headers, all are decoded.
     """
@@ -104,7 +113,12 @@ def decode_clip(part, count, frame_rate):
         shape = display_size(*size, stream.sample_aspect_ratio)
         track = read_headers(container, stream, source)
     times = times_within(track, part)
-    wanted = times if len(times) <= count else np.linspace(times[0], times[-1], count)
+    if fps:
+        rate = frame_rate if track.start is None else track.rate
+        taken = frames_taken(len(times), rate, count, fps)
+        wanted = [times[i] for i in evenly_spaced(len(times), taken)]
+    else:
+        wanted = times if len(times) <= count else np.linspace(times[0], times[-1], count)
     # the last of them ends where the next one begins
     end = [*track.times, track.end][bisect.bisect(track.times, times[-1])]
     unit = 1 / frame_rate if track.start is None else track.unit
@@ -163,6 +177,7 @@ class Track:
     keys: list  # of the key frames among them, sorted
     end: float  # when the last frame is no longer shown
     unit: float  # in seconds
+    rate: float  # frames a second
     decoder: str | None  # another one than FFmpeg's own
 
 
@@ -197,7 +212,9 @@ def read_headers(container, stream, source):
         end += (times[-1] - times[0]) / max(1, len(times) - 1)
     tags = {name.lower(): value for name, value in stream.metadata.items()}
     decoder = SEES_ALPHA.get(stream.codec_context.name) if tags.get("alpha_mode") == "1" else None
-    return Track(stream.index, first, start, times, keys, end, float(stream.time_base), decoder)
+    unit = float(stream.time_base)
+    rate = float(stream.average_rate or len(times) / (max(1, end - times[0]) * unit))
+    return Track(stream.index, first, start, times, keys, end, unit, rate, decoder)
 
 
 def times_within(track, part):

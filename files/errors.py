@@ -9,7 +9,14 @@ LFS_HINT = "; this file is a Git LFS pointer, the contents were not downloaded: 
 
 
 class DataError(ValueError):
-    """Bad input: the message says what was given, where, and what is needed."""
+    """Bad input: the message says what was given, where, and what is needed.
+
+    over: of an item that is too long, how many tokens it has too many.
+    """
+
+    def __init__(self, message="", over=0):
+        super().__init__(message)
+        self.over = over
 
     def __str__(self):
         return readable(super().__str__())

@@ -11,11 +11,11 @@ from files.errors import DataError, quote
 from files.jsonl import only_keys
 from files.pictures import as_image, DECODER_ERRORS, PICTURE
 
-ITEM_KEYS = ("text", "image", "video", "start", "end")
+ITEM_KEYS = ("text", "image", "video", "start", "end", "fps")
 STORED = ("bytes", "path")  # a medium as a column of the datasets library has it; the bytes go first
 # of a training record, in every spelling that published files have
 MEDIA_KEYS = {"image": "image", "images": "image", "video": "video", "videos": "video"}
-SIDE_KEYS = ("conversations", *MEDIA_KEYS)
+SIDE_KEYS = ("conversations", *MEDIA_KEYS, "fps")
 TURN_KEYS = ("from", "value", "role", "content")
 SPEAKERS = {"human": "human", "user": "human", "gpt": "gpt", "assistant": "gpt"}
 
@@ -58,7 +58,8 @@ def parse_item(item, root="", where="item"):
     """An item to embed -> Side.  item: a string, a picture, or {"text"?, "image"?, "video"?}.
 
     image: what `as_image` takes, or a list of these; video: a path, a folder of frames, or a list of frames.
-    Beside the path of a video file "start" and "end" may say in seconds which part of it is meant.
+    Beside the path of a video file "start" and "end" may say in seconds which part of it is meant, and "fps"
+    how many frames a second are taken, up to the checkpoint's num_frames; 0: num_frames.
     A bare Pillow image, Path, array, open file, bytes or STORED object is a picture.  Media stand in front of
     the text, unless it has one <image> (<video>) for each.
     """
@@ -75,9 +76,9 @@ def parse_item(item, root="", where="item"):
         needs = f"a string, a picture or an object with some of {ITEM_KEYS[:3]}"
         raise DataError(f"{where}: needs {needs}, got {quote(item)}")
     only_keys(item, ITEM_KEYS, where)
-    text, image, video, start, end = (item.get(key) for key in ITEM_KEYS)
-    if start is not None or end is not None:
-        video = part_of(video, start, end, where)
+    text, image, video, start, end, fps = (item.get(key) for key in ITEM_KEYS)
+    if (start, end, fps) != (None, None, None):
+        video = part_of(video, start, end, fps, where)
     if not isinstance(text, (str, type(None))):
         raise DataError(f"{where}: 'text' must be a string, got {type(text).__name__}")
     if isinstance(image, (list, tuple)) and not image:
@@ -95,7 +96,8 @@ def parse_item(item, root="", where="item"):
 def parse_side(raw, root, where):
     """A side of a training record -> Side.  root: folder of the media; where: for errors.
 
-    raw: {"conversations": turns, "image"?, "video"?}, or an item to embed, without rationale or answer.
+    raw: {"conversations": turns, "image"?, "video"?, "fps"?}, or an item to embed, which has no rationale and
+    no answer.
     """
     if isinstance(raw, list) and len(raw) == 1:  # seen in the wild
         raw = raw[0]
@@ -112,6 +114,8 @@ def parse_side(raw, root, where):
         if media[kind]:
             raise DataError(f"{where}: both {kind!r} and {kind + 's'!r} are given")
         media[kind] = [given] if key == "video" else listed(given)  # a list as "video": one clip's frames
+    if raw.get("fps") is not None:
+        media["video"] = [part_of(video, None, None, raw["fps"], where) for video in media["video"] or [None]]
     parts = expand_markers(spoken["human"], media, root, where, disc=True)
     if [kind for kind, _ in parts].count("disc") > 1:
         raise DataError(f"{where}: more than one <disc_emb> in the text")
@@ -194,7 +198,7 @@ def resolve(source, kind, root, where):
     if isinstance(source, Part):
         file = resolve(source.video, kind, root, where)
         if os.path.isdir(file):
-            raise DataError(f"{where}: 'start' and 'end' belong to a video file, {file} is a folder")
+            raise DataError(f"{where}: 'start', 'end' and 'fps' belong to a video file, {file} is a folder")
         return replace(source, video=file)
     if isinstance(source, PICTURE) and kind != "video":
         try:
@@ -221,17 +225,21 @@ def is_stored(source):
     return isinstance(source, dict) and source.keys() == set(STORED)
 
 
-def part_of(video, start, end, where):
+def part_of(video, start, end, fps, where):
     """The item's values of these keys -> Part."""
     if not isinstance(video, (str, os.PathLike)):
-        raise DataError(f"{where}: 'start' and 'end' belong to a 'video' that is a file, not {quote(video)}")
+        raise DataError(f"{where}: 'start', 'end' and 'fps' belong to a 'video' that is a file, not "
+                        + quote(video))
     start, end = 0 if start is None else start, math.inf if end is None else end
     for seconds in (start, end):
         if isinstance(seconds, bool) or not isinstance(seconds, (int, float)):
             raise DataError(f"{where}: 'start' and 'end' are seconds, got {quote(seconds)}")
     if not 0 <= start < end or start == math.inf:
         raise DataError(f"{where}: 'start' {start}, 'end' {end}: need 0 <= start < end, in seconds")
-    return Part(os.fsdecode(video), float(start), float(end))
+    is_number = isinstance(fps, (int, float)) and not isinstance(fps, bool)
+    if fps is not None and not (is_number and 0 <= fps < math.inf):
+        raise DataError(f"{where}: 'fps' is frames a second, or 0 for num_frames of them, got {quote(fps)}")
+    return Part(os.fsdecode(video), float(start), float(end), fps if fps is None else float(fps))
 
 
 def listed(value):

@@ -11,6 +11,7 @@ from tqdm import tqdm
 from files.errors import DataError
 from files.items import hash_of, parse_side
 from files.jsonl import only_keys, parse_json, spans_of
+from files.named import FileNameWarning
 
 RECORD_KEYS = ("dataset_name", "qry", "pos", "neg")
 START_AGAIN = "; put it back, and go on from the last checkpoint with --resume, or start again"
@@ -51,6 +52,7 @@ class Pairs:
         self.name = os.path.splitext(os.path.basename(path))[0]  # of a data set whose records have none
         spans, dataset, query_hash, target = array("q"), array("i"), array("q"), array("q")
         names, digest, self.negatives = {}, hashlib.blake2b(digest_size=8), 0
+        warning = FileNameWarning(self.media)
         bar = tqdm(total=os.path.getsize(path), desc="reading pairs", unit="B", unit_scale=True, leave=False,
                    disable=not progress)
         with open(path, "rb") as f, bar:
@@ -63,6 +65,8 @@ class Pairs:
                         raise
                     self.bad.append(str(e))
                     continue
+                for side in (query, pos, *negatives):
+                    warning.look_at_side(side)
                 spans.extend((start, end, n, hash_of(text)))
                 digest.update(text)
                 dataset.append(names.setdefault(name, len(names)))

@@ -5,8 +5,9 @@
     processor_config.json            of both, in two objects: all that transformers 5 writes
 
 A limit has several spellings: min_pixels or size.shortest_edge, max_pixels or size.longest_edge.  Of a clip
-they are each frame's, in a Qwen3-VL those of all its frames together.  `fps` is no limit of ours: we take
-`num_frames` from a clip of any length.  A checkpoint of ours has its limits in the plume block.
+they are each frame's, in a Qwen3-VL those of all its frames together.  Their `fps` is not
+read: unless told (train.py --fps) we take `num_frames` from a clip of any length.  A checkpoint of ours has
+its limits in the plume block.
 """
 
 import os
@@ -95,7 +96,10 @@ def write_limits(folder, limits, facts):
             size = {key: given for key, given in size.items() if key != name} | {edge: value}
             if section.get(name) is not None:
                 section[name] = value
-        if kind == "video" and section.get("num_frames") is not None:
+        if kind == "video" and limits.fps:
+            section.pop("num_frames", None)  # one excludes the other there
+            section |= dict(fps=limits.fps, max_frames=limits.num_frames)
+        elif kind == "video" and section.get("num_frames") is not None:
             section["num_frames"] = limits.num_frames
         section["size"] = size
         write_json(file, whole)

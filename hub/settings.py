@@ -41,7 +41,7 @@ def stored_settings(block, path):
     settings = dict(adaptive=False, one_space=False, prompts={}) | block  # older ones know none of these
     del settings["format"]
     if isinstance(settings.get("limits"), dict):  # older ones are of Qwen2-VL, whose clips have no seconds
-        settings["limits"] = dict(frame_rate=Limits.frame_rate) | settings["limits"]
+        settings["limits"] = dict(frame_rate=Limits.frame_rate, fps=Limits.fps) | settings["limits"]
     return fill_settings(settings, DEFAULTS, f"{path}: config.json: plume", complete=True)
 
 

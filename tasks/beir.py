@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 from files.errors import DataError, lfs_hint, quote
 from files.items import parse_item
 from files.jsonl import parse_json, spans_of
+from files.named import FileNameWarning
 from hub.prompts import with_prompt
 
 
@@ -120,7 +121,7 @@ def read_items(path, root, own_key):
     """
     if not os.path.exists(path):
         raise DataError(f"{path}: no such file; a task needs corpus.jsonl, queries.jsonl and qrels.tsv")
-    rows, sides, raws = {}, [], []
+    rows, sides, raws, warning = {}, [], [], FileNameWarning(root)
     with open(path, "rb") as f:
         for n, (_, _, text) in enumerate(spans_of(f, path), 1):
             where = f"{path}: record {n}"
@@ -135,6 +136,7 @@ def read_items(path, root, own_key):
             if own_key == "title" and "title" in raw:
                 item["text"] = with_title(raw, where)
             sides.append(parse_item(item, root, where))
+            warning.look_at_side(sides[-1])
             raws.append(raw)
     if not sides:
         raise DataError(f"{path}: no record in this file")

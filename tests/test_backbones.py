@@ -5,12 +5,15 @@ That all three compute what transformers does stands in test_plume.py.
 
 import json
 from dataclasses import replace
+from fractions import Fraction
 
 import pytest
 import torch
 import transformers
 from PIL import Image
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+from transformers.models.qwen3_vl.video_processing_qwen3_vl import Qwen3VLVideoProcessor
+from transformers.video_utils import VideoMetadata
 
 import data
 import latent
@@ -106,6 +109,40 @@ def test_a_clip_of_qwen3_is_pictures_behind_their_seconds(tmp_path, monkeypatch)
         pairs = "".join(f"<{s} seconds><|vision_start|><|vision_end|>" for s in seconds)
         assert text.replace("<|video_pad|>", "").startswith(f"<|im_start|>user\n{pairs}what?")  # no system
     assert load_clip(part, 4)[1] == [0, 0.125, 0.25, 0.375, 0.5]
+
+
+@pytest.mark.parametrize("total, rate, fps, most", [
+    (40, 8, 2.0, 16), (40, 8, 2.0, 8), (41, 8, 1.5, 100), (9, 24, 2.0, 8), (3, 24, 2.0, 8),
+    (60, 29.97, 7.0, 90), (48, 24, 2.0, 90), (10, 10, 100.0, 90), (40, 8, 0.1, 8), (1, 25, 2.0, 8)])
+@pytest.mark.parametrize("suffix", ["mp4", "mkv"])
+def test_frames_a_second_are_those_of_qwen3s_own_rule(total, rate, fps, most, suffix, tmp_path):
+    path, rule = str(tmp_path / f"clip.{suffix}"), Qwen3VLVideoProcessor(max_frames=most, fps=fps)
+    rate = Fraction(rate).limit_denominator(1001)
+    write_clip(path, [picture("red", "bar", (64, 64), at % 16) for at in range(total)], rate)
+    expected = rule.sample_frames(VideoMetadata(total_num_frames=total, fps=float(rate))).tolist()
+    for source, own in ((path, 0.0), (Part(path, fps=fps), 9.0)):  # an item's own wins
+        frames, seconds = load_clip(source, most, 2.0, own or fps)
+        assert [round(second * rate) for second in seconds[:-1]] == expected
+        assert len(frames) == len(expected)
+    frames, seconds = load_clip([Image.new("RGB", (9, 9))] * total, most, float(rate), fps)
+    assert [round(second * rate) for second in seconds[:-1]] == expected
+    half = Part(path, 0, total / 2 / rate)
+    count = len(load_clip(half, most, 2.0, fps)[0])
+    theirs = rule.sample_frames(VideoMetadata(total_num_frames=-(-total // 2), fps=float(rate)))
+    assert count == len(theirs)
+
+
+def test_a_checkpoint_keeps_its_frames_a_second_and_an_older_one_has_none(tmp_path):
+    m = Plume.random(["red"], "tiny3", limits=dict(fps=1.5))
+    m.save_pretrained(tmp_path / "ck")
+    assert Plume.from_pretrained(tmp_path / "ck", "cpu").processor.limits.fps == 1.5
+    config = json.loads((tmp_path / "ck" / "config.json").read_text())
+    del config["plume"]["limits"]["fps"]
+    (tmp_path / "ck" / "config.json").write_text(json.dumps(config))
+    assert Plume.from_pretrained(tmp_path / "ck", "cpu").processor.limits.fps == 0
+    for wrong in (-1.0, float("nan"), 2):
+        with pytest.raises(DataError, match="fps .*: needs a number of at least 0"):
+            Limits(fps=wrong)
 
 
 @pytest.mark.parametrize("count, size, budget", [

@@ -1,5 +1,6 @@
 """`encode`: any container in its own order, bad items named, nothing that is not finite."""
 
+import bisect
 import io
 import math
 import threading
@@ -16,7 +17,7 @@ from PIL import Image
 from data import collate, Processor
 from engine import stream
 from files.errors import DataError
-from files.items import parse_side
+from files.items import parse_item, parse_side
 from latent import Graphs
 from test_plume import assert_close, gradients, HERE, make_model, mixed_items, rendered
 from tests.samples import picture, png, turns
@@ -288,6 +289,42 @@ def test_a_string_that_names_a_picture_file_is_embedded_as_text_with_one_warning
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         model.encode(["gone.png", "a picture.png of a cat", {"text": "red bar.png"}, "model.py"])
+
+
+def test_a_text_that_is_too_long_is_cut_where_asked_for_counted_and_said(model, world):
+    long, red = "red circle and a blue bar " * 200, str(world / "red bar.png")
+    behind = {"text": f"{long}<image> blue", "image": red}
+    items = ["red", long, {"text": long, "image": red}, behind, long[:99]]
+    with pytest.raises(DataError, match="item 1: .* exceed max_len"):
+        model.encode(items)
+    cut, p = {}, model.processor
+    with pytest.warns(UserWarning, match="3 of 5 items .* than 512 tokens .* first is item 1") as seen:
+        vectors = model.encode(items, truncate=cut)
+    assert list(cut) == [1, 2, 3] and f"{sum(cut.values())} tokens together" in str(seen[0].message)
+    for i, made in ((1, lambda n: long[:n]), (2, lambda n: {"text": long[:n], "image": red}),
+                    (3, lambda n: {"text": f"{long[:n]}<image>", "image": red})):
+        about = bisect.bisect(range(len(long)), 512, key=lambda n: length(p, made(n)))
+        most = max(n for n in range(about - 20, about + 20) if length(p, made(n)) <= 512)
+        assert_close(model.encode([made(most)])[0], vectors[i], f"item {i}", 1e-6)
+        assert cut[i] == length_of_text(p, items[i]) - length_of_text(p, made(most))
+    assert_close(vectors[[0, 4]], model.encode([items[0], items[4]]), "not cut", 1e-6)
+    bad = {}
+    wide = {"image": [red] * 99, "text": "red"}
+    out = model.encode([wide], truncate=True, bad=bad)
+    assert np.isnan(out).all() and "exceed max_len" in bad[0]  # no text would make room
+
+
+def length(processor, item):
+    try:
+        sample = processor.render(parse_item(item))
+    except DataError:
+        return math.inf
+    return len(sample["ids"]) + len(sample["suffix"])
+
+
+def length_of_text(processor, item):
+    parts = parse_item(item).parts
+    return sum(len(processor.encode(text)) for kind, text in parts if kind == "text")
 
 
 @pytest.mark.parametrize("mode, name", [("latent", "gen"), ("single", "disc")])

@@ -1,6 +1,7 @@
 """Batches: which records make which step; losses, gradients in pieces; learning rate; what is trained."""
 
 import contextlib
+from types import SimpleNamespace
 from unittest import mock
 
 import numpy as np
@@ -16,6 +17,7 @@ from curriculum import Curriculum, Progress, Stage
 from data import (
     Batches, best_cut, columns_of, fill_micro_batches, group_by_length, Schedule, StepSampler)
 from engine import ranks
+from engine.train_flags import weights_of
 from files.errors import DataError
 from files.records import Pairs
 from test_plume import assert_close, by_hand, FINAL, GATED, gradients, log, make_model, weights, whole
@@ -42,6 +44,22 @@ def test_schedule_gives_every_data_set_its_share_all_over_the_run():
     for step in (599, 3):  # a function of the step alone
         assert np.array_equal(again[step], batches[step])
     assert not np.array_equal(Schedule(dataset, list("abc"), 8, 600, seed=2)[0], batches[0])
+
+
+def test_weights_multiply_the_share_of_a_data_set_and_1_changes_nothing():
+    dataset = np.repeat([0, 1, 2], [500, 90, 10])
+    plain, names = Schedule(dataset, list("abc"), 8, 600, seed=1), list("abc")
+    ones = Schedule(dataset, names, 8, 600, 1, [1.0] * 3)
+    assert all(np.array_equal(plain[step], ones[step]) for step in range(600))
+    pairs = SimpleNamespace(names=names)
+    schedule = Schedule(dataset, names, 8, 600, 1, weights_of(SimpleNamespace(weights="b=2,a=0.2"), pairs))
+    assert schedule.counts.tolist() == [207, 372, 21]  # of 600 as 100 : 180 : 10
+    for text in ("a", "a=0", "a=1,a=2", "a=x", "=2", "a=inf", "a=nan", "a=1,"):
+        with pytest.raises(DataError, match="needs names of data sets, each once, with numbers above 0"):
+            weights_of(SimpleNamespace(weights=text), pairs)
+    with pytest.raises(DataError, match="--weights d: no such data set. Known: a, b, c"):
+        weights_of(SimpleNamespace(weights="d=2"), pairs)
+    assert weights_of(SimpleNamespace(weights="x=y=2"), SimpleNamespace(names=["x=y"])) == [2.0]
 
 
 def test_a_data_set_smaller_than_the_batch_is_repeated_in_a_new_order():
@@ -148,15 +166,17 @@ def test_a_medium_that_breaks_while_training_is_named_and_in_no_loss(model, worl
 
 def test_chunked_cross_entropy_equals_the_plain_one():
     h = torch.randn(50, 8, dtype=torch.float64, requires_grad=True)
-    w = torch.randn(30, 8, dtype=torch.float64, requires_grad=True)
+    w = torch.nn.Parameter(torch.randn(30, 8, dtype=torch.float64))
     y, scale = torch.randint(0, 30, (50,)), torch.rand(50, dtype=torch.float64)
     plain = F.cross_entropy(h @ w.T, y, reduction="none")
-    chunked = plume_model.cross_entropy(h, w, y, elements=30 * 7)
+    head = torch.nn.Linear(8, 30, bias=False)
+    head.weight = w
+    chunked = plume_model.cross_entropy(h, head, y, elements=30 * 7)
     expected = torch.autograd.grad((plain * scale).sum(), (h, w))
     grads = torch.autograd.grad((chunked * scale).sum(), (h, w))
     assert_close(grads[0], expected[0], "dh", 1e-6)
     assert_close(grads[1], expected[1], "dW", 1e-6)
-    assert plume_model.cross_entropy(h[:0], w, y[:0]).shape == (0,)
+    assert plume_model.cross_entropy(h[:0], head, y[:0]).shape == (0,)
 
 
 def test_hard_negatives_are_candidates_of_every_query_but_those_whose_target_they_are(world):

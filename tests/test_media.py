@@ -24,10 +24,10 @@ from backbones.families import BACKBONES, Limits
 from backbones.shapes import SHAPES
 from backbones.vision import normalised
 from data import patchify, target_size
-from engine.stream import warn_of_file_names
 from files import clips
 from files.clips import is_clip_file, load_frames, Part
 from files.errors import DataError
+from files.named import warn_of_file_names
 from files.pictures import IMAGE_FORMATS, IMAGE_SUFFIXES, load_image
 from model import Plume
 from test_plume import assert_close, HERE, SHARED
@@ -482,15 +482,20 @@ def test_items_may_be_parts_of_clips(model, tmp_path):
     assert_close(begin, same, "without a start")
     assert_close(whole, long, "the whole clip")
     assert min(np.abs(begin - end).max(), np.abs(begin - whole).max()) > 1e-3
+    every = model.encode([items[0] | dict(fps=fps) for fps in (0, 100, 1.5)])  # 16 of 40 frames, 16, 6
+    assert_close(every[0], whole, "fps 0")
+    assert np.abs(every[2] - whole).max() > 1e-3
     marked = {"video": Path(path), "start": 2, "text": "<video>why?"}
     assert_close(model.encode([marked])[0], model.encode([items[3]])[0], "with a marker")
     for bad, why in (
-            (dict(video=[path], start=1), "'start' and 'end' belong to a 'video' that is a file, not ["),
+            (dict(video=[path], start=1), "and 'fps' belong to a 'video' that is a file, not ["),
             (dict(video=str(tmp_path), end=1), "belong to a video file"),
             (dict(video=path, start=2, end=1), "'start' 2, 'end' 1: need 0 <= start < end"),
             (dict(video=path, start=-1), "need 0 <= start < end"),
             (dict(video=path, end=math.nan), "need 0 <= start < end"),
-            (dict(video=path, start="1"), "are seconds, got '1'")):
+            (dict(video=path, start="1"), "are seconds, got '1'"),
+            (dict(video=path, fps="2"), "'fps' is frames a second, or 0 for num_frames of them, got '2'"),
+            (dict(video=path, fps=math.nan), "got nan"), (dict(video=path, fps=True), "got True")):
         with pytest.raises(DataError, match=re.escape(why)):
             model.encode([bad])
 

@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shutil
+import warnings
 from types import SimpleNamespace
 from unittest import mock
 
@@ -14,11 +15,13 @@ import torch
 
 import train
 from engine.lock import exclusive_lock
+from files.clips import Part
 from files.errors import DataError, last_line, quote, readable
 from files.items import parse_item, parse_side, parse_target, Side
 from files.records import hold_out, Pairs
 from files.writing import write_errors, write_text
 from model import Plume
+from tasks.beir import read_items
 from tests.samples import ODD, odd_folder, picture, record, REPLY, turns, write_lines
 from tests.test_checkpoints import LFS
 
@@ -65,12 +68,32 @@ def test_all_spellings_of_a_record_mean_the_same(world, tmp_path):
     assert parse_target("just text", "here") == ("", "just text")  # without tags: the answer
 
 
+def test_texts_that_name_pictures_stay_text_in_records_and_tasks_with_one_warning(world, tmp_path):
+    rows = [record(qry="a red bar", pos="red bar.png"), record(qry=side("blue bar.png"), pos="gone.png")]
+    write_lines(tmp_path / "r.jsonl", rows)
+    documents = [{"_id": n, "text": f"{n} bar.png"} for n in ("red", "blue", "no")]
+    write_lines(tmp_path / "corpus.jsonl", documents)
+    reads = (Pairs, "r.jsonl", (), "record 1: pos"), (read_items, "corpus.jsonl", ("title",), "record 1")
+    for read, name, more, where in reads:
+        with pytest.warns(UserWarning) as seen:
+            read(str(tmp_path / name), str(world), *more)
+        (told,) = [str(warning.message) for warning in seen]
+        assert "embedded as text" in told and where in told and told.endswith("'red bar.png'")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        pairs = Pairs(str(tmp_path / "r.jsonl"))  # there is no such file below its own folder
+    assert pairs[0][1].parts == [("text", "red bar.png")]
+
+
 def test_a_video_is_a_file_or_a_list_of_frames(world):
     def video(**media):
         return parse_side(side("<video>\nwhat?", **media), str(world), "here").parts[0]
 
     clip = ("video", str(world / "red bar.mp4"))
     assert video(video="red bar.mp4") == video(videos=["red bar.mp4"]) == clip
+    assert video(video="red bar.mp4", fps=2) == ("video", Part(clip[1], fps=2.0))
+    with pytest.raises(DataError, match="here: 'start', 'end' and 'fps' belong to a 'video' that is a file"):
+        parse_side(side("what?", fps=2), str(world), "here")
     names = ["red bar.png", "blue bar.png"]
     frames = ("video", [str(world / name) for name in names])
     assert video(video=names) == video(videos=[names]) == frames

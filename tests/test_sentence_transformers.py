@@ -15,9 +15,11 @@ from data import collate
 from engine.stream import encoding
 from files.errors import DataError
 from files.items import Side
+from files.records import Pairs
 from hub.isolated import NAMES as OURS
 from model import Plume
 from test_plume import assert_close, gradients, HERE, mixed_items, rendered
+from tests.processes import call
 from tests.samples import in_one_space, NAMES, with_prompts
 from tests.test_house import copy_code, run
 
@@ -62,7 +64,8 @@ def test_the_same_batches_give_the_same_bits_and_others_the_same_numbers(load, s
     assert vectors.dtype == np.float32
     assert_close(vectors, plume.encode(many), "other batches", 1e-6)
     assert_close(m.encode("red"), plume.encode(["red"])[0], "a single item", 1e-6)
-    for how in (dict(mode="single"), dict(steps=2)):
+    for how in (dict(mode="single"), dict(steps=2), dict(dim=16), dict(mode="cot", limit=3),
+                dict(mode="auto", done=0.1)):
         assert_close(m.encode(items, **how), plume.encode(items, **how), str(how), 1e-6)
 
 
@@ -121,6 +124,9 @@ def test_what_it_offers_and_what_it_refuses(load, small):
     for call, given, error, why in (
         (m.encode, dict(mode="sinlge"), ValueError, "Did you mean 'single'"),
         (m.encode, dict(stps=9), ValueError, "stps"),
+        (m.encode, dict(dim=129), ValueError, "dim 129: this model has 1 to 128"),
+        (m.encode, dict(done=2), ValueError, "done 2: needs a probability"),
+        (m.encode, dict(limit=0), ValueError, "limit 0: need at least 1"),
         (load, dict(model_kwargs=dict(device_map="auto")), ValueError, "device_map: not known here"),
         (load, dict(processor_kwargs=dict(max_pixels=9)), ValueError, "max_pixels: not known here"),
     ):
@@ -135,19 +141,37 @@ def test_what_it_offers_and_what_it_refuses(load, small):
         m.encode(["red"])
 
 
-def test_max_seq_length_cannot_be_set_and_tables_are_refused(load, small):
-    m = load(small)
-    m.max_seq_length = m.max_seq_length
-    for length in (128, 1024, None):
-        with pytest.raises(DataError, match=f"max_seq_length {length}: PLUME never cuts.*'max_len'"):
+def test_max_seq_length_cuts_texts_with_a_warning_and_tables_are_refused(load, small, plume, world):
+    m, long = load(small), "red circle " * 400
+    with pytest.raises(DataError, match="exceed max_len 512"):
+        m.encode([long])
+    for length in (0, 1024, "9", 99.5):
+        with pytest.raises(DataError, match=f"max_seq_length {length!r}: needs a whole number up to 512"):
             m.max_seq_length = length
+    m.max_seq_length = 60
+    items = [{"text": long, "image": str(world / "red bar.png")}, "red"]
+    with pytest.warns(UserWarning, match="1 of 2 items are longer than 60 tokens .* the first is item 0"):
+        sample = m.preprocess(items)["samples"][0]
+    assert len(sample["ids"]) + len(sample["suffix"]) in (59, 60) and sample["cut"] > 300
+    kept = max(n for n in range(600) if not too_long(plume, long[:n], 60))
+    with pytest.warns(UserWarning, match="1 of 1 items are longer than 60 tokens"):
+        vectors = m.encode([long])
+    assert_close(vectors, plume.encode([long[:kept]]), "as cut by hand", 1e-6)
+    m.max_seq_length = None
     assert m.max_seq_length == 512
+    with pytest.raises(DataError, match="exceed max_len 512"):
+        m.encode([long])
     assert load(small, config_kwargs=dict(limits=dict(max_len=128))).max_seq_length == 128
     table = type("DataFrame", (), dict(columns=["text"], __iter__=lambda table: iter(["text"])))()
     for items, why in ((table, "DataFrame for a single item; give one of its columns"),
                        ({"red"}, "set for a single item; .*sorted"), (iter(["red"]), r"take list\(items\)")):
         with pytest.raises(DataError, match=f"takes a .*{why}"):
             m.encode(items)
+
+
+def too_long(plume, text, most):
+    sample = plume.processor.render(Side([("text", text)]))
+    return len(sample["ids"]) + len(sample["suffix"]) > most
 
 
 def test_bytes_are_pictures(load, small, plume, world):
@@ -231,9 +255,32 @@ def test_training_through_its_trainer_makes_the_loss_fall(load, small, world, tm
     trainer.train()
     fell = [row["loss"] for row in trainer.state.log_history if "loss" in row]
     assert fell[-1] < 0.75 * fell[0], fell
+    m.save_pretrained(str(tmp_path / "saved"))
+    card = (tmp_path / "saved" / "README.md").read_text()
+    assert str(world) not in card and "{'image': '&lt;image&gt;'}" in card and "<code>red bar</code>" in card
+    assert 'SentenceTransformer("sentence_transformers_model_id", trust_remote_code=True)' in card
+    assert type(copy.deepcopy(m).model_card_data) is type(m.model_card_data)
     old = dict(before.named_parameters())
     still = [name for name, p in m.named_parameters() if torch.equal(p, old[name])]
     assert all("step" in name for name in still), still
+
+
+def test_hard_negatives_that_it_mines_with_our_checkpoint_train_as_neg(load, small, plume, tmp_path):
+    datasets = pytest.importorskip("datasets", reason="needs datasets: pip install datasets")
+    asked = [f"Find: {name}" for name in NAMES]
+    pairs = datasets.Dataset.from_dict(dict(anchor=asked, positive=NAMES))
+    mined = st.util.mine_hard_negatives(
+        pairs, load(small), num_negatives=3, output_format="n-tuple", verbose=False)
+    mined.to_json(tmp_path / "mined.jsonl")
+    call("tools.convert", "--data", tmp_path / "mined.jsonl", "--out", tmp_path / "pairs.jsonl")
+    scores = plume.encode(asked) @ plume.encode(NAMES).T
+    np.fill_diagonal(scores, -1)
+    best = [{NAMES[i] for i in row.argsort()[-3:]} for row in scores]
+    found = {}
+    for query, target, *negatives in Pairs(str(tmp_path / "pairs.jsonl")):
+        texts = [text for side in (query, target, *negatives) for _, text in side.parts]
+        found[texts[0]] = texts[1], set(texts[2:])
+    assert found == {query: (name, three) for query, name, three in zip(asked, NAMES, best)}
 
 
 PROGRAM = """

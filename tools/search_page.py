@@ -18,7 +18,6 @@ from files.clips import load_frames
 from files.errors import DataError
 from files.items import parse_item
 from files.pictures import load_image
-from hub.prompts import with_prompt
 from tools.probe_report import media_of, strip, STYLE
 from tools.search_index import media_of_item, name_of
 from tools.serve import make_app, read_body
@@ -57,7 +56,6 @@ def search_page(service, index, folder, cfg):
     """-> the app.  service: tools.serve.Service; cfg: tools.search.Config"""
     index.items = [item | dict(row=row) for row, item in enumerate(index.items)]
     title = f"{len(index.items):,} pictures, clips and pages"
-    prompt = service.model.settings["prompts"]["query"]
 
     def page(status, text="", count=cfg.count, query="", cards=(), code=200):
         html = PAGE.format(title=title, style=STYLE, most=MOST, text=escape(text), count=count, query=query,
@@ -73,7 +71,7 @@ def search_page(service, index, folder, cfg):
             begun = time.perf_counter()
             try:
                 query = parse_item({"text": text or None, "image": image or None}, where="the query")
-                vector, = await service.embed([with_prompt(query, prompt)], cfg.mode)
+                vector, = await service.embed([query], cfg.mode, prompt="query")
                 shown = await run_in_threadpool(media_of, query, "the query", 200, 6)
             except DataError as e:
                 return page(str(e), text, count, code=400)

@@ -56,8 +56,9 @@ class Config:
     dtype: str = ""  # float32 or bfloat16; default: bfloat16 where it is fast
 
 
-# A request's items (of files.items.Side), when it came, and the future that gets its vectors or a DataError
-Job = namedtuple("Job", "sides mode dim since answer")
+# A request's items (of files.items.Side), when it came, the future that gets its vectors or a DataError, and
+# a dict for what they lose, see `embed`
+Job = namedtuple("Job", "sides mode dim since answer cut prompt")
 
 
 class Service:
@@ -78,10 +79,13 @@ class Service:
         finally:
             self.open -= 1
 
-    async def embed(self, sides, mode="latent", dim=None):
-        """-> float32 (n, D) unit rows, as `Plume.encode`; DataError where an item cannot be read"""
+    async def embed(self, sides, mode="latent", dim=None, cut=None, prompt=None):
+        """-> float32 (n, D) unit rows, as `Plume.encode`; DataError where an item cannot be read
+
+        cut: a dict that gets {an item's number: tokens that its text has lost}; None: too long is an error.
+        """
         answer = asyncio.get_running_loop().create_future()
-        self.jobs.put_nowait(Job(sides, mode, dim, time.monotonic(), answer))
+        self.jobs.put_nowait(Job(sides, mode, dim, time.monotonic(), answer, cut, prompt))
         return await answer
 
     async def work(self):
@@ -91,8 +95,8 @@ class Service:
             await asyncio.sleep(jobs[0].since + WAIT - time.monotonic())
             while not self.jobs.empty() and sum(len(job.sides) for job in jobs) < 8 * self.batch_size:
                 jobs.append(self.jobs.get_nowait())
-            for kind in {(job.mode, job.dim) for job in jobs}:
-                await self.answer([job for job in jobs if (job.mode, job.dim) == kind])
+            for kind in {kind_of(job) for job in jobs}:
+                await self.answer([job for job in jobs if kind_of(job) == kind])
 
     async def answer(self, jobs):
         """Hands the answers of all over at once."""
@@ -108,11 +112,12 @@ class Service:
                 job.answer.set_result(answer)
 
     def encode(self, jobs):
-        """Jobs of one mode and dim -> for each its vectors, or the DataError that says why not."""
-        sides, bad = [side for job in jobs for side in job.sides], {}
+        """Jobs of one kind -> for each its vectors, or the DataError that says why not."""
+        sides, bad, cut = [side for job in jobs for side in job.sides], {}, {}
         try:
             vectors = self.model.encode(
-                sides, jobs[0].mode, batch_size=self.batch_size, dim=jobs[0].dim, bad=bad)
+                sides, jobs[0].mode, batch_size=self.batch_size, dim=jobs[0].dim, bad=bad,
+                truncate=False if jobs[0].cut is None else cut, prompt=jobs[0].prompt)
         except DataError as e:  # an embedding is not finite: only who asked for it is to hear of it
             return [e] if len(jobs) == 1 else [answer for job in jobs for answer in self.encode([job])]
         answers, begin = [], 0
@@ -120,6 +125,8 @@ class Service:
             end = begin + len(job.sides)
             why = [bad[i] for i in range(begin, end) if i in bad]
             answers.append(vectors[begin:end])
+            if job.cut is not None:
+                job.cut.update({i - begin: cut[i] for i in range(begin, end) if i in cut})
             if why:
                 more = f"; and {len(why) - 3} more" if len(why) > 3 else ""
                 answers[-1] = DataError("; ".join(why[:3]) + more)
@@ -131,6 +138,11 @@ class Service:
         task = asyncio.create_task(self.work())
         yield
         task.cancel()
+
+
+def kind_of(job):
+    """What the jobs of a batch have in common."""
+    return job.mode, job.dim, job.cut is None, job.prompt
 
 
 async def read_body(request, most):
@@ -179,14 +191,18 @@ def endpoint(service, cfg, name):
             wanted = parse_request(body, width, cfg.media, prompts)
             if wanted.model not in ("", name):
                 raise HTTPException(404, f"model {quote(wanted.model)}: this server has {name!r}")
-            vectors = await service.embed(wanted.sides, wanted.mode, wanted.dim)
+            cut = {} if wanted.truncate else None
+            vectors = await service.embed(wanted.sides, wanted.mode, wanted.dim, cut, wanted.prompt)
         if wanted.base64:
             vectors = [b64encode(row).decode() for row in vectors.astype("<f4")]
         data = [dict(object="embedding", index=i, embedding=row) for i, row in enumerate(vectors)]
         texts = [text for side in wanted.sides for kind, text in side.parts if kind == "text"]
         tokens = sum(len(encode_text(text)) for text in texts)
-        usage = dict(prompt_tokens=tokens, total_tokens=tokens)
-        return json_answer(dict(object="list", data=data, model=name, usage=usage))
+        tokens -= sum((cut or {}).values())
+        answer = dict(object="list", data=data, model=name)
+        if cut is not None:
+            answer["truncated"] = {str(i): lost for i, lost in cut.items()}  # tokens of an item's text
+        return json_answer(answer | dict(usage=dict(prompt_tokens=tokens, total_tokens=tokens)))
 
     async def health(request):
         return json_answer(dict(status="ok", model=name, dimensions=width, waiting=service.open))

@@ -1,8 +1,8 @@
 """The body of a request to tools/serve.py -> what is to be embedded, each text and picture checked.
 
 `input` is one item or a list of items, `messages` is one item.  An item is a string, an object as
-`Plume.encode` takes it ({"text"?, "image"?, "video"?, "start"?, "end"?}), a part of a chat message, or
-{"content": parts}.  A picture is a data: URI or a file below --media; no address is ever opened.
+`Plume.encode` takes it ({"text"?, "image"?, "video"?, "start"?, "end"?, "fps"?}), a part of a chat message,
+or {"content": parts}.  A picture is a data: URI or a file below --media; no address is ever opened.
 """
 
 import base64
@@ -17,14 +17,15 @@ from files.errors import DataError, quote
 from files.items import ITEM_KEYS, parse_item, Side
 from files.jsonl import only_keys, parse_json
 from files.pictures import frame_files
-from hub.prompts import template_of, with_prompt
+from hub.prompts import template_of
 
-FIELDS = ("input", "messages", "model", "dimensions", "encoding_format", "mode", "prompt_name", "user")
+FIELDS = ("input", "messages", "model", "dimensions", "encoding_format", "mode", "truncate",
+          "prompt_name", "user")
 PARTS = {"text": "text", "image_url": "image", "video_url": "video"}  # type of a part -> key of an item
 MOST = 2048  # items of a request, as OpenAI has it
 DATA = re.compile(r"data:([\w.+/-]*)(?:;[^,]*)?;base64,", re.I)
 SCHEME = re.compile(r"([a-z][a-z0-9+.-]*)://", re.I)
-Wanted = namedtuple("Wanted", "sides model mode dim base64")  # what a request asks for
+Wanted = namedtuple("Wanted", "sides model mode dim base64 truncate prompt")  # what a request asks for
 
 
 def parse_request(body, width, media, prompts):
@@ -35,13 +36,15 @@ def parse_request(body, width, media, prompts):
     request = parse_json(body, "the body")
     only_keys(request, FIELDS, "the body")
     request = {key: value for key, value in request.items() if value is not None}
-    template = template_of(prompts, request.get("prompt_name"))
+    template_of(prompts, request.get("prompt_name"))  # refuses what is none
     dim, form = request.get("dimensions"), request.get("encoding_format", "float")
     if dim is not None and (type(dim) is not int or not 1 <= dim <= width):
         raise DataError(f"dimensions {quote(dim)}: this model has 1 to {width}")
     if form not in ("float", "base64"):
         raise DataError(f"encoding_format {quote(form)}: needs 'float' or 'base64'")
-    mode = request.get("mode", "latent")
+    mode, truncate = request.get("mode", "latent"), request.get("truncate", False)
+    if type(truncate) is not bool:
+        raise DataError(f"truncate {quote(truncate)}: needs true or false")
     try:
         check_mode(mode, None)
     except ValueError as e:
@@ -52,8 +55,8 @@ def parse_request(body, width, media, prompts):
         sides = [side_of_turns(request["messages"], media)]
     else:
         sides = sides_of_input(request["input"], media)
-    sides = [with_prompt(side, template) for side in sides]
-    return Wanted(sides, request.get("model", ""), mode, dim, form == "base64")
+    wanted = request.get("model", ""), mode, dim, form == "base64", truncate, request.get("prompt_name")
+    return Wanted(sides, *wanted)
 
 
 def sides_of_input(given, media):

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from files.errors import DataError
 from model import Plume
 from tests.samples import in_one_space, NAMES, with_prompts
 
@@ -57,10 +58,26 @@ def test_mteb_scores_text_and_pictures_as_ranking_by_hand(small, world, tmp_path
         found = (queries @ plume.encode(documents).T).argmax(1)
         by_hand = float((found == np.arange(len(NAMES))).mean())
         assert result.scores["test"][0]["hit_rate_at_1"] == pytest.approx(by_hand, abs=1e-4)
+    usual = PlumeEncoder(small, device="cpu")
+    mteb.evaluate(usual, tasks[:1], cache=cache, show_progress_bar=False)
+    found = cache.load_results(models=[usual.mteb_model_meta.name], include_remote=False)
+    (kept,) = found.model_results
+    assert [result.task_name for result in kept.task_results] == ["LocalNames"]
+    assert usual.mteb_model_meta.n_parameters == sum(p.numel() for p in plume.parameters())
     first, second = encoder.mteb_model_meta, with_prompt.mteb_model_meta
     assert first.revision == second.revision and first.experiment_name != second.experiment_name
     other = PlumeEncoder(small, device="cpu", latent_steps=3)
     assert other.mteb_model_meta.revision != first.revision  # so that no result of another model is read
+
+
+def test_a_document_that_is_too_long_does_not_end_a_task_unless_told(small):
+    long, metadata = "red bar " * 400, make_task("Names", "Retrieval", "text", []).metadata
+    loader = [dict(text=["red", long])]
+    with pytest.warns(UserWarning, match="1 of 2 items are longer than 512 tokens"):
+        vectors = PlumeEncoder(small, device="cpu").encode(loader, task_metadata=metadata)
+    assert np.isfinite(vectors).all()
+    with pytest.raises(DataError, match="exceed max_len"):
+        PlumeEncoder(small, device="cpu", truncate=False).encode(loader, task_metadata=metadata)
 
 
 def test_in_one_space_documents_take_one_pass_and_queries_think(small, tmp_path):

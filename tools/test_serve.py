@@ -293,6 +293,24 @@ def test_an_embedding_that_is_not_finite_is_an_error_of_its_own_request_alone():
     assert first.shape == (2, 2) and isinstance(second, DataError) and third.shape == (1, 2)
 
 
+def test_a_text_that_is_too_long_is_cut_where_asked_for_and_the_answer_says_so(address, plume):
+    items = ["red", "red bar " * 400]
+    asked = dict(input=items, truncate=True)
+    answer = httpx.post(f"{address}/v1/embeddings", json=asked, timeout=60).json()
+    cut = {}
+    expected = plume.encode(items, truncate=cut)
+    assert_close(rows_of(answer), expected, "cut", 1e-5)
+    assert answer["truncated"] == {"1": cut[1]} and answer["usage"]["prompt_tokens"] < 512
+    refused = httpx.post(f"{address}/v1/embeddings", json=dict(input=items), timeout=60)
+    assert refused.status_code == 400 and "exceed max_len" in refused.json()["error"]["message"]
+    wrong = httpx.post(f"{address}/v1/embeddings", json=dict(input=items, truncate="yes"), timeout=60).json()
+    assert "truncate 'yes': needs true or false" in wrong["error"]["message"]
+
+
+def rows_of(answer):
+    return np.array([entry["embedding"] for entry in answer["data"]], np.float32)
+
+
 def test_a_missing_package_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "orjson", None)
     monkeypatch.delitem(sys.modules, "tools.serve")
