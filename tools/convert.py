@@ -15,6 +15,8 @@ in it as bytes are written beside the records, into OUT_media/, each once.  Ever
 train.py; the first row that is not right ends the program, and nothing is written under the name --out.
 """
 
+import engine.threads  # answers wrong flags at once
+
 import hashlib
 import io
 import json
