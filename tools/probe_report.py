@@ -34,14 +34,15 @@ STYLE = """
   --line: #353a42; --card: #1d2025; --heat: #2a5d9f; --right: #5bd47f; --wrong: #ff8a80; } }
 * { box-sizing: border-box; }
 body { margin: 0 auto; padding: 1rem; max-width: 80rem; background: var(--ground); color: var(--text);
-  font: 16px/1.5 system-ui, sans-serif; }
+  font: 16px/1.5 system-ui, sans-serif; overflow-wrap: anywhere; }
 h1 { font-size: 1.6rem; margin: .5rem 0; } h2 { font-size: 1.25rem; margin: 2rem 0 .5rem; }
-h3 { font-size: 1rem; margin: 0 0 .5rem; } h3, article p, .row li { overflow-wrap: anywhere; }
+h3 { font-size: 1rem; margin: 0 0 .5rem; }
 p, ul { margin: .3rem 0; max-width: 48rem; } .soft { color: var(--soft); }
 a { color: inherit; } nav a { display: inline-block; margin-right: 1rem; padding: .3rem 0; }
 :focus-visible { outline: 3px solid var(--heat); outline-offset: 2px; }
 .scroll { overflow-x: auto; margin: .5rem 0; } summary { cursor: pointer; padding: .3rem 0; }
-table { border-collapse: collapse; font-size: .875rem; font-variant-numeric: tabular-nums; }
+table { border-collapse: collapse; font-size: .875rem; font-variant-numeric: tabular-nums;
+  overflow-wrap: normal; }
 th, td { padding: .2rem .6rem; border-bottom: 1px solid var(--line); text-align: left; white-space: nowrap; }
 th { font-weight: 600; } td.number { text-align: right; } td.heat { text-align: center;
   background: color-mix(in srgb, var(--heat) calc(var(--v) * 100%), transparent); }
