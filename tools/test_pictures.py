@@ -5,12 +5,14 @@ import re
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageFont
 
+from files.items import Side
 from tasks.turtle import World
 from test_plume import QUICK
 from tests.processes import call, run
-from tests.samples import record, turns, write_lines
+from tests.samples import picture, record, turns, write_lines
+from tools.look import LINE_HEIGHT, lines_of, named, wrapped
 
 
 def test_turtle_world_trains_evaluates_and_compares_without_any_data(tmp_path):
@@ -86,6 +88,24 @@ def test_contact_sheet_by_command_line(world, tmp_path):
     pair = record(qry=dict(conversations=turns("a")), pos=dict(conversations=turns("b")))
     write_lines(tmp_path / "texts.jsonl", [pair])
     run("tools.look", "--show", tmp_path / "texts.png", "--data", tmp_path / "texts.jsonl")
+
+
+def test_the_contact_sheet_has_whole_texts_in_lines_that_fit_and_names_both_sides():
+    font = ImageFont.load_default(18)
+    for text in ("one", "a b " * 300, "x" * 900, "the end is here " + "W" * 200 + " and on", "\u4e2d" * 100, ""):
+        lines = wrapped(text, font, 300)
+        assert all(font.getlength(line) <= 300 for line in lines)
+        assert "".join(lines).replace(" ", "") == text.replace(" ", "")
+        assert len(lines) <= 2 + font.getlength(text) / 140  # most of each line is used
+    assert wrapped("two  words\nhere", font, 300) == ["two words here"]
+    rationale = "".join(f"Step {n} of many. " for n in range(60))
+    side = Side([("text", "what"), ("image", picture("red", "bar"))], rationale=rationale, answer="yes")
+    lines = lines_of("query", side)
+    assert [line.split(":")[0] for line in lines] == ["query", "query's rationale", "query's answer"]
+    assert "Step 59 of many." in lines[1]
+    shown = named("target", side, font)
+    assert np.asarray(shown.convert("L"))[:LINE_HEIGHT].min() < 100  # its name stands above the picture
+    assert shown.height > LINE_HEIGHT + 60 and named("target", Side([("text", "x")]), font).size == (0, 0)
 
 
 def test_bench_counts_what_workers_make_ready(world):
