@@ -276,8 +276,8 @@ def write_report(path, result, shown):
         '<meta name="viewport" content="width=device-width, initial-scale=1">',
         f"<title>Probe of {escape(result['ckpt'])}</title><style>{STYLE}</style></head><body><header>",
         "<h1>Do the latent steps matter, and what do they say?</h1>",
-        f"<p>{escape(result['ckpt'])}, {counted(len(result['tasks']), 'task', 'tasks')}, K = {result['steps']}, "
-        f"{escape(result['device'])}, {result['seconds']:.0f} s</p>",
+        f"<p>{escape(result['ckpt'])}, {counted(len(result['tasks']), 'task', 'tasks')}, "
+        f"K = {result['steps']}, {escape(result['device'])}, {result['seconds']:.0f} s</p>",
         "<ul class=\"soft\">" + "".join(f"<li>{escape(note)}</li>" for note in notes) + "</ul>",
         f"<nav>{nav}</nav></header><main>",
         '<section id="causality"><h2>Causality: what changes the score is used</h2>',

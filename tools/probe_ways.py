@@ -59,7 +59,7 @@ def ways_of(model):
                          operator.attrgetter("trained"))}
     for k in range(K):
         subject = "the steps are" if k == 0 else f"the steps behind {k} are"
-        what = f"the suffix comes behind {k} of {K} steps"
+        what = f"only {k} of the {K} steps, then the suffix"
         ways[f"K = {k}"] = Way(subject, what, functools.partial(fewer_steps, k))
     for name, change in INPUTS.items():
         what = f"what the adapter gives to each step is {INPUTS_ARE[name]}"

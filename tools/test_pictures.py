@@ -2,6 +2,7 @@
 
 import json
 import re
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from tasks.turtle import World
 from test_plume import QUICK
 from tests.processes import call, run
 from tests.samples import picture, record, turns, write_lines
+from tools.compare import milliseconds
 from tools.look import LINE_HEIGHT, lines_of, named, wrapped
 
 
@@ -26,7 +28,8 @@ def test_turtle_world_trains_evaluates_and_compares_without_any_data(tmp_path):
 
     pytest.importorskip("matplotlib")
     files = ["--png", tmp_path / "c.png", "--json", tmp_path / "c.json"]
-    printed = call("tools.compare", *ckpt, "--task", "image_qa", *files, "--limit", 12).stdout
+    flags = ["--task", "image_qa", "--limit", 12, "--rounds", 2]
+    printed = call("tools.compare", *ckpt, *flags, *files).stdout
     assert "hard candidates" in printed and re.search(r"chance +5\.3% +1\.6% +9\.1%", printed)
     assert Image.open(tmp_path / "c.png").size == (1000, 620)
     rows = json.loads((tmp_path / "c.json").read_text())["rows"]
@@ -50,6 +53,20 @@ def test_turtle_world_trains_evaluates_and_compares_without_any_data(tmp_path):
     assert ways[1]["hit"] == np.mean([r["hit@1"] for r in scores.values()])
     failed = call("tools.compare", *ckpt, *files, "--task=image_qa,vidoe_ret", check=False)
     assert failed.returncode == 1 and "Did you mean 'video_ret'" in failed.stderr
+
+
+def test_times_are_medians_of_rounds_in_which_all_take_turns():
+    ways, asked = [("single", None), ("latent", 0), ("latent", 4)], []
+    own = {None: 1.0, 0: 1.1, 4: 1.5}  # seconds of a round
+    busy = {4, 5, 9}  # turns in which another process has the machine
+
+    def encode(queries, mode, steps, batch_size, limit, took):
+        assert (queries, batch_size, limit) == (["a", "b"], 32, 512)
+        took["seconds"] += own[steps] + 60 * (len(asked) in busy)
+        asked.append((mode, steps))
+
+    assert milliseconds(SimpleNamespace(encode=encode), ways, ["a", "b"], 5, 32, 512) == [500, 550, 750]
+    assert asked == ways * 5
 
 
 def test_lengths_are_told_apart_and_every_way_is_measured(tmp_path, monkeypatch):
@@ -92,7 +109,7 @@ def test_contact_sheet_by_command_line(world, tmp_path):
 
 def test_the_contact_sheet_has_whole_texts_in_lines_that_fit_and_names_both_sides():
     font = ImageFont.load_default(18)
-    for text in ("one", "a b " * 300, "x" * 900, "the end is here " + "W" * 200 + " and on", "\u4e2d" * 100, ""):
+    for text in ("one", "a b " * 300, "x" * 900, "the end " + "W" * 200 + " and on", "\u4e2d" * 100, ""):
         lines = wrapped(text, font, 300)
         assert all(font.getlength(line) <= 300 for line in lines)
         assert "".join(lines).replace(" ", "") == text.replace(" ", "")

@@ -212,15 +212,15 @@ def test_probe_of_turtle_world_by_command_line(turtle, tmp_path):
     for word in ("9 of 400 queries", "inputs noise", "expert 3 alone", "latents hidden", "cot",
                  "ck: 1 task, K = 8", "what was changed                  hit@1 %   95%            verdict"):
         assert word in printed
-    assert re.search(r"\n\nagreement: steps whose .*\ntask +steps % +95%\nvideo_cls +\d+\.\d .*\nall +\d", printed)
+    assert re.search(r"\n\nagreement: steps .*\ntask +steps % +95%\nvideo_cls +\d+\.\d .*\nall +\d", printed)
     result = json.loads((tmp_path / "r.json").read_text())
     rows = result["tasks"]["video_cls/turtle"]["rows"]
     assert list(rows)[:2] == ["as trained", "K = 0"] and list(rows)[-2:] == ["single", "cot"]
     agreement = result["tasks"]["video_cls/turtle"]["agreement"]
     assert 0 <= agreement["score"] < 0.5 and agreement["score"] == result["agreement"]["score"]
-    assert len({row["what"] for row in rows.values()}) == len(rows)  # each has its own explanation,
     text = (tmp_path / "r.html").read_text()
-    assert all(text.count(f'">{escape(row["what"])}</div></th>') == 1 for row in rows.values())  # in the report
+    for row in rows.values():  # each has its own explanation in the report
+        assert text.count(f'">{escape(row["what"])}</div></th>') == 1
     assert text.count('<th scope="col">what was changed</th><th scope="col">hit@1 %</th>') == 2
     assert "1 task," in text and '<th scope="col">steps %</th>' in text
     assert np.array(result["tasks"]["video_cls/turtle"]["experts"]).shape == (8, 4)
