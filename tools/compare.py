@@ -8,6 +8,7 @@
 import engine.threads  # before torch
 
 import functools
+import math
 import time
 from dataclasses import dataclass
 
@@ -22,7 +23,7 @@ from tasks.find import find_tasks, load_model, select
 from tools.plots import check_output, new_figure, save_figure
 
 MODES = {  # their names in the picture
-    "single": "single pass", "latent": "latent, numbers: latent steps", "cot": "cot, {tokens:.0f} tokens",
+    "single": "single pass", "latent": "latent steps", "cot": "cot, {tokens:.0f} tokens",
     "auto": "auto, {tokens:.0f} tokens"}
 
 
@@ -38,7 +39,7 @@ class Config:
     ckpt: str = "out/checkpoint"  # checkpoint folder or hub name
     limit: int = 512  # tokens a rationale may have in modes cot and auto
     batch_size: int = 32  # items encoded together; time depends on it
-    rounds: int = 5  # times that every mode is timed, all in turns; the median counts
+    rounds: int = 15  # times that every mode is timed, all in turns; the median counts
     device: str = ""  # cuda, mps or cpu; default: the best there is
     dtype: str = ""  # float32 or bfloat16; default: bfloat16 where it is fast
 
@@ -62,9 +63,10 @@ def compare(model, tasks, batch_size, limit, rounds):
         rows.append(dict(mode=mode, steps=steps, tokens=took["tokens"] / took["queries"], hits=hits,
                          mean=float(np.mean(list(hits.values())))))
     some = []
-    for task in tasks.values():  # two batches together
-        count = -(-2 * batch_size // len(tasks))
+    for task in tasks.values():  # one batch together
+        count = math.ceil(batch_size / len(tasks))
         some += [task.queries[i] for i in evenly_spaced(len(task.queries), count)]
+    some = some[:batch_size]
     for row, ms in zip(rows, milliseconds(model, ways, some, rounds, batch_size, limit)):
         row["ms"] = ms
     return rows, {name: result["chance"] for name, result in results.items()}
