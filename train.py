@@ -13,7 +13,6 @@ import engine.threads  # before torch
 import gc
 import math
 import os
-import shlex
 import sys
 import time
 from contextlib import nullcontext
@@ -31,7 +30,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from adapter import balance_loss
 from curriculum import Progress
 from data import Batches, Schedule, StepSampler, to_device
-from engine.flags import command, parse_flags
+from engine.flags import command, command_with, parse_flags
 from engine.held_out import hit_at_1, readable_pairs
 from engine.instructions import propose_prompts
 from engine.lock import check_disk_space, exclusive_lock
@@ -196,8 +195,7 @@ def main(argv):
     # end
     message = f"{done} of {steps} steps done; checkpoint in {cfg.out}/checkpoint"
     if done < steps:
-        flags = [flag for flag in argv if flag != "--resume"]
-        message += f"; go on with: {shlex.join(['train.py', *flags, '--resume'])}"
+        message += f"; go on with: {command_with('--resume', argv)}"
     say(message)
     return 0 if done == steps else 130
 

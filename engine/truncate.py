@@ -10,7 +10,8 @@ from hub.prompts import with_prompt
 def render_truncated(processor, side, template="{}"):
     """A Side -> its sample, with "cut": how many tokens of its text are left out to fit into max_len.
 
-    template: of a prompt; stands around what is left of the text.  DataError where its media alone are too long.
+    template: of a prompt; it stands around what is left of the text.
+    DataError where its media alone are too long.
     """
     lost = 0
     while True:

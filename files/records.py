@@ -36,6 +36,15 @@ def hold_out(pairs, seed, most=256):
     return np.array(held, np.int64), np.flatnonzero(taken[group])
 
 
+def files_of_pairs(folder):
+    """What an error says of a folder that was given in place of one of these."""
+    found = sorted(name for name in os.listdir(folder) if name.endswith((".jsonl", ".json")))
+    if not found:
+        return ", JSON lines; python -m tools.convert makes one of other formats"
+    more = f" and {len(found) - 3} more" if len(found) > 3 else ""
+    return f"; here are {', '.join(os.path.join(folder, name) for name in found[:3])}{more}"
+
+
 class Pairs:
     """The training pairs of one file: pairs[i] is (query, target, and hard negatives), a Side each.
 
@@ -46,6 +55,9 @@ class Pairs:
     """
 
     def __init__(self, path, media=None, skip_bad=False, progress=True):
+        if os.path.isdir(path):
+            raise DataError(f"{path}: a folder; training pairs are one file{files_of_pairs(path)}. A folder "
+                            "of tasks is for eval.py --data")
         if not os.path.isfile(path):
             raise DataError(f"{path}: no such file; --data takes a JSONL of training pairs")
         self.path, self.media, self.bad = path, media or os.path.dirname(os.path.abspath(path)), []

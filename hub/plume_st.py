@@ -15,8 +15,8 @@ found = [file for file in files if os.path.isfile(file)]
 if not found:
     state = f"is {given!r}, where there is no hub/isolated.py" if given else "is not set"
     raise ModuleNotFoundError("this checkpoint needs PLUME's own code, no older than the checkpoint: set the "
-                              "environment variable PLUME_HOME to the folder with PLUME's model.py, or start "
-                              f"Python there (PLUME_HOME {state})")
+                              "environment variable PLUME_HOME to the folder with PLUME's model.py "
+                              f"(PLUME_HOME {state})")
 spec = importlib.util.spec_from_file_location("plume_isolated", found[0])
 isolated = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(isolated)

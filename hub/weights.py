@@ -35,6 +35,9 @@ def local_folder(path, revision=None, token=None):
             raise FileNotFoundError(f"{quote(path)}: no such checkpoint folder, and the Hugging Face hub "
                                     f"says: {reason(e)}") from e
     if not os.path.exists(os.path.join(path, "config.json")):
+        inside = os.path.join(path, "checkpoint")  # as train.py --out names it
+        if os.path.exists(os.path.join(inside, "config.json")):
+            raise FileNotFoundError(f"{quote(path)}: the folder of a run; its checkpoint is {inside}")
         raise FileNotFoundError(f"{path!r}: no config.json in this folder; a checkpoint has config.json, "
                                 "*.safetensors and a tokenizer")
     return path

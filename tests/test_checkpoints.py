@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -327,3 +328,11 @@ def test_saving_removes_nothing_but_the_checkpoint_that_it_replaces(tmp_path, mo
     for path, why in ((".", "current folder"), (best / "README.md", "not a folder")):
         with pytest.raises(FileExistsError, match=why):
             m.save_pretrained(path)
+
+
+def test_the_folder_of_a_run_names_its_checkpoint(small, tmp_path):
+    shutil.copytree(small, tmp_path / "run" / "checkpoint")
+    with pytest.raises(FileNotFoundError, match=f"of a run; its checkpoint is {tmp_path}/run/checkpoint"):
+        Plume.from_pretrained(tmp_path / "run")
+    with pytest.raises(FileNotFoundError, match="no config.json in this folder"):
+        Plume.from_pretrained(tmp_path)

@@ -311,3 +311,14 @@ def test_a_lock_needs_no_room_and_errors_of_data_workers_are_not_the_file_s(tmp_
     with pytest.raises(RuntimeError, match="^DataLoader worker"), write_errors(str(tmp_path / "file")):
         raise killed
     assert quote("a\udcff.png") == r"'a\udcff.png'" and readable(quote("a\udcff.png")) == r"'a\xff.png'"
+
+
+def test_a_folder_in_place_of_a_file_of_pairs_is_said_to_be_one_with_what_is_in_it(tmp_path):
+    with pytest.raises(DataError, match="a folder; .* one file, JSON lines; python -m tools.convert"):
+        Pairs(str(tmp_path))
+    for name in ("b.jsonl", "a.json", "c.jsonl", "d.jsonl", "x.txt"):
+        (tmp_path / name).touch()
+    with pytest.raises(DataError) as refused:
+        Pairs(str(tmp_path))
+    here = [f"{tmp_path}/{name}" for name in ("a.json", "b.jsonl", "c.jsonl")]
+    assert f"one file; here are {', '.join(here)} and 1 more. A folder of tasks" in str(refused.value)

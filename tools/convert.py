@@ -20,6 +20,8 @@ OUT_media/, each once.  Every record is checked as in train.py; the first row th
 program, and nothing is written under the name --out.
 """
 
+import engine.threads  # answers wrong flags at once
+
 import json
 import os
 from dataclasses import dataclass

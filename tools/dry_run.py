@@ -30,6 +30,10 @@ from engine import log, train_flags
 GIB = 2**30
 
 
+class Config(train.Config):
+    """train.py's flags."""
+
+
 def fused_attention(q, k, v, **more):
     """A kernel that keeps what a GPU's keeps; of itself torch takes one on "meta" that keeps all weights."""
     out, _ = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v)
@@ -117,7 +121,7 @@ def dry_run(cfg, model, pairs, curriculum, autocast, dtype):
 
 
 def main(argv):
-    cfg, given = parse_flags(train.Config, argv, __doc__)
+    cfg, given = parse_flags(Config, argv, __doc__)
     cfg = train.with_preset(cfg, given)
     if "WORLD_SIZE" in os.environ:
         raise DataError("a dry run needs no torchrun: it runs one rank's micro-batch")

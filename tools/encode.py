@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from engine.flags import command, parse_flags
+from engine.flags import command, parse_words
 from engine.kept import fingerprint
 from engine.lock import lock_file
 from engine.ranks import rank_and_world
@@ -192,10 +192,9 @@ def report(out, manifest):
 
 
 def main(argv):
-    words = list(itertools.takewhile(lambda word: not word.startswith("-"), argv))
-    cfg, given = parse_flags(Config, argv[len(words) :], __doc__)
+    cfg, given, words = parse_words(Config, argv, __doc__)
     if len(words) != 2:
-        raise DataError(f"needs the input and the folder of the vectors, in front of all flags; got {words}")
+        raise DataError(f"needs the input and the folder of the vectors; got {words}")
     path, out = words
     check_flags(cfg, given)
     source = open_source(path, cfg.media, out)

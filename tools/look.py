@@ -6,6 +6,7 @@
 
 import engine.threads  # before torch
 
+import bisect
 import functools
 import os
 import time
@@ -30,7 +31,7 @@ from tasks.turtle import World
 
 TEXT_WIDTH = 700  # pixels of the sheet for texts; the pictures stand to the right of them
 LINE_HEIGHT = 26
-GAP = Image.new("RGB", (34, 0))  # between the pictures of two sides
+GAP = 40  # pixels between the pictures of two sides
 
 
 @dataclass
@@ -51,27 +52,23 @@ class Config:
 
 def contact_sheet(pairs):
     """One example of each data set as a picture: what is shown on both sides, and what is learnt to write."""
-    rows = []  # (lines, pictures)
+    font, rows = ImageFont.load_default(18), []  # (lines, the pictures of both sides side by side)
     for number, name in enumerate(pairs.names):
         first = int(np.flatnonzero(pairs.dataset == number)[0])
         query, target = pairs[first][:2]
-        lines = [name, *lines_of("query", query), *lines_of("target", target)]
-        pictures = [*pictures_of(query), GAP, *pictures_of(target), GAP]
-        rows.append(([line[:110] for line in lines], pictures))
-    widths = [sum(picture.width + 6 for picture in pictures) for _, pictures in rows]
-    heights = [36 + max(LINE_HEIGHT * len(lines), *(picture.height for picture in pictures))
-               for lines, pictures in rows]
-    sheet = Image.new("RGB", (TEXT_WIDTH + max(widths), sum(heights)), "white")
-    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(18)
-    top = 0
+        lines = [name]
+        for text in (*lines_of("query", query), *lines_of("target", target)):
+            lines += wrapped(text, font, TEXT_WIDTH - 32)
+        rows.append((lines, side_by_side([named("query", query, font), named("target", target, font)], GAP)))
+    heights = [36 + max(LINE_HEIGHT * len(lines), pictures.height) for lines, pictures in rows]
+    width = TEXT_WIDTH + max(pictures.width for _, pictures in rows)
+    sheet = Image.new("RGB", (width, sum(heights)), "white")
+    draw, top = ImageDraw.Draw(sheet), 0
     for (lines, pictures), height in zip(rows, heights):
         for i, line in enumerate(lines):
             colour = "#1f77b4" if i == 0 else "black"
             draw.text((16, top + 16 + LINE_HEIGHT * i), line, fill=colour, font=font)
-        left = TEXT_WIDTH
-        for picture in pictures:
-            sheet.paste(picture, (left, top + 16))
-            left += picture.width + 6
+        sheet.paste(pictures, (TEXT_WIDTH, top + 16))
         top += height
         draw.line((0, top - 1, sheet.width, top - 1), fill="#cccccc")
     return sheet
@@ -80,11 +77,50 @@ def contact_sheet(pairs):
 def lines_of(label, side):
     """What a side says, with <image> and <video> where they stand, and what its model learns to write."""
     words = "".join(value if kind == "text" else f"<{kind}>" for kind, value in side.parts if kind != "disc")
-    lines = [f"{label}:  {' '.join(words.split())}"]
+    lines = [f"{label}: {words}"]
     for what, text in (("rationale", side.rationale), ("answer", side.answer)):
         if text:
-            lines.append(f"   {what}: {text.strip()}")
+            lines.append(f"{label}'s {what}: {text}")
     return lines
+
+
+def wrapped(text, font, width):
+    """The whole text in lines of at most so many pixels, cut at a blank where a line has one."""
+    text, lines = " ".join(text.split()), []
+
+    def pixels(count):
+        return font.getlength(text[:count])
+
+    while text:
+        end = max(1, bisect.bisect(range(len(text[:500]) + 1), width, key=pixels) - 1)
+        if end < len(text):
+            blank = text.rfind(" ", 0, end + 1)
+            end = blank if blank > 0 else end
+        lines.append(text[:end])
+        text = text[end:].lstrip()
+    return lines
+
+
+def named(label, side, font):
+    """The pictures of a side under its name; nothing where it has none."""
+    pictures = pictures_of(side)
+    if not pictures:
+        return Image.new("RGB", (0, 0))
+    row = side_by_side(pictures, 6)
+    image = Image.new("RGB", (max(row.width, 80), LINE_HEIGHT + row.height), "white")
+    ImageDraw.Draw(image).text((0, 0), label, fill="black", font=font)
+    image.paste(row, (0, LINE_HEIGHT))
+    return image
+
+
+def side_by_side(images, gap):
+    """Images in a row, each with so many white pixels behind it."""
+    size = sum(image.width + gap for image in images), max(image.height for image in images)
+    row, left = Image.new("RGB", size, "white"), 0
+    for image in images:
+        row.paste(image, (left, 0))
+        left += image.width + gap
+    return row
 
 
 def pictures_of(side):

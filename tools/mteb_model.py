@@ -16,6 +16,7 @@ from mteb.models.abs_encoder import AbsEncoder
 from mteb.models.model_meta import ScoringFunction
 
 from engine.kept import fingerprint
+from files.items import parse_item
 from hub.prompts import template_of_prefix
 from hub.weights import count_parameters
 from model import Plume

@@ -28,11 +28,13 @@ from eval import evenly_spaced, interval, keep_queries, per_query_scores
 from files.errors import closest, DataError
 from files.writing import writable, write_json
 from tasks.find import find_tasks, load_model, select
-from tools.probe_report import write_report
+from tools.probe_report import AGREEMENT, between, CHANGED, counted, write_report
 from tools.probe_thoughts import as_text, chosen, Thoughts, trajectory
 from tools.probe_ways import NEEDS_OTHERS, Queries, TRAINED, ways_of
 
-AGREEMENT = "agreement"  # name of a row
+COMPARED = {  # rows that are modes, what they are
+    "single": "queries and candidates by the embedding of one pass",
+    "cot": "queries and candidates with a rationale written first"}
 
 
 @dataclass
@@ -106,41 +108,51 @@ def verdict(name, subject, values, base):
     return f"{subject} {little}used: {numbers}"
 
 
-def rows_of(values, subjects, agreement):
-    """{row: (N,) scores}, {row: subject}, agreement of each query -> {row: dict}, as JSON has it."""
+def rows_of(values, ways):
+    """{row: (N,) scores}, {row: Way} -> {row: dict}, as JSON has it."""
     rows = {}
     for name, mine in values.items():
-        rows[name] = dict(score=float(mine.mean()), interval=interval(mine), verdict="")
+        way = ways.get(name)
+        rows[name] = dict(score=float(mine.mean()), interval=interval(mine), verdict="",
+                          what=way.what if way else COMPARED[name])
         if name != TRAINED:
-            rows[name]["verdict"] = verdict(name, subjects.get(name, ""), mine, values[TRAINED])
-    if agreement:
-        share = np.array(agreement)
-        said = f"{share.mean():.1%} of the steps say the rationale's word"
-        rows[AGREEMENT] = dict(score=float(share.mean()), interval=interval(share), verdict=said)
+            rows[name]["verdict"] = verdict(name, way.subject if way else "", mine, values[TRAINED])
     return rows
 
 
+def agreement_of(shares, by_step):
+    """What `Thoughts.agreement` gives -> as JSON has it: {} without rationales."""
+    if not shares:
+        return {}
+    return dict(score=float(np.mean(shares)), interval=interval(np.array(shares)), by_step=by_step)
+
+
 def text_table(result):
-    """All tasks together with interval and verdict, then every task's scores."""
-    names, everything = list(result["tasks"]), result["all"]
-    lines = [f"{'of all queries':32}{'score':>6}   {'95%':14} verdict"]
+    """All tasks together with interval and verdict, every task's scores, and agreement."""
+    names, everything, metric = list(result["tasks"]), result["all"], f"{result['metric']} %"
+    wide = max(9, len(metric) + 2)
+    lines = [f"{CHANGED:32}{metric:>{wide}}   {'95%':14} verdict"]
     for name, row in everything.items():
-        low, high = row["interval"]
-        between = f"{100 * low:.1f} - {100 * high:.1f}"
-        lines.append(f"{name:32}{100 * row['score']:6.1f}   {between:14} {row['verdict']}".rstrip())
+        lines.append(f"{name:32}{100 * row['score']:{wide}.1f}   {between(row):14} {row['verdict']}".rstrip())
+    labels = names
+    if not result["data"]:
+        labels = [name.replace("/turtle_hard", "*").replace("/turtle", "") for name in names]
     if len(names) > 1:
-        labels = names
-        if not result["data"]:
-            labels = [name.replace("/turtle_hard", "*").replace("/turtle", "") for name in names]
         wide = [max(8, len(label) + 2) for label in labels]
         heads = "".join(f"{label:>{w}}" for label, w in zip(labels, wide))
-        lines += ["", f"{'of each task':32}{heads}"]
+        lines += ["", f"each task, {metric}", f"{CHANGED:32}{heads}"]
         for row in everything:
             cells = ""
             for name, w in zip(names, wide):
                 found = result["tasks"][name]["rows"].get(row)
                 cells += f"{100 * found['score']:{w}.1f}" if found else f"{'-':>{w}}"
             lines.append(f"{row:32}{cells}")
+    if result["agreement"]:
+        lines += ["", AGREEMENT, f"{'task':32}{'steps %':>9}   95%"]
+        found = {label: result["tasks"][name]["agreement"] for label, name in zip(labels, names)}
+        for label, row in (found | {"all": result["agreement"]}).items():
+            if row:
+                lines.append(f"{label:32}{100 * row['score']:9.1f}   {between(row)}")
     return "\n".join(lines)
 
 
@@ -221,8 +233,7 @@ def probe(model, tasks, total, ids, cfg):
     """-> everything as JSON has it; for each query shown its trajectory, its Side, those of what it found"""
     begun, K = time.time(), model.settings["latent_steps"]
     curriculum, embedders = curriculum_of(cfg, model), embedders_of(model, cfg)
-    subjects = {name: way.subject for name, way in ways_of(model).items()}
-    results, values, all_agreement, shown = {}, {}, [], []
+    ways, results, values, all_agreement, shown = ways_of(model), {}, {}, [], []
     for task in tasks:
         vectors, corpus, thoughts = probe_task(model, task, embedders, curriculum, cfg.batch_size)
         ranks, scores = {}, {}
@@ -234,7 +245,7 @@ def probe(model, tasks, total, ids, cfg):
         all_agreement += agreement
         results[task.name] = dict(
             metric=task.metric, queries=len(task.queries), candidates=len(task.corpus),
-            rows=rows_of(scores, subjects, agreement), agreement=by_step,
+            rows=rows_of(scores, ways), agreement=agreement_of(agreement, by_step),
             experts=np.mean(thoughts.router, 0).tolist())
         for kind, rows in chosen(ids, task.query_ids, ranks, cfg.show).items():
             for i in rows:
@@ -244,7 +255,8 @@ def probe(model, tasks, total, ids, cfg):
     return dict(
         ckpt=cfg.ckpt, data=cfg.data, steps=K, device=str(model.device), seconds=time.time() - begun,
         notes=what_is_left_out(model, cfg, tasks, total, all_agreement),
-        all=rows_of(pooled, subjects, all_agreement), tasks=results,
+        metric=" or ".join(sorted({task.metric for task in tasks})), all=rows_of(pooled, ways),
+        agreement=agreement_of(all_agreement, {}), tasks=results,
         trajectories=[found for found, _, _ in shown]), shown
 
 
@@ -255,7 +267,7 @@ def main(argv):
     tasks, total, ids = tasks_of(cfg, model)
     result, shown = probe(model, tasks, total, ids, cfg)
     how = f"K = {result['steps']}, {result['device']}, {result['seconds']:.0f} s"
-    print(f"{cfg.ckpt}: {len(tasks)} tasks, {how}")
+    print(f"{cfg.ckpt}: {counted(len(tasks), 'task', 'tasks')}, {how}")
     print(*result["notes"], text_table(result), sep="\n")
     if ids:
         print(*map(as_text, result["trajectories"]), sep="\n")

@@ -27,6 +27,8 @@ LISTS = {  # what the lists of queries are -> heading, what to see there
     "loses": ("Where latent loses", "The right candidate ranks lower than by the single-pass embedding."),
     "same": ("Of the rest", "The right candidate has the same rank in both."),
 }
+CHANGED = "what was changed"  # head of the names of rows
+AGREEMENT = "agreement: steps whose state says, as its likeliest word, that of the rationale they replaced"
 STYLE = """
 :root { color-scheme: light dark; --ground: #fff; --text: #1c1e21; --soft: #5c626b; --line: #d9dce1;
   --card: #f6f7f9; --heat: #8fbcf5; --right: #1a7f37; --wrong: #b3261e; }
@@ -34,15 +36,17 @@ STYLE = """
   --line: #353a42; --card: #1d2025; --heat: #2a5d9f; --right: #5bd47f; --wrong: #ff8a80; } }
 * { box-sizing: border-box; }
 body { margin: 0 auto; padding: 1rem; max-width: 80rem; background: var(--ground); color: var(--text);
-  font: 16px/1.5 system-ui, sans-serif; }
+  font: 16px/1.5 system-ui, sans-serif; overflow-wrap: anywhere; }
 h1 { font-size: 1.6rem; margin: .5rem 0; } h2 { font-size: 1.25rem; margin: 2rem 0 .5rem; }
-h3 { font-size: 1rem; margin: 0 0 .5rem; } h3, article p, .row li { overflow-wrap: anywhere; }
+h3 { font-size: 1rem; margin: 0 0 .5rem; }
 p, ul { margin: .3rem 0; max-width: 48rem; } .soft { color: var(--soft); }
 a { color: inherit; } nav a { display: inline-block; margin-right: 1rem; padding: .3rem 0; }
 :focus-visible { outline: 3px solid var(--heat); outline-offset: 2px; }
 .scroll { overflow-x: auto; margin: .5rem 0; } summary { cursor: pointer; padding: .3rem 0; }
-table { border-collapse: collapse; font-size: .875rem; font-variant-numeric: tabular-nums; }
+table { border-collapse: collapse; font-size: .875rem; font-variant-numeric: tabular-nums;
+  overflow-wrap: normal; }
 th, td { padding: .2rem .6rem; border-bottom: 1px solid var(--line); text-align: left; white-space: nowrap; }
+.what { font-weight: 400; white-space: normal; width: 20rem; max-width: 40vw; }
 th { font-weight: 600; } td.number { text-align: right; } td.heat { text-align: center;
   background: color-mix(in srgb, var(--heat) calc(var(--v) * 100%), transparent); }
 td.bar { min-width: 7rem;
@@ -124,24 +128,47 @@ def table(heads, rows, label):
             f"<tr>{heads}</tr></thead><tbody>\n{body}</tbody></table></div>")
 
 
-def name_cell(text):
-    return f'<th scope="row">{escape(text)}</th>'
+def name_cell(text, what=""):
+    """what: a sentence below the name"""
+    below = f'<div class="what soft">{escape(what)}</div>' if what else ""
+    return f'<th scope="row">{escape(text)}{below}</th>'
+
+
+def counted(number, one, many):
+    return f"{number:,} {one if number == 1 else many}"
+
+
+def between(row):
+    low, high = row["interval"]
+    return f"{100 * low:.1f} - {100 * high:.1f}"
+
+
+def score_cells(row):
+    """A bar, and the interval."""
+    return [f'<td class="bar" style="--v:{row["score"]:.3f}">{100 * row["score"]:.1f}</td>',
+            f'<td class="between">{between(row)}</td>']
 
 
 def heat_cell(value, most):
     return f'<td class="heat" style="--v:{value / most:.3f}">{value:.2f}</td>'
 
 
-def causality(rows, label):
-    """{row: score, interval, verdict} as a table with bars."""
+def causality(rows, label, metric, explained=False):
+    """{row: score, interval, verdict, what} as a table with bars."""
     lines = []
     for name, row in rows.items():
-        low, high = row["interval"]
-        lines.append([
-            name_cell(name), f'<td class="bar" style="--v:{row["score"]:.3f}">{100 * row["score"]:.1f}</td>',
-            f'<td class="between">{100 * low:.1f} - {100 * high:.1f}</td>',
-            f"<td>{escape(row['verdict'])}</td>"])
-    return f'<div class="causality">{table(["queries", "score", "95%", "verdict"], lines, label)}</div>'
+        cells = [name_cell(name, row["what"] if explained else ""), *score_cells(row)]
+        lines.append([*cells, f"<td>{escape(row['verdict'])}</td>"])
+    heads = [CHANGED, f"{metric} %", "95%", "verdict"]
+    return f'<div class="causality">{table(heads, lines, label)}</div>'
+
+
+def agreement_table(result):
+    """Of each task and of all."""
+    found = {name: task["agreement"] for name, task in result["tasks"].items()}
+    found = {name: row for name, row in found.items() if row} | {"all": result["agreement"]}
+    lines = [[name_cell(name), *score_cells(row)] for name, row in found.items()]
+    return table(["task", "steps %", "95%"], lines, "agreement")
 
 
 def heat_maps(result):
@@ -154,11 +181,14 @@ def heat_maps(result):
             task_cell = "" if e else f'<th scope="rowgroup" rowspan="{E}">{escape(name)}</th>'
             cells = [heat_cell(probs[e], most) for probs in task["experts"]]
             experts.append([task_cell, f"<td>{e}</td>", *cells])
-        by_step = task["agreement"]
-        if by_step:
+        if task["agreement"]:
+            by_step = task["agreement"]["by_step"]
             cells = [heat_cell(by_step[k], 1) if k in by_step else "<td></td>" for k in steps]
             agreement.append([name_cell(name), *cells])
-    out = ['<section id="heat"><h2>Experts and agreement, by step</h2><div class="side">']
+    out = ['<section id="heat"><h2>Agreement and experts</h2>']
+    if agreement:
+        out += [f"<p>{AGREEMENT}</p>", agreement_table(result)]
+    out.append('<div class="side">')
     if experts:
         out += ["<div><p>The router's mean probability of each expert, in front of each step.</p>",
                 table(["task", "expert", *steps], experts, "experts by step"), "</div>"]
@@ -238,7 +268,7 @@ def write_report(path, result, shown):
     notes = [*result["notes"], f"shown below: {count}"]
     if left_out:
         notes.append(f"{left_out} more queries are left out: the file would be over 10 MB; lower --show")
-    links = {"causality": "Causality", "heat": "Experts and agreement"}
+    links = {"causality": "Causality", "heat": "Agreement and experts"}
     links |= {name: LISTS[name][0] for name in cards}
     nav = "".join(f'<a href="#{name}">{text}</a>' for name, text in links.items())
     out = [
@@ -246,15 +276,17 @@ def write_report(path, result, shown):
         '<meta name="viewport" content="width=device-width, initial-scale=1">',
         f"<title>Probe of {escape(result['ckpt'])}</title><style>{STYLE}</style></head><body><header>",
         "<h1>Do the latent steps matter, and what do they say?</h1>",
-        f"<p>{escape(result['ckpt'])}, {len(result['tasks'])} tasks, K = {result['steps']}, "
-        f"{escape(result['device'])}, {result['seconds']:.0f} s</p>",
+        f"<p>{escape(result['ckpt'])}, {counted(len(result['tasks']), 'task', 'tasks')}, "
+        f"K = {result['steps']}, {escape(result['device'])}, {result['seconds']:.0f} s</p>",
         "<ul class=\"soft\">" + "".join(f"<li>{escape(note)}</li>" for note in notes) + "</ul>",
         f"<nav>{nav}</nav></header><main>",
         '<section id="causality"><h2>Causality: what changes the score is used</h2>',
-        causality(result["all"], "all tasks")]
+        causality(result["all"], "all tasks", result["metric"], explained=True)]
     for name, task in result["tasks"].items():
-        about = f"{name}: {task['metric']}, {task['queries']} queries, {task['candidates']:,} candidates"
-        out.append(f"<details><summary>{escape(about)}</summary>{causality(task['rows'], name)}</details>")
+        about = (f"{name}: {counted(task['queries'], 'query', 'queries')}, "
+                 f"{counted(task['candidates'], 'candidate', 'candidates')}")
+        rows = causality(task["rows"], name, task["metric"])
+        out.append(f"<details><summary>{escape(about)}</summary>{rows}</details>")
     out += ["</section>", heat_maps(result)]
     for name, texts in cards.items():
         heading, about = LISTS[name]

@@ -48,34 +48,45 @@ class Way(NamedTuple):
     """A way to embed queries: a row of the table."""
 
     subject: str  # what is used when the score changes
+    what: str  # what was changed, for the report
     embed: Callable  # Queries -> (B, D)
 
 
 def ways_of(model):
     """{name of a row: Way}, as far as the checkpoint has what a row changes."""
     adapter, K = model.adapter, model.settings["latent_steps"]
-    ways = {TRAINED: Way("", operator.attrgetter("trained"))}
+    ways = {TRAINED: Way("", f"nothing: {K} latent steps, as eval.py scores them",
+                         operator.attrgetter("trained"))}
     for k in range(K):
         subject = "the steps are" if k == 0 else f"the steps behind {k} are"
-        ways[f"K = {k}"] = Way(subject, functools.partial(fewer_steps, k))
+        what = f"only {k} of the {K} steps, then the suffix"
+        ways[f"K = {k}"] = Way(subject, what, functools.partial(fewer_steps, k))
     for name, change in INPUTS.items():
-        ways[f"inputs {name}"] = Way("the thoughts are", functools.partial(other_inputs, change))
+        what = f"what the adapter gives to each step is {INPUTS_ARE[name]}"
+        ways[f"inputs {name}"] = Way("the thoughts are", what, functools.partial(other_inputs, change))
     # the suffix sees the prefix alone, from its place behind the latents: they have no other effect
     hidden = functools.partial(fewer_steps, 0, shift=K)
-    ways["latents hidden from the suffix"] = Way("the thoughts are", hidden)
+    ways["latents hidden from the suffix"] = Way(
+        "the thoughts are", "the suffix sees the prefix alone, from its usual positions", hidden)
     if adapter.kind != "none":
-        ways["adapter left out"] = Way("the adapter is", functools.partial(other_adapter, left_out))
+        ways["adapter left out"] = Way(
+            "the adapter is", "each state goes back into the decoder as it is",
+            functools.partial(other_adapter, left_out))
     if adapter.experts:
         for e in range(adapter.experts):
             alone = torch.full((adapter.experts,), -torch.inf)
             alone[e] = 0
-            ways[f"expert {e} alone"] = Way("the routing is", functools.partial(routed, alone))
+            ways[f"expert {e} alone"] = Way(
+                "the routing is", f"the router gives all to expert {e}; a shared one stays",
+                functools.partial(routed, alone))
         uniform = torch.zeros(adapter.experts)
-        ways["experts uniform"] = Way("the routing is", functools.partial(routed, uniform))
+        ways["experts uniform"] = Way(
+            "the routing is", "the router gives as much to every expert", functools.partial(routed, uniform))
     if adapter.experts and adapter.anchor:
         for name, change in dict(shuffled=of_another_query, zero=torch.zeros_like).items():
             embed = functools.partial(other_anchor, change)
-            ways[f"anchor {name}"] = Way("the anchor is", embed)
+            what = "that of the neighbour in the batch" if name == "shuffled" else "all zeros"
+            ways[f"anchor {name}"] = Way("the anchor is", f"the anchor that the router sees is {what}", embed)
     return ways
 
 
@@ -129,4 +140,6 @@ def noise(x):
 
 
 INPUTS = {"zero": torch.zeros_like, "of another query": of_another_query, "mean": batch_mean, "noise": noise}
+INPUTS_ARE = {"zero": "zero", "of another query": "what the neighbour in the batch had as trained",
+              "mean": "its mean over the batch", "noise": "a random direction of the same length"}
 NEEDS_OTHERS = ("inputs of another query", "inputs mean", "anchor shuffled")  # of one they say nothing

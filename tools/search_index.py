@@ -7,6 +7,7 @@ import importlib.util
 import itertools
 import json
 import os
+import re
 import secrets
 import stat
 import time
@@ -33,6 +34,10 @@ KINDS = dict.fromkeys(VIDEO_SUFFIXES, "video") | dict.fromkeys(IMAGE_SUFFIXES, "
 if importlib.util.find_spec("pypdfium2"):  # an extra of this tool
     KINDS[".pdf"] = "pdf"
 PAGE = 2_000_000  # pixels of a page in the gallery
+NAMES = dict(image="image", video="video", pdf="page")  # kinds of items, as users say them
+# The files of an index, or of tools/encode.py's vectors, from their folder: all else there is somebody's own
+OWN = re.compile(r"((modes|manifest)\.json|embeddings/[0-9a-f]{16}/\S+\.bin|part-\d{6,}\S*/\w+\.(npy|json)|"
+                 r"[0-9a-f]{16}/((items|bad)\.jsonl|vectors-\w+\.npy))(\.\w+\.writing)?")
 
 
 class Index:
@@ -167,23 +172,15 @@ class Index:
                 bad.append(dict(item, why=str(e)))
             whole[path] = count
 
+    def only(self, kinds):
+        """What is searched from now on is of these kinds of NAMES alone."""
+        rows = [row for row, item in enumerate(self.items) if NAMES[item["kind"]] in kinds]
+        self.items, self.vectors = [self.items[row] for row in rows], self.vectors[rows]
+
     def search(self, vector, count):
         """-> the nearest items as (score, item), best first"""
         scores = self.vectors @ vector
         return [(float(scores[row]), self.items[row]) for row in np.argsort(-scores)[:count]]
-
-
-def index_mode_of(place, checkpoint, given):
-    """How this folder's files are embedded for a checkpoint: "single", or "same" as queries are.
-
-    As given; "": as it was given the last time.
-    """
-    file, known = os.path.join(place, "modes.json"), {}
-    with contextlib.suppress(FileNotFoundError, ValueError, LookupError, TypeError):  # none yet, or damaged
-        known = dict(read_lines(file)[0])
-    if given and known.get(checkpoint, "same") != given:
-        write_lines(file, [known | {checkpoint: given}])
-    return given or known.get(checkpoint, "same")
 
 
 def is_of(item, files):
@@ -208,6 +205,7 @@ def write_lines(file, values):
 def scan(folder, index, every):
     """-> {path of a picture, clip or PDF file: what its items say of it}, {what else there is: how often}
 
+    index: its folder, or that of vectors, whose own files are no others.
     every: clips are in the index also in windows of so many seconds.
     Hidden files and folders are passed over, and so are links to folders, which may lead around in a circle.
     """
@@ -217,10 +215,12 @@ def scan(folder, index, every):
         others[f"unreadable folder {printable(error.filename)}"] += 1
 
     for root, folders, names in os.walk(folder, onerror=unreadable):
-        folders[:] = sorted(name for name in folders if not name.startswith(".")
-                            and os.path.realpath(os.path.join(root, name)) != index)
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        from_index = os.path.relpath(os.path.realpath(root), index)
         for name in sorted(name for name in names if not name.startswith(".")):
             path, suffix = os.path.join(root, name), os.path.splitext(name)[1].lower()
+            if OWN.fullmatch(os.path.normpath(os.path.join(from_index, name))):
+                continue
             if suffix not in KINDS:
                 others[printable(suffix) or "without a suffix"] += 1
                 continue

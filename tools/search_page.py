@@ -39,7 +39,7 @@ PAGE = """<!doctype html><html lang="en"><head><meta charset="utf-8">
 form {{ display: flex; flex-wrap: wrap; gap: .6rem; align-items: center; margin: 1rem 0; }}
 form [name=text] {{ flex: 1 1 20rem; }} form [name=count] {{ width: 4.5rem; }}
 input, button {{ font: inherit; padding: .4rem .6rem; }} article img {{ max-height: 220px; width: auto; }}
-article h2 {{ font-size: 1rem; margin: .6rem 0 .2rem; overflow-wrap: anywhere; }}
+article h2 {{ font-size: 1rem; margin: .6rem 0 .2rem; }}
 </style></head><body><header><h1>{title}</h1>
 <form method="post" action="/" enctype="multipart/form-data" role="search">
 <input name="text" type="search" aria-label="Text" placeholder="what you look for" value="{text}" autofocus>
@@ -121,7 +121,7 @@ async def read_form(request, count):
 def card(number, score, item):
     name = escape(name_of(item))
     return (f'<article><img src="/thumbnails/{item["row"]}" loading="lazy" alt="{name}">'
-            f'<h2>{number}. {name}</h2><p class="soft">{score:.3f}</p></article>')
+            f'<h2>{number}. {name}</h2><p class="soft">cosine {score:.3f}</p></article>')
 
 
 def picture_of(folder, item):

@@ -21,7 +21,7 @@ from collections import namedtuple
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
-from engine.flags import command, leave, parse_flags
+from engine.flags import command, leave, parse_words
 from files.errors import DataError, quote, reason
 from tasks.find import load_model
 from tools.serve_input import parse_request
@@ -233,10 +233,10 @@ def run(app, listening, what):
 
 
 def main(argv):
-    ckpt, *flags = argv if argv and not argv[0].startswith("-") else ["", *argv]
-    cfg, _ = parse_flags(Config, flags, __doc__)
-    if not ckpt:
-        raise DataError("needs a checkpoint, in front of all flags: python -m tools.serve out/checkpoint")
+    cfg, _, words = parse_words(Config, argv, __doc__)
+    if len(words) != 1:
+        raise DataError(f"needs a checkpoint: python -m tools.serve out/checkpoint; got {words}")
+    ckpt, = words
     if min(cfg.queue, cfg.body_mib, cfg.batch_size) < 1:
         raise DataError(f"--queue {cfg.queue}, --body_mib {cfg.body_mib}, --batch_size {cfg.batch_size}: at "
                         "least 1")

@@ -24,6 +24,8 @@ REFUSED = {
         ("files x --cuont 3", "Did you mean 'count'"), ("files x --count 0", "must be at least 1"),
         ("files x --mode cot", "needs latent, single or auto"), ("files x --every -1", "at least 0 seconds"),
         ("files x --index_mode both", "needs single or same"),
+        ("--kind=image,vidoe files x", "Did you mean 'video'"), ("--video gone.mp4 files", "does not exist"),
+        ("files --serve --html x.html", "needs a query"), ("files x --serve", "typed into the page"),
         ("files --html x.html", "needs a query"), ("files --image gone.png", "'gone.png' does not exist")],
     "speed": [
         ("--preset=midd", "one of tiny"), ("--prefix=3", "prompt alone has"), ("--prefix=a", "needs numbers"),

@@ -2,15 +2,19 @@
 
 import json
 import re
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageFont
 
+from files.items import Side
 from tasks.turtle import World
 from test_plume import QUICK
 from tests.processes import call, run
-from tests.samples import record, turns, write_lines
+from tests.samples import picture, record, turns, write_lines
+from tools.compare import milliseconds
+from tools.look import LINE_HEIGHT, lines_of, named, wrapped
 
 
 def test_turtle_world_trains_evaluates_and_compares_without_any_data(tmp_path):
@@ -24,7 +28,8 @@ def test_turtle_world_trains_evaluates_and_compares_without_any_data(tmp_path):
 
     pytest.importorskip("matplotlib")
     files = ["--png", tmp_path / "c.png", "--json", tmp_path / "c.json"]
-    printed = call("tools.compare", *ckpt, "--task", "image_qa", *files, "--limit", 12).stdout
+    flags = ["--task", "image_qa", "--limit", 12, "--rounds", 2]
+    printed = call("tools.compare", *ckpt, *flags, *files).stdout
     assert "hard candidates" in printed and re.search(r"chance +5\.3% +1\.6% +9\.1%", printed)
     assert Image.open(tmp_path / "c.png").size == (1000, 620)
     rows = json.loads((tmp_path / "c.json").read_text())["rows"]
@@ -48,6 +53,20 @@ def test_turtle_world_trains_evaluates_and_compares_without_any_data(tmp_path):
     assert ways[1]["hit"] == np.mean([r["hit@1"] for r in scores.values()])
     failed = call("tools.compare", *ckpt, *files, "--task=image_qa,vidoe_ret", check=False)
     assert failed.returncode == 1 and "Did you mean 'video_ret'" in failed.stderr
+
+
+def test_times_are_medians_of_rounds_in_which_all_take_turns():
+    ways, asked = [("single", None), ("latent", 0), ("latent", 4)], []
+    own = {None: 1.0, 0: 1.1, 4: 1.5}  # seconds of a round
+    busy = {4, 5, 9}  # turns in which another process has the machine
+
+    def encode(queries, mode, steps, batch_size, limit, took):
+        assert (queries, batch_size, limit) == (["a", "b"], 32, 512)
+        took["seconds"] += own[steps] + 60 * (len(asked) in busy)
+        asked.append((mode, steps))
+
+    assert milliseconds(SimpleNamespace(encode=encode), ways, ["a", "b"], 5, 32, 512) == [500, 550, 750]
+    assert asked == ways * 5
 
 
 def test_lengths_are_told_apart_and_every_way_is_measured(tmp_path, monkeypatch):
@@ -86,6 +105,24 @@ def test_contact_sheet_by_command_line(world, tmp_path):
     pair = record(qry=dict(conversations=turns("a")), pos=dict(conversations=turns("b")))
     write_lines(tmp_path / "texts.jsonl", [pair])
     run("tools.look", "--show", tmp_path / "texts.png", "--data", tmp_path / "texts.jsonl")
+
+
+def test_the_contact_sheet_has_whole_texts_in_lines_that_fit_and_names_both_sides():
+    font = ImageFont.load_default(18)
+    for text in ("one", "a b " * 300, "x" * 900, "the end " + "W" * 200 + " and on", "\u4e2d" * 100, ""):
+        lines = wrapped(text, font, 300)
+        assert all(font.getlength(line) <= 300 for line in lines)
+        assert "".join(lines).replace(" ", "") == text.replace(" ", "")
+        assert len(lines) <= 2 + font.getlength(text) / 140  # most of each line is used
+    assert wrapped("two  words\nhere", font, 300) == ["two words here"]
+    rationale = "".join(f"Step {n} of many. " for n in range(60))
+    side = Side([("text", "what"), ("image", picture("red", "bar"))], rationale=rationale, answer="yes")
+    lines = lines_of("query", side)
+    assert [line.split(":")[0] for line in lines] == ["query", "query's rationale", "query's answer"]
+    assert "Step 59 of many." in lines[1]
+    shown = named("target", side, font)
+    assert np.asarray(shown.convert("L"))[:LINE_HEIGHT].min() < 100  # its name stands above the picture
+    assert shown.height > LINE_HEIGHT + 60 and named("target", Side([("text", "x")]), font).size == (0, 0)
 
 
 def test_bench_counts_what_workers_make_ready(world):

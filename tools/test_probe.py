@@ -6,7 +6,7 @@ import json
 import re
 import shutil
 import subprocess
-from html import unescape
+from html import escape, unescape
 
 import numpy as np
 import pytest
@@ -209,11 +209,20 @@ def test_probe_of_turtle_world_by_command_line(turtle, tmp_path):
     files = ["--html", tmp_path / "r.html", "--json", tmp_path / "r.json"]
     few = ["--ckpt", tmp_path / "ck", "--queries=9", "--limit=3"]
     printed = call("tools.probe", *few, "--task=video_cls", *files).stdout
-    for word in ("9 of 400 queries", "inputs noise", "expert 3 alone", "latents hidden", "cot", "agreement"):
+    for word in ("9 of 400 queries", "inputs noise", "expert 3 alone", "latents hidden", "cot",
+                 "ck: 1 task, K = 8", "what was changed                  hit@1 %   95%            verdict"):
         assert word in printed
+    assert re.search(r"\n\nagreement: steps .*\ntask +steps % +95%\nvideo_cls +\d+\.\d .*\nall +\d", printed)
     result = json.loads((tmp_path / "r.json").read_text())
     rows = result["tasks"]["video_cls/turtle"]["rows"]
-    assert list(rows)[:2] == ["as trained", "K = 0"] and 0 <= rows["agreement"]["score"] < 0.5
+    assert list(rows)[:2] == ["as trained", "K = 0"] and list(rows)[-2:] == ["single", "cot"]
+    agreement = result["tasks"]["video_cls/turtle"]["agreement"]
+    assert 0 <= agreement["score"] < 0.5 and agreement["score"] == result["agreement"]["score"]
+    text = (tmp_path / "r.html").read_text()
+    for row in rows.values():  # each has its own explanation in the report
+        assert text.count(f'">{escape(row["what"])}</div></th>') == 1
+    assert text.count('<th scope="col">what was changed</th><th scope="col">hit@1 %</th>') == 2
+    assert "1 task," in text and '<th scope="col">steps %</th>' in text
     assert np.array(result["tasks"]["video_cls/turtle"]["experts"]).shape == (8, 4)
     first = result["trajectories"][0]
     assert len(first["steps"]) == 9 and len(first["retrieved"]) == 5

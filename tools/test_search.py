@@ -13,6 +13,7 @@ import time
 import warnings
 from types import SimpleNamespace
 from unittest import mock
+from urllib.parse import unquote_to_bytes
 
 import numpy as np
 import pytest
@@ -151,7 +152,8 @@ def test_other_modes_have_an_index_of_their_own_and_eval_shares_the_embeddings(s
     assert "0 items encoded" in searched(small, folder, "x", "--mode", "single")[0]
     latent, auto = (searched(small, folder, "x", "--mode", mode)[1] for mode in ("latent", "auto"))
     assert latent == auto  # of a checkpoint that does not say when it is done
-    assert len(list((folder / ".plume" / "embeddings").iterdir())) == 3
+    assert len(list((folder / ".plume" / "embeddings").iterdir())) == 2  # and there is no second index of it
+    assert len(list((folder / ".plume").glob("*/items.jsonl"))) == 2
     task = folder / "image_ret" / "own"
     task.mkdir(parents=True)
     write_lines(task / "corpus.jsonl", [dict(_id=name, image=f"deep/{name}.png") for name in ("red", "blue")])
@@ -159,6 +161,66 @@ def test_other_modes_have_an_index_of_their_own_and_eval_shares_the_embeddings(s
     (task / "qrels.tsv").write_text("query-id\tcorpus-id\tscore\nq\tred\t1\n")
     flags = ["--data", folder, "--ckpt", small, "--scores", folder / ".plume"]
     assert "3 items, 0 encoded, 3 known from before" in call("eval.py", *flags).stdout
+
+
+def test_json_is_all_that_stands_on_stdout_and_flags_may_stand_anywhere(small, folder):
+    words = ["--json", "--count", 3, folder, "--every=1", "a red bar", "--html", folder / "x.html"]
+    ran = run("tools.search", *words, "--ckpt", small)
+    answer = json.loads(ran.stdout)
+    assert ran.stdout.count("\n") == 1 and "6 new or changed" in ran.stderr and "broken.png" in ran.stderr
+    _, found = searched(small, folder, "a red bar", "--every", 1, "--count", 3)
+    assert {result["name"]: round(result["score"], 3) for result in answer["results"]} == found
+    about = {key: answer[key] for key in ("folder", "mode", "similarity", "items", "kind")}
+    assert about == dict(folder=str(folder), mode="latent", similarity="cosine", items=8, kind="")
+    every = json.loads(searched(small, folder, "x", "--every", 1, "--json", "--count=50")[0])["results"]
+    assert len(every) == 8 and all((folder / result["path"]).is_file() for result in every)
+    parts = [(result["start"], result["end"]) for result in every if "start" in result]
+    assert sorted(parts) == [(0, 1), (1, 2), (2, 3)]
+    failed = call("tools.search", folder, "--json", "--ckpt", small, check=False)
+    assert "--json: needs a query" in failed.stderr and failed.stdout == ""
+
+
+def test_a_clip_is_a_query_and_kinds_are_chosen_without_another_index(small, folder):
+    query, model = str(folder / "clip.mp4"), Plume.from_pretrained(small, "cpu")
+    printed, found = searched(small, folder, "--video", query, "--count", 2)
+    assert list(found)[0] == "clip.mp4" and abs(found["clip.mp4"] - 1) < 1e-3
+    assert "2 of 5 items by cosine similarity" in printed
+    printed, found = searched(small, folder, "--kind", "image", "red", "--video", query)
+    assert "0 items encoded, 5 in the index" in printed and "4 of 4 items" in printed and len(found) == 4
+    both = model.encode([{"text": "red", "video": query}])[0]
+    expected = model.encode([{"image": str(folder / name)} for name in found]) @ both
+    assert_close([*found.values()], expected, "scores", 1e-3)
+    printed, found = searched(small, folder, "--kind=video,page", "red", "--every=1")
+    assert set(found) == {"clip.mp4", *(f"clip.mp4 {n} - {n + 1} s" for n in range(3))}
+    assert not searched(small, folder, "--kind=page", "red")[1]
+    assert len(searched(small, folder, "red")[1]) == 5
+
+
+def test_an_index_among_the_files_hides_only_its_own_files(small, folder):
+    place, every = folder / "deep", []
+    for mode in ("latent", "single", "latent"):
+        printed, found = searched(small, folder, "x", "--index", place, "--mode", mode)
+        assert len(found) == 5 and "1 others are no pictures, clips or pages: .txt 1" in printed
+        every.append(printed)
+    assert "5 in the index" in every[0] and "0 items encoded" in every[2]
+    (place / "own.json").write_text("[]")
+    (place / "items.jsonl").write_text("[]")
+    inside = place / "embeddings"
+    picture("red", "bar").save(inside / "mine.png")
+    (inside / "mine.bin").write_text("x")
+    printed, found = searched(small, folder, "x", "--index", place)
+    assert "deep/embeddings/mine.png" in found and len(found) == 6
+    assert "4 others are no pictures, clips or pages: .txt 1, .jsonl 1, .json 1, .bin 1" in printed
+    printed, found = searched(small, folder, "x", "--index", folder)  # the folder itself
+    assert len(found) == 6 and "0 items encoded" not in printed
+    assert searched(small, folder, "x", "--index", folder)[1] == found
+
+
+def test_ranks_are_refused_with_the_name_of_the_tool_that_has_them(small, folder, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    failed = call("tools.search", folder, "x", "--ckpt", small, check=False)
+    assert "torchrun ... -m tools.encode FOLDER DIR" in failed.stderr and not (folder / ".plume").exists()
 
 
 def test_files_in_one_pass_are_found_by_latent_queries_and_the_index_remembers_that(small, folder, tmp_path):
@@ -185,7 +247,7 @@ def test_files_in_one_pass_are_found_by_latent_queries_and_the_index_remembers_t
     assert searched(ours, folder, "a red bar")[1] == latent
 
 
-def test_the_gallery_is_one_file_with_every_picture_and_odd_names_are_shown(small, folder):
+def test_the_gallery_is_one_file_with_every_picture_and_odd_names_are_shown(small, folder, tmp_path):
     names = ['a "quoted" <b>.png', "two\nlines.png", "\u00fc\u4e2d\U0001f422.png", "n" * 200 + ".png"]
     for n, name in enumerate(names):
         picture("green", "bar", (90, 90), n).save(folder / name)
@@ -199,7 +261,15 @@ def test_the_gallery_is_one_file_with_every_picture_and_odd_names_are_shown(smal
     assert text.count("<img") == len(pictures) == len(found) == 12
     assert not re.search("<(script|link|iframe)", text)
     assert "is it a &lt;red&gt;" in text and "&lt;b&gt;.png" in text and "http" not in text
-    assert f"gallery: {html}, 12 of 12 results" in printed
+    assert f"gallery: {html}, 12 of 12 items" in printed and text.count('<p class="soft">cosine ') == 12
+    assert "overflow-wrap: anywhere" in text.split("body {")[1].split("}")[0]
+    links = re.findall(r'<h2>\d+\. <a href="([^"]+)">', text)
+    files = [html.parent / os.fsdecode(unquote_to_bytes(link.split("#")[0])) for link in links]
+    assert len(files) == 12 and all(file.is_file() for file in files)
+    assert "clip.mp4#t=1,2" in links and "two%0Alines.png" in links and "%FF.png" in links
+    searched(small, folder, query, "--count", 5, "--html", tmp_path / "else.html")
+    text = (tmp_path / "else.html").read_text(encoding="utf-8")
+    assert "5 of 9 items" in text and text.count('<a href="files/') == 5
 
 
 def stop_at_the_list(write, file, lines, seconds):
