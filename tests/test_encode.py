@@ -19,6 +19,7 @@ from engine import stream
 from files.errors import DataError
 from files.items import parse_item, parse_side
 from latent import Graphs
+from hub.prompts import with_prompt
 from test_plume import assert_close, gradients, HERE, make_model, mixed_items, rendered
 from tests.samples import picture, png, turns
 
@@ -359,3 +360,15 @@ def test_encode_keeps_no_graph_and_leaves_the_callers_gradients_on(model, monkey
     for _ in stream.encoding(model, ["red", "blue", "green"], batch_size=1, sort=False):
         assert torch.is_grad_enabled()  # between two windows
     assert graphs == [False] * 3
+
+
+def test_a_text_that_is_cut_keeps_the_instruction_behind_it():
+    m = make_model()
+    m.settings["prompts"] |= dict(topic="First: {} What is it about?")
+    room, words = m.processor.limits.max_len, "red bar blue circle " * 400
+    cut = {}
+    vectors = m.encode([words], prompt="topic", truncate=cut)
+    ids = m.processor.backend.encode(words, add_special_tokens=False)
+    kept = words[: ids.offsets[len(ids) - cut[0]][0]]
+    assert len(m.processor.render(with_prompt(parse_item(kept), "First: {} What is it about?"))["ids"]) <= room
+    assert_close(vectors, m.encode([f"First: {kept} What is it about?"]), "as written out", 1e-6)

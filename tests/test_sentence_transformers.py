@@ -121,7 +121,7 @@ def test_what_it_offers_and_what_it_refuses(load, small):
     assert_close(m.similarity(vectors, vectors), vectors @ vectors.T, "cosine", 1e-6)
     assert_close(m.encode(NAMES, truncate_dim=8), vectors[:, :8], "cut", 1e-6)
     folder = str(small)  # for encode a text as any other
-    for call, given, error, why in (
+    for method, given, error, why in (
         (m.encode, dict(mode="sinlge"), ValueError, "Did you mean 'single'"),
         (m.encode, dict(stps=9), ValueError, "stps"),
         (m.encode, dict(dim=129), ValueError, "dim 129: this model has 1 to 128"),
@@ -131,7 +131,7 @@ def test_what_it_offers_and_what_it_refuses(load, small):
         (load, dict(processor_kwargs=dict(max_pixels=9)), ValueError, "max_pixels: not known here"),
     ):
         with pytest.raises(error, match=why):
-            call(folder, **given)
+            method(folder, **given)
     assert load(small, model_kwargs=dict(dtype="bfloat16")).dtype == torch.bfloat16
     assert load(small, config_kwargs=dict(latent_steps=3))[0].plume.settings["latent_steps"] == 3
     m.gradient_checkpointing_enable()

@@ -288,7 +288,7 @@ def test_an_embedding_that_is_not_finite_is_an_error_of_its_own_request_alone():
                 raise DataError("the embedding is not finite")
             return np.ones((len(sides), 2))
 
-    jobs = [Job(sides, "latent", None, 0, None) for sides in (["a", "b"], ["c", "bad"], ["d"])]
+    jobs = [Job(sides, "latent", None, 0, None, None, None) for sides in (["a", "b"], ["c", "bad"], ["d"])]
     first, second, third = Service(Broken(), 16, 9).encode(jobs)
     assert first.shape == (2, 2) and isinstance(second, DataError) and third.shape == (1, 2)
 
