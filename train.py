@@ -41,7 +41,7 @@ from engine.ranks import (
 from engine.resume import resume, save
 from engine.stop import bind_to_parent, check_finite, end_workers, ending_workers, StopOnSignal
 from engine.train_flags import check_flags, claim_one_space, settings_of, weights_of
-from engine.trained import choose_trained, hash_of_frozen, TARGETS
+from engine.trained import choose_trained, hash_of_frozen
 from files.errors import DataError, nearest
 from files.records import hold_out, Pairs
 from hub.card import about_run
@@ -83,7 +83,7 @@ class Config:  # --help prints the comments
     freeze_backbone: bool = False  # after stage 0 (with --init from the first step) only the adapter learns
     freeze_vision: str = "auto"  # true, false, or auto: frozen (but for its merger) when --init is given
     lora: int = 0  # rank of LoRA, trained instead of the backbone of --init: see docs/training.md; 0: none
-    lora_targets: str = ",".join(TARGETS)  # the projections it is put around
+    lora_targets: str = ""  # projections it is put around, as q_proj,v_proj; default: all seven of a layer
     lora_bits: int = 0  # 8 or 4: the frozen weights of these are rounded; 0: they stay as they are
     # adapter: the paper's ablations; with --init they are the checkpoint's unless given, and so are positions
     adapter: str = "moe"  # moe (the paper), mlp (the shared expert alone), none (hidden states as they are),
@@ -299,6 +299,7 @@ def losses(out, batch, cfg):
     A new loss is an entry of `parts` and its weight w_NAME in Config.  `gate_loss` only opens the gate.
     """
     pairs, tokens = out["per_pair"], out["per_token"]
+    gen, disc = pairs["gen"], pairs["disc"]
     hashes = all_gather(batch["query"]), all_gather(batch["target"])  # (ranks, B), (ranks, B, 1+M)
     valid = all_gather(batch["valid"])  # (ranks, B, 1+M)
     negatives = torch.ones_like(batch["negative_at"], dtype=torch.bool)  # there are none in bad records
@@ -314,11 +315,11 @@ def losses(out, batch, cfg):
 
     parts = dict(
         ce=global_mean(tokens["ce"]),
-        gen=contrast(pairs["gen"], pairs["gen"]),
-        disc=contrast(pairs["disc"], pairs["disc"]),
+        gen=contrast(gen, gen),
+        disc=contrast(disc, disc),
         read=global_mean(tokens["read"]),
         bal=balance_loss(router) * valid.any())
-    gen, disc, cut = pairs["gen"], pairs["disc"], []
+    cut = []
     if cfg.matryoshka:
         cut = [(unit(gen[:, :size]), unit(disc[:, :size])) for size in map(int, cfg.matryoshka.split(","))]
         parts["matryoshka"] = sum(contrast(g, g) for g, _ in cut) / len(cut)

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 
 from data import PLUME_TOKENS
 from files.errors import DataError, nearest
-from hub.folders import checkpoints_in
+from hub.folders import NEWEST
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 BITS = {0: "peft", 8: "torchao", 4: "bitsandbytes"}  # of a frozen weight: the package that it takes
@@ -27,16 +27,15 @@ LM, HEAD = "backbone.model.language_model", "backbone.lm_head"
 
 def check_lora(cfg):
     """Raises DataError for flags that do not go together with --lora, or without it."""
-    targets, bits = cfg.lora_targets.split(","), cfg.lora_bits
-    unknown = [target for target in targets if target not in TARGETS]
+    unknown, bits = [target for target in targets_of(cfg) if target not in TARGETS], cfg.lora_bits
     if unknown:
         raise DataError(f"--lora_targets {cfg.lora_targets!r}: {unknown[0]!r} is none of "
                         f"{', '.join(TARGETS)}.{nearest(unknown[0], TARGETS)}")
     if bits not in BITS:
         raise DataError(f"--lora_bits {bits}: needs 8 or 4, or 0: frozen weights as they are")
     if not cfg.lora:
-        if bits:
-            raise DataError(f"--lora_bits {bits}: needs --lora RANK; other weights are not frozen")
+        if cfg.lora_targets or bits:
+            raise DataError("--lora_targets and --lora_bits belong to --lora RANK")
         return
     if not cfg.init:
         raise DataError("--lora: needs --init, the checkpoint whose weights stay as they are")
@@ -46,12 +45,16 @@ def check_lora(cfg):
     if cfg.freeze_backbone or cfg.freeze_vision == "false":
         raise DataError("--lora: backbone and vision tower are frozen; leave out --freeze_backbone and "
                         "--freeze_vision")
-    if os.path.realpath(cfg.init) in map(os.path.realpath, checkpoints_in(cfg.out)):
+    if os.path.realpath(cfg.init) == os.path.realpath(os.path.join(cfg.out, NEWEST)):
         raise DataError(f"--lora: --resume will read --init {cfg.init} again, and a checkpoint of this run "
                         "would take its place; choose another --out")
     for package in {BITS[0], BITS[bits]}:
         if not importlib.util.find_spec(package):
             raise DataError(f"--lora with --lora_bits {bits}: needs a package: pip install {package}")
+
+
+def targets_of(cfg):
+    return cfg.lora_targets.split(",") if cfg.lora_targets else list(TARGETS)
 
 
 def choose_trained(cfg, model):
@@ -76,8 +79,8 @@ def add_lora(cfg, model):
     model.requires_grad_(False)
     if cfg.lora_bits and model.device.type != "meta":
         quantize(model.lm.layers, cfg.lora_bits)
-    targets = cfg.lora_targets.split(",")
-    inject_adapter_in_model(LoraConfig(r=cfg.lora, lora_alpha=2 * cfg.lora, target_modules=targets), model.lm)
+    config = LoraConfig(r=cfg.lora, lora_alpha=2 * cfg.lora, target_modules=targets_of(cfg))
+    inject_adapter_in_model(config, model.lm)
     model.adapter.requires_grad_(True)
 
     embedding, head = model.lm.embed_tokens, model.backbone.lm_head

@@ -169,7 +169,7 @@ def test_the_state_has_all_that_is_trained():
     (dict(freeze_backbone=True), "leave out --freeze_backbone"),
     (dict(freeze_vision="false"), "leave out --freeze_backbone and --freeze_vision"),
     (dict(lora_bits=3), "--lora_bits 3: needs 8 or 4"),
-    (dict(lora=0, lora_bits=8), "--lora_bits 8: needs --lora RANK")])
+    (dict(lora=0, lora_bits=8), "--lora_targets and --lora_bits belong to --lora")])
 def test_what_does_not_go_together_is_refused(flags, why):
     with pytest.raises(DataError, match=why):
         trained.check_lora(replace(CONFIG, **flags))
