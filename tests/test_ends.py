@@ -57,11 +57,11 @@ def make_a_mistake(parts):
     raise ZeroDivisionError("a mistake")
 
 
-def hang(collate, samples, processor, calls=itertools.count()):
-    """In place of data.collate, in a worker or not: its third batch never comes."""
+def hang(fill_micro_batches, *given, calls=itertools.count()):
+    """In place of data.fill_micro_batches, in a worker or not: its third batch never comes."""
     if next(calls) == 2:
         time.sleep(300)
-    return collate(samples, processor)
+    return fill_micro_batches(*given)
 
 
 def deed(function):
@@ -76,7 +76,7 @@ WAYS = {  # what happens: what takes a function's place, exit status, its line
     "full disk": (("train.save", partial(fill_disk, 100_000)), 1, "error: .*step 8 could not be written.*"),
     "Ctrl-C": (deed(partial(signal_all, signal.SIGINT)), 130, STOPPING),
     "SIGTERM": (deed(partial(signal_all, signal.SIGTERM)), 130, STOPPING),
-    "Ctrl-C twice": (("data.collate", hang), 130, f"{STOPPING}\ninterrupted"),
+    "Ctrl-C twice": (("data.fill_micro_batches", hang), 130, f"{STOPPING}\ninterrupted"),
     "killed worker": (deed(kill_a_worker), 1, r"error: DataLoader worker \(pid \d+\) is killed.*--resume"),
     "killed rank": (deed(kill_the_last_rank), -signal.SIGKILL, ""),
     "mistake": (deed(make_a_mistake), 1, ".*Traceback.*ZeroDivisionError: a mistake"),
