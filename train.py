@@ -226,7 +226,7 @@ def train(cfg, given, curriculum, device, dtype):
 
     # resume
     progress = Progress(curriculum, steps, cfg.seed)
-    config = dict(asdict(cfg), pairs=pairs.digest, frozen=hash_of_frozen(cfg, model))
+    config = dict(asdict(cfg), pairs=pairs.digest, **hash_of_frozen(cfg, model))
     start, kept = resume(cfg, config, model, optimizer, progress) if cfg.resume else (0, [])
 
     # loop

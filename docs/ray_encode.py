@@ -1,14 +1,12 @@
-"""Items to vectors on a Ray cluster.  In PLUME's folder; absolute media paths; GPUS of an actor: 1 or 0.
+"""In PLUME's folder; absolute media paths; GPUS of an actor: 1 or 0; OUT: a new folder.
 
-    PYTHONPATH=$PWD python docs/ray_encode.py CORPUS.jsonl OUT CHECKPOINT ACTORS GPUS
-"""
+    PYTHONPATH=$PWD python docs/ray_encode.py CORPUS.jsonl OUT CHECKPOINT ACTORS GPUS"""
 
 import os
 import sys
 
 import ray  # pip install "ray[data]"
 
-from files.items import ITEM_KEYS
 from model import Plume
 
 
@@ -18,13 +16,14 @@ class Encoder:
 
     def __call__(self, table):
         rows, bad = table.to_pylist(), {}
-        items = [{k: row.get(k) for k in ITEM_KEYS} for row in rows]
-        vectors = self.model.encode(items, prompt="document", bad=bad)
+        items = [{k: v for k, v in row.items() if v is not None and k != "_id"} for row in rows]
+        vectors = self.model.encode(items, prompt="document", bad=bad)  # an unknown key is a bad item
         why = [bad.get(i, "") for i in range(len(rows))]  # with NaN in its vector
         return dict(_id=[row["_id"] for row in rows], vector=vectors, why=why)
 
 if __name__ == "__main__":
     corpus, out, checkpoint, actors, gpus = sys.argv[1:]
+    os.mkdir(out)  # a second run would add to it
     ray.init(runtime_env=dict(env_vars=dict(PYTHONPATH=os.getcwd())))
     ray.data.read_json(corpus, lines=True).map_batches(
         Encoder, fn_constructor_args=[checkpoint], batch_size=512, batch_format="pyarrow", num_cpus=0.5,

@@ -44,15 +44,14 @@ def propose_prompts(cfg, given, pairs, prompts):
 
 
 def first_and_last(side):
-    """The first and the last text of an item, "" where a picture or clip stands in its place."""
+    """The first and the last text of an item; "" where there is none, or pictures stand behind it."""
     kinds = [kind for kind, _ in side.parts]
     item = side.parts[: kinds.index("disc")] if "disc" in kinds else side.parts
     texts = [value for kind, value in item if kind == "text"]
-    if not texts:
+    before_media = "text" in kinds and {"image", "video"} & set(kinds[kinds.index("text") :])
+    if not texts or before_media:  # no prompt can stand there: its text comes behind the media
         return "", ""
-    if len(texts) == 1:
-        return texts[0], texts[0]
-    return texts[0], texts[-1] if item[-1][0] == "text" else ""
+    return texts[0], texts[-1]
 
 
 def template_in(ends):

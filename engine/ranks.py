@@ -127,7 +127,9 @@ def global_mean(x):
 
 
 def ddp(model):
-    """The model, its gradients averaged over ranks; its buffers are constants and stay as they are."""
+    """The model, its gradients averaged over ranks; buffers and what is frozen are the same and stay so."""
+    frozen = [name for name, p in model.named_parameters() if not p.requires_grad]
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, frozen)  # rounded ones cannot
     names = inspect.signature(DistributedDataParallel).parameters
     new, old = "forward_sync_buffers", "broadcast_buffers"  # torch warns of the old one where the new one is
     sent = {new if new in names else old: False}

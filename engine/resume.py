@@ -32,14 +32,14 @@ def save(cfg, model, optimizer, state, saved, kept, card):
     this run has kept is ever removed.
     """
     whole = StateDictOptions(full_state_dict=True, cpu_offload=True)  # gathers shards: all ranks have to ask
-    if cfg.lora:
-        weights, state["trained"] = merged_weights(model), trained_weights(model)
-        size = size_of_merged(model, weights)
-    else:
-        weights, size = get_model_state_dict(model, options=whole), count_parameters(model)
+    weights = None if cfg.lora else get_model_state_dict(model, options=whole)
     state["optimizer"] = get_optimizer_state_dict(model, optimizer, options=whole)
     if rank_and_world()[0] > 0:
         return kept
+    size = count_parameters(model)
+    if cfg.lora:
+        weights, state["trained"] = merged_weights(model), trained_weights(model)
+        size = size_of_merged(model, weights)
     path, keep, gone, there = os.path.join(cfg.out, NEWEST), None, [], "there is none yet"
     if os.path.exists(path):
         there = f"the checkpoint of step {saved} is still there"
@@ -69,7 +69,7 @@ def resume(cfg, config, model, optimizer, progress):
     then = state["config"]
     for name in sorted(config.keys() - then.keys()):
         say(f"new since the run began: {name} = {config[name]!r}")
-    if changed := changes(then, config, asdict(type(cfg)())):
+    if changed := changes(then, config, dict(asdict(type(cfg)()), frozen="")):
         raise DataError(f"--resume with another configuration: {changed}")
     if state["ranks"] != world:
         say(f"the run began on {state['ranks']} ranks and goes on with {world}: the same but for rounding")

@@ -50,6 +50,7 @@ def encoding(model, items, mode="latent", steps=None, batch_size=16, progress=Fa
     check_mode(mode, steps)
     template = template_of(model.settings["prompts"], prompt)
     width = model.lm.config.hidden_size
+    check_truncate(truncate)
     check_numbers(done, dim, width, batch_size=batch_size, limit=limit, workers=workers)
     label = progress if isinstance(progress, str) else f"encode ({mode})"
     bar = tqdm(total=length_hint(items), desc=label, unit="item", disable=not progress)
@@ -246,6 +247,11 @@ def check_mode(mode, steps):
         raise ValueError(f"mode {quote(mode)}.{nearest(mode, MODES)}")
     if steps is not None and (mode != "latent" or not 0 <= steps <= MAX_STEPS):
         raise ValueError(f"steps {steps} in mode {mode!r}: 0..{MAX_STEPS} steps belong to mode 'latent'")
+
+
+def check_truncate(truncate):
+    if not isinstance(truncate, (bool, dict)):
+        raise ValueError(f"truncate {quote(truncate)}: needs True, False, or a dict for what is lost")
 
 
 def check_numbers(done, dim, width, **at_least_1):

@@ -2,6 +2,7 @@
 
 import importlib.util
 import math
+import os
 from dataclasses import asdict
 
 from adapter import MAX_STEPS, TransitionAdapter
@@ -11,7 +12,10 @@ from engine.flags import whole_numbers
 from engine.ranks import say
 from engine.trained import check_lora
 from files.errors import DataError, nearest
+from hub.folders import newest_checkpoint
 from hub.prompts import check_template
+from hub.settings import stored_settings
+from hub.weights import read_json
 
 AT_LEAST = dict(seed=0, global_batch=2, micro_tokens=0, steps=0, save_every=1, log_every=1, eval_every=0,
                 keep=0, workers=0, until=0, warmup=0, decay=0, vision_lr=0, weight_decay=0, frame_rate=0,
@@ -79,7 +83,13 @@ def check_flags(cfg, world):
 
 
 def settings_of(cfg, given):
-    """The settings of a checkpoint for which there are flags; given: names of the flags."""
+    """The settings of a checkpoint for which there are flags; given: names of the flags.
+
+    A run with --lora goes on from --init again, with the settings that it has begun with.
+    """
+    if cfg.resume and cfg.lora:
+        file = os.path.join(newest_checkpoint(cfg.out), "config.json")
+        return stored_settings(read_json(file).get("plume"), file)
     flags = asdict(cfg)
     limits = ("min_pixels", "max_pixels", "video_max_pixels", "num_frames", "frame_rate", "fps", "max_len")
     switches = ("experts", "top_k", "shared_expert", "anchor", "step_embedding")

@@ -129,7 +129,7 @@ def replace_logits(head, args, logits):
 # ---- what is written and read again
 @torch.no_grad()
 def merged_weights(model):
-    """{name: tensor} of the plain model that computes the same as one with LoRA."""
+    """{name: tensor on the CPU} of the plain model that computes the same as one with LoRA."""
     from peft.tuners.lora import LoraLayer
     from peft.utils.integrations import dequantize_module_weight
 
@@ -137,18 +137,18 @@ def merged_weights(model):
     for name, tensor in model.state_dict().items():
         projection = name.startswith(LM) and not set(TARGETS).isdisjoint(name.split("."))
         if not projection and not name.endswith(".new_rows"):
-            weights[name] = tensor
+            weights[name] = tensor.cpu()
     for name, layer in model.lm.named_modules(prefix=LM):
         if name.rpartition(".")[2] not in TARGETS:
             continue
         base, change = layer, 0
         if isinstance(layer, LoraLayer):
             base, change = layer.get_base_layer(), layer.get_delta_weight("default")
-        weights[f"{name}.weight"] = dequantize_module_weight(base) + change
+        weights[f"{name}.weight"] = (dequantize_module_weight(base) + change).cpu()
         if base.bias is not None:
-            weights[f"{name}.bias"] = base.bias
+            weights[f"{name}.bias"] = base.bias.cpu()
     for name, module in ((f"{LM}.embed_tokens", model.lm.embed_tokens), (HEAD, model.backbone.lm_head)):
-        weights[f"{name}.weight"] = module.weight.index_copy(0, module.new_tokens, module.new_rows)
+        weights[f"{name}.weight"] = module.weight.index_copy(0, module.new_tokens, module.new_rows).cpu()
     return weights
 
 
@@ -171,12 +171,17 @@ def load_trained(model, weights):
 
 
 def hash_of_frozen(cfg, model):
-    """Of the backbone's weights as LoRA finds them, "" without: a run goes on only from the same."""
+    """{"frozen": hash of the backbone's weights as LoRA finds them}: a run goes on only from the same.
+
+    Without the rows of new tokens: of a plain Qwen-VL they are a mean, which CPUs round differently.
+    """
     if not cfg.lora:
-        return ""
+        return {}
     h = hashlib.blake2b(digest_size=8)
     for name, tensor in sorted(merged_weights(model).items()):
+        if name in (f"{LM}.embed_tokens.weight", f"{HEAD}.weight"):
+            tensor = tensor.index_fill(0, model.lm.embed_tokens.new_tokens.cpu(), 0)
         if name.startswith("backbone."):
             h.update(name.encode())
-            h.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-    return h.hexdigest()
+            h.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
+    return dict(frozen=h.hexdigest())

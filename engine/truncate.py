@@ -39,6 +39,8 @@ def without_end(processor, side, tokens):
         found = processor.backend.encode(str(text), add_special_tokens=False)
         begins = [begin for begin, _ in found.offsets]
         kept = max(0, len(begins) - (tokens - lost))
+        while 0 < kept < len(begins) and begins[kept - 1] == begins[kept]:
+            kept -= 1  # several tokens of one character go together
         lost += len(begins) - kept
         parts[i] = kind, text[: begins[kept]] if kept < len(begins) else text
     return replace(side, parts=parts), lost

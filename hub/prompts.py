@@ -70,7 +70,9 @@ def prefix_of(template):
 
 def template_of_prefix(prompt):
     """A prompt of these files, or of MTEB: with one {} it is a template, else a text in front."""
-    return prompt if prompt.count("{}") == 1 else prompt + "{}"
+    template = prompt if "{}" in prompt else prompt + "{}"
+    check_template(template, "prompt")
+    return template
 
 
 def prefixes(prompts):

@@ -10,4 +10,4 @@ from pathlib import Path
 script = Path(sys.argv[0]).resolve()
 command = [sys.orig_argv[0], "-m", f"{script.parent.name}.{script.stem}", *sys.argv[1:]]
 raise SystemExit(f"error: {sys.argv[0]} is a module of PLUME, which is started so:\n"
-                 f"cd {shlex.quote(str(script.parents[1]))} && {shlex.join(command)}")
+                 f"PYTHONPATH={shlex.quote(str(script.parents[1]))} {shlex.join(command)}")

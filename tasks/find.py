@@ -5,7 +5,9 @@ import os
 import warnings
 
 from backbones.families import QWEN2_VL
+from engine.ranks import say
 from files.errors import DataError, nearest
+from hub.prompts import PROMPTS
 from model import Plume
 from tasks.beir import list_tasks, read_task
 from tasks.mmeb import MMEB, modality, read_published
@@ -53,6 +55,8 @@ def find_tasks(data, processor=None, released=False, skip_bad=False, moves="8", 
             return read_published(data, os.path.basename(name), released, skip_bad)
         return [task.full_name for task in MMEB.values()], make
     if data:
+        if prompts and prompts != PROMPTS:
+            say(f"the checkpoint's prompts: queries {prompts['query']!r}, corpora {prompts['document']!r}")
         return list_tasks(data), functools.partial(read_task, data, prompts=prompts)
     turtle = world_tasks(processor.backbone if processor else QWEN2_VL, moves, rules, codes)
     if processor and moves_lost(processor, moves):

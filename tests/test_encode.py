@@ -370,5 +370,6 @@ def test_a_text_that_is_cut_keeps_the_instruction_behind_it():
     vectors = m.encode([words], prompt="topic", truncate=cut)
     ids = m.processor.backend.encode(words, add_special_tokens=False)
     kept = words[: ids.offsets[len(ids) - cut[0]][0]]
-    assert len(m.processor.render(with_prompt(parse_item(kept), "First: {} What is it about?"))["ids"]) <= room
+    whole = with_prompt(parse_item(kept), "First: {} What is it about?")
+    assert len(m.processor.render(whole)["ids"]) <= room
     assert_close(vectors, m.encode([f"First: {kept} What is it about?"]), "as written out", 1e-6)

@@ -144,7 +144,7 @@ def test_ctrl_c_while_modules_are_imported_is_one_line(started):
 def test_a_module_that_is_started_as_a_file_says_the_command_to_paste(folder, name, tmp_path):
     words = [sys.executable, str(HERE / folder / f"{name}.py"), "--data", "a b"]
     done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, timeout=60)
-    expected = f"cd {HERE} && {sys.executable} -m {folder}.{name} --data 'a b'"
+    expected = f"PYTHONPATH={HERE} {sys.executable} -m {folder}.{name} --data 'a b'"
     assert done.returncode == 1 and done.stderr.splitlines()[1:] == [expected]
 
 

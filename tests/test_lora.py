@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 import train
 from data import PLUME_TOKENS
 from engine import trained
+from engine.train_flags import settings_of
 from engine.trained import (
     add_lora, choose_trained, load_trained, merged_weights, size_of_merged, trained_weights)
 from files.errors import DataError
@@ -124,6 +125,23 @@ def test_a_run_goes_on_from_the_same_frozen_weights_alone(base, tmp_path):
     Plume.random(["red"], seed=1).save_pretrained(tmp_path / "other")
     command[4] = tmp_path / "other"
     refused("frozen: '[0-9a-f]{16}' then, '[0-9a-f]{16}' now", *command, "--resume")
+
+
+def test_a_run_goes_on_with_the_settings_that_it_has_begun_with(tmp_path):
+    """Also where a flag has set the default, which does not show among the flags."""
+    Plume.random(["red"], latent_positions="cache").save_pretrained(tmp_path / "checkpoint")
+    (tmp_path / "checkpoint" / "train_state.pt").touch()
+    settings = settings_of(replace(CONFIG, resume=True, out=str(tmp_path)), set())
+    assert settings["latent_positions"] == "cache" and settings["latent_steps"] == 8
+
+
+def test_two_ranks_with_rounded_weights_train_the_same(base, tmp_path):
+    pytest.importorskip("torchao", reason="needs torchao: pip install torchao")
+    flags = [*base, "--steps=2", "--lora_bits=8"]
+    run(*flags, "--out", tmp_path / "one")
+    run_ranks(2, *flags, "--out", tmp_path / "two")
+    for a, b in zip(log(tmp_path / "one"), log(tmp_path / "two")):
+        assert a["ce"] == pytest.approx(b["ce"], 2e-3) and a["norm"] == pytest.approx(b["norm"], 2e-3)
 
 
 def test_two_ranks_micro_batches_and_recomputing_train_the_same(base, tmp_path):

@@ -185,15 +185,6 @@ def test_encode_writes_the_prompt_into_the_manifest_and_search_finds_it_there(
         search(ckpt, "red bar", "--vectors", tmp_path / "--prompt=")
 
 
-def test_a_folder_of_vectors_of_before_goes_on_where_the_checkpoint_has_no_prompts(small, tmp_path):
-    write_lines(tmp_path / "texts.jsonl", [dict(text=name) for name in NAMES])
-    out, same = tmp_path / "vectors", (tmp_path / "texts.jsonl", tmp_path / "vectors", "--ckpt", small)
-    call("tools.encode", *same)
-    edit_json(out / "manifest.json", prompt=None)
-    assert "0 records to encode" in call("tools.encode", *same).stdout
-    assert len(search(small, "red", "--vectors", out)) == 10
-
-
 def test_evaluation_puts_prompts_around_your_folders_and_nothing_else(ckpt, small, plume, world, tmp_path):
     bare = tmp_path / "tasks"
     shutil.copytree(world, bare, ignore=shutil.ignore_patterns("*.mp4", "video_cls"))

@@ -163,6 +163,7 @@ def test_a_flag_that_is_newer_than_the_run_does_not_stop_it(trained, on_world, t
     shutil.copytree(trained[0], out)
     state = state_of(out / "checkpoint")
     del state["config"]["w_bal"]
+    assert "frozen" not in state["config"]  # --lora's alone
     torch.save(state, out / "checkpoint" / "train_state.pt")
     command = [*on_world, "--out", out, "--steps=40", *PAPER, "--resume"]
     assert "new since the run began: w_bal = 0.1\n" in run(*command).stdout

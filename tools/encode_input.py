@@ -18,6 +18,7 @@ from engine.kept import as_bytes
 from files.errors import closest, DataError, quote, reason
 from files.items import hash_of, ITEM_KEYS, parse_item
 from files.jsonl import parse_json, spans_of
+from files.named import FileNameWarning
 from tasks.beir import with_title
 from tools.search import print_others
 from tools.search_index import scan, sides_of
@@ -67,7 +68,7 @@ class Records:
     """
 
     def __init__(self, path, media):
-        self.path, self.media = path, media
+        self.path, self.media, self.warning = path, media, FileNameWarning(media)
 
     def digest(self):
         h = hashlib.blake2b(digest_size=8)
@@ -99,7 +100,9 @@ class Records:
             if raw.get("title"):
                 item["text"] = with_title(raw, where)
             raw = item
-        return parse_item(raw, self.media, where)
+        side = parse_item(raw, self.media, where)
+        self.warning.look_at_side(side)
+        return side
 
 
 class JsonLines(Records):

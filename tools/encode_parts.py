@@ -53,9 +53,9 @@ def read_manifest(folder):
     if not os.path.isfile(file):
         raise DataError(f"{folder}: no {MANIFEST} in it; needs a folder that python -m tools.encode made")
     manifest = read_json(file)
-    if not isinstance(manifest, dict) or not {"dim", "parts"} <= manifest.keys():
+    if not isinstance(manifest, dict) or not {"dim", "parts", "prompt"} <= manifest.keys():
         raise DataError(f"{file}: is none of python -m tools.encode")
-    return dict(prompt="{}") | manifest  # older ones had none
+    return manifest
 
 
 def write_part(folder, number, ids, vectors, bad):

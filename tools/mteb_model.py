@@ -15,7 +15,7 @@ from mteb.models import ModelMeta
 from mteb.models.abs_encoder import AbsEncoder
 from mteb.models.model_meta import ScoringFunction
 
-from engine.kept import fingerprint
+from engine.kept import fingerprint, short_hash
 from files.items import parse_item
 from hub.prompts import template_of_prefix
 from hub.weights import count_parameters
@@ -44,13 +44,15 @@ class PlumeEncoder(AbsEncoder):
         for name, text in self.model_prompts.items():
             known[name] = template_of_prefix(text)
         name = os.path.basename(os.path.abspath(path))
-        # What is not as usual is an experiment to MTEB: kept apart, and not among what load_results gives
-        given = dict(steps=steps, prompts=self.model_prompts)
+        # What is not as usual is an experiment to MTEB: kept apart, and not among what load_results gives;
+        # the checkpoint's own prompts are the usual ones
+        given = dict(steps=steps, prompts=prompts)
         given |= dict(mode=mode) if mode != "latent" else {}
         given |= dict(index_mode=index_mode) if self.index_mode != usual else {}
         self.mteb_model_meta = ModelMeta.create_empty(dict(
-            name=f"plume/{name}", revision=fingerprint(self.model), similarity_fn_name=ScoringFunction.COSINE,
-            modalities=list(KINDS), n_parameters=count_parameters(self.model),
+            name=f"plume/{name}", revision=short_hash(fingerprint(self.model), str(own)),
+            similarity_fn_name=ScoringFunction.COSINE, modalities=list(KINDS),
+            n_parameters=count_parameters(self.model),
             max_tokens=self.model.processor.limits.max_len, embed_dim=self.model.lm.config.hidden_size,
             experiment_kwargs={key: value for key, value in given.items() if value}))
 

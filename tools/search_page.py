@@ -4,6 +4,7 @@ Plain HTML, no script runs.  The only files that are shown are those of the inde
 """
 
 import io
+import os
 import threading
 import time
 from html import escape
@@ -12,7 +13,7 @@ from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.middleware.trustedhost import TrustedHostMiddleware
-from starlette.responses import HTMLResponse, Response
+from starlette.responses import FileResponse, HTMLResponse, Response
 
 from files.clips import load_frames
 from files.errors import DataError
@@ -89,11 +90,19 @@ def search_page(service, index, folder, cfg):
         except (DataError, StopIteration) as e:  # changed or deleted since; the browser shows its name
             raise HTTPException(404, str(e)) from e
 
+    def file(request):
+        row = request.path_params["row"]
+        path = os.path.join(folder, index.items[row]["path"]) if row < len(index.items) else ""
+        if not os.path.isfile(path):
+            raise HTTPException(404)
+        return FileResponse(path, headers=HEADERS)
+
     app = make_app(service)
     app.add_middleware(TrustedHostMiddleware, allowed_hosts=HOSTS)
     app.add_route("/", ask, ["GET"])
     app.add_route("/", search, ["POST"])
     app.add_route("/thumbnails/{row:int}", thumbnail, ["GET"])
+    app.add_route("/files/{row:int}", file, ["GET"])
     return app
 
 
@@ -121,7 +130,8 @@ async def read_form(request, count):
 def card(number, score, item):
     name = escape(name_of(item))
     return (f'<article><img src="/thumbnails/{item["row"]}" loading="lazy" alt="{name}">'
-            f'<h2>{number}. {name}</h2><p class="soft">cosine {score:.3f}</p></article>')
+            f'<h2><a href="/files/{item["row"]}">{number}. {name}</a></h2>'
+            f'<p class="soft">cosine {score:.3f}</p></article>')
 
 
 def picture_of(folder, item):

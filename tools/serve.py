@@ -23,6 +23,7 @@ from dataclasses import dataclass
 
 from engine.flags import command, leave, parse_words
 from files.errors import DataError, quote, reason
+from hub.prompts import template_of, with_prompt
 from tasks.find import load_model
 from tools.serve_input import parse_request
 
@@ -174,9 +175,13 @@ def refuse(request, error):
     return json_answer(dict(error=dict(message=message, type=kind, param=None, code=None)), status)
 
 
+def broken(request, error):
+    return refuse(request, HTTPException(500, f"{type(error).__name__}: {error}"))
+
+
 def make_app(service):
     """Without routes; errors are answered in OpenAI's form."""
-    errors = dict.fromkeys((DataError, HTTPException, ClientDisconnect), refuse)
+    errors = dict.fromkeys((DataError, HTTPException, ClientDisconnect), refuse) | {500: broken}
     return Starlette(lifespan=service.lifespan, exception_handlers=errors)
 
 
@@ -196,7 +201,8 @@ def endpoint(service, cfg, name):
         if wanted.base64:
             vectors = [b64encode(row).decode() for row in vectors.astype("<f4")]
         data = [dict(object="embedding", index=i, embedding=row) for i, row in enumerate(vectors)]
-        texts = [text for side in wanted.sides for kind, text in side.parts if kind == "text"]
+        asked = [with_prompt(side, template_of(prompts, wanted.prompt)) for side in wanted.sides]
+        texts = [text for side in asked for kind, text in side.parts if kind == "text"]
         tokens = sum(len(encode_text(text)) for text in texts)
         tokens -= sum((cut or {}).values())
         answer = dict(object="list", data=data, model=name)

@@ -51,7 +51,7 @@ def serving(folder, *flags):
 
 
 def names(html):
-    return re.findall(r"<h2>\d+\. (.*?)</h2>", html)
+    return re.findall(r"<h2><a[^>]*>\d+\. (.*?)</a></h2>", html)
 
 
 def test_results_are_those_of_the_index_and_names_are_escaped(page, small, folder):
