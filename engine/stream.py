@@ -39,12 +39,14 @@ class Spent(NamedTuple):
 
 
 def encoding(model, items, mode="latent", steps=None, batch_size=16, progress=False, limit=512, took=None,
-             workers=4, sort=True, bad=None, dim=None, done=0.5, spent=None, prompt=None, truncate=False):
+             workers=4, sort=True, bad=None, dim=None, done=0.5, spent=None, prompt=None, truncate=False,
+             unfit=None):
     """`Plume.encode` in windows: yields the embeddings of the next items as an array.
 
     A window is 8 batches, or less when their media take AHEAD bytes; about as much is read ahead.  What mode
     auto has to write in it waits until it is worth a batch.
     truncate: as in `Plume.encode`; a dict gets {an item's number: tokens that it has lost}, too.
+    unfit: a dict for items whose embeddings are not finite, see `check_embeddings`.
     sort: the rows of a window are batched by length; False: batches are neighbours as given.
     """
     check_mode(mode, steps)
@@ -82,7 +84,7 @@ def encoding(model, items, mode="latent", steps=None, batch_size=16, progress=Fa
             if spent is not None:
                 for name, column in zip(Spent._fields, costs.T.tolist()):
                     spent[name].extend(column)
-            check_embeddings(model, samples, out)
+            check_embeddings(model, samples, out, unfit, number - len(samples))
             yield out
         warn_of_cut(cut, number, model.processor.limits.max_len)
         if isinstance(truncate, dict):
@@ -221,8 +223,12 @@ def store(out, costs, places, vectors, spent):
     out[places], costs[places] = vectors.to(out.dtype), torch.stack(spent, 1)
 
 
-def check_embeddings(model, samples, vectors):
-    """Raises DataError for items whose embeddings, rows of an array, are not finite."""
+def check_embeddings(model, samples, vectors, unfit=None, first=0):
+    """Raises DataError for items whose embeddings, rows of an array, are not finite.
+
+    unfit: a dict that gets the reason instead, by the item's number, where the weights are finite; first: the
+    number of the first sample.
+    """
     wrong = [s["where"] for s, row in zip(samples, vectors) if s and not np.isfinite(row).all()]
     if not wrong:
         return
@@ -238,7 +244,11 @@ def check_embeddings(model, samples, vectors):
         why = "the weights are finite, so it is something in these items"
     else:
         why = f"the weights are finite; it was computed in {dtype}, try float32"
-    raise DataError(f"{names}: the embedding is not finite; {why}")
+    if broken or unfit is None:
+        raise DataError(f"{names}: the embedding is not finite; {why}")
+    for i, sample in enumerate(samples):
+        if sample and not np.isfinite(vectors[i]).all():
+            unfit[first + i] = f"{sample['where']}: the embedding is not finite; {why}"
 
 
 def check_mode(mode, steps):

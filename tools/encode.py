@@ -147,7 +147,7 @@ def embedded(model, items, cfg, manifest):
 
     windows = encoding(
         model, sides(), cfg.mode, manifest["steps"], cfg.batch_size, workers=cfg.workers, bad=bad,
-        dim=manifest["dim"])
+        dim=manifest["dim"], unfit=bad)  # one item must not hold a million others up
     row = 0
     with closing(windows):
         for vectors in windows:

@@ -386,3 +386,22 @@ def test_the_recipe_for_ray_equals_encode_with_two_actors(small, world, tmp_path
     items = [*TEXTS, dict(image=str(world / "red bar.png"))]
     vectors = [found[row["_id"]]["vector"] for row in rows[:-1]]
     assert_close(np.array(vectors), Plume.from_pretrained(small, "cpu").encode(items), "vectors")
+
+
+def test_an_embedding_that_is_not_finite_is_named_and_does_not_hold_the_others_up(
+        small, texts, tmp_path, monkeypatch):
+    model = Plume.from_pretrained(small, "cpu")
+    embed, longest = model.embed, max(TEXTS, key=len)
+
+    def embed_one_badly(batch, *given, **more):
+        vectors, spent = embed(batch, *given, **more)
+        vectors[batch["lengths"] == batch["lengths"].max()] = np.nan
+        return vectors, spent
+
+    monkeypatch.setattr(model, "embed", embed_one_badly)
+    monkeypatch.setattr(encode, "load_model", lambda *_: model)
+    printed = encoded(small, texts, tmp_path / "out", "--batch_size", len(TEXTS))
+    bad = bad_in(tmp_path / "out")
+    assert bad and all("not finite; the weights are finite" in why for why in bad.values())
+    assert f"{len(bad)} items could not be read" in printed and f"d{TEXTS.index(longest)}" in bad
+    assert len(load_vectors(tmp_path / "out")[0]) == len(TEXTS) - len(bad)
