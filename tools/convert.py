@@ -124,6 +124,9 @@ def main(argv):
             negatives += len(record.get("neg", []))
     for column, count in values.media.items():
         print(f"column {column!r}: {count} strings are pictures or clips")
+    for column, count in values.not_there.items():
+        print(f"column {column!r}: {count} strings look like names of pictures or clips and are none: taken "
+              "as text")
     print(f"{pairs} pairs with {negatives} hard negatives in {cfg.out}")
 
 

@@ -1,7 +1,8 @@
 """Tables in the usual files -> their rows as dicts.
 
     .jsonl, .json     an object a line, or one array of objects; any other suffix, too
-    .csv, .tsv        the first line has the names; an empty cell is a missing value
+    .csv, .tsv        the first line has the names; an empty cell is a missing value; in tsv " is a character
+                      as others, and a cell has neither tab nor line break
     .parquet, .arrow  (.feather, .ipc) with the package pyarrow
     a folder          what save_to_disk of the datasets library wrote, with pyarrow
 """
@@ -33,10 +34,11 @@ def read_json_rows(path):
 
 def read_csv(path):
     csv.field_size_limit(LONGEST_CELL)
-    delimiter = "\t" if path.lower().endswith(".tsv") else ","
+    is_tsv = path.lower().endswith(".tsv")
+    delimiter, quoting = ("\t", csv.QUOTE_NONE) if is_tsv else (",", csv.QUOTE_MINIMAL)
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
-            lines = csv.reader(file, delimiter=delimiter, strict=True)
+            lines = csv.reader(file, delimiter=delimiter, quoting=quoting, strict=True)
             names = next(lines, [])
             if len(set(names)) < len(names):
                 raise DataError(f"{path}: two columns have the same name: {quote(names)}")
@@ -46,10 +48,21 @@ def read_csv(path):
                 if len(cells) != len(names):
                     raise DataError(f"{path}: line {lines.line_num}: {len(cells)} cells, the first line "
                                     f"names {len(names)} columns: {quote(names)}{lfs_hint(path)}")
+                if is_tsv and any(map(is_quoted, cells)):
+                    raise DataError(f"{path}: line {lines.line_num}: a cell in quotes as csv has them, "
+                                    f"{quote(next(filter(is_quoted, cells)))}; in tsv a quote is a "
+                                    "character: write the table as csv")
                 yield {name: cell or None for name, cell in zip(names, cells)}
     except (csv.Error, UnicodeDecodeError) as e:
         raise DataError(f"{path}: not readable as UTF-8 with {delimiter!r} between the cells of a line: "
                         f"{reason(e)}{lfs_hint(path)}") from e
+
+
+def is_quoted(cell):
+    """Whether a cell of a tsv is "..." with each quote in it doubled, as a writer of csv has it."""
+    within = cell[1:-1]
+    return (cell[:1] == cell[-1:] == '"' and '"' not in within.replace('""', "")
+            and ('""' in within or cell == '""'))
 
 
 def read_arrow(path):

@@ -39,6 +39,11 @@ def user_text(messages, system):
     instruction; "drop" leaves it out.
     """
     roles = [turn.get("role") for turn in messages]
+    for turn in messages:
+        if not isinstance(turn.get("content"), str):
+            raise DataError(f"'content' {quote(turn.get('content'))}: needs a string with <image> (<video>) "
+                            "where a medium belongs, and the paths in 'images' ('videos') beside the "
+                            "messages, as ms-swift has it; 'positive_images' has a list for each message")
     text = messages[-1]["content"] if messages else ""
     if roles == ["user"]:
         return text
@@ -58,10 +63,13 @@ def user_text(messages, system):
 def with_media(text, images, videos, values):
     """A text with markers, and what they stand for, as a side."""
     values.explicit(text)
+    if not text.strip():
+        raise DataError("an empty text, and no picture or clip")
     for kind, given in (("image", images), ("video", videos)):
         markers = text.count(f"<{kind}>")
-        if markers != len(given):
+        if markers != len(given) and (given or "messages" not in values.texts):
             raise DataError(f"{markers} <{kind}> in {quote(text)}, {len(given)} {kind}s given")
+    values.check_markers(text, ("image", "video"))
     if not images and not videos:
         return text
     side = dict(conversations=[{"from": "human", "value": text}])
@@ -93,6 +101,8 @@ def vlm2vec(row, values):
 
     Lists of positives and negatives are several.
     """
+    if "pos" in row:
+        raise DataError("'qry' and 'pos': these are training records already; train.py --data takes them")
     only(row, ("qry", "qry_image_path", "pos_text", "pos_image_path", "neg_text", "neg_image_path"))
     query = marked(row["qry"], row.get("qry_image_path"), values)
     targets = marked_list(row.get("pos_text"), row.get("pos_image_path"), values)
@@ -106,17 +116,19 @@ def marked_list(texts, paths, values):
     """One or several texts, and as many paths -> the items that are not empty."""
     texts = listed(texts or "")
     paths = listed(paths or [""] * len(texts))
-    return [marked(*both, values) for both in zip(texts, paths, strict=True) if any(both)]
+    both = list(zip(texts, paths, strict=True))
+    there = [one for one in both if any(one)]
+    if there and len(there) < len(both):
+        raise DataError(f"{len(both) - len(there)} of {len(both)} items have neither text nor path")
+    return [marked(*one, values) for one in there]
 
 
 def marked(text, path, values):
     """A text with <|image_1|> where the picture belongs -> an item."""
     text = (text or "").replace("<|image_1|>", "<image>")
-    if not path:
-        return values.explicit(text)
-    if "<image>" not in text:
+    if path and "<image>" not in text:
         text = f"<image>{text}"
-    return with_media(text, [path], [], values)
+    return with_media(text, [path] if path else [], [], values)
 
 
 def only(row, known):

@@ -3,7 +3,7 @@
 import re
 
 from files.errors import closest, DataError, quote
-from files.items import is_stored, listed
+from files.items import is_stored, listed, MEDIA_KEYS
 
 COLUMN = re.compile(r"(anchor|query|positives?|pos|negatives?|neg)(_\d+)?(_(?:text|images?|videos?))?")
 SIDES = dict(query="anchor", pos="positive", positives="positive", neg="negative", negatives="negative")
@@ -70,7 +70,10 @@ def triplet(row, values, columns):
 def sides_of(row, names, values):
     """One column: a side for each of its values.  Several, or a column of media: all are one side."""
     if len(names) == 1 and not is_media_column(names[0]):
-        return [side_of(value, names[0], values) for value in listed(row.get(names[0])) if value is not None]
+        sides = [side_of(value, names[0], values) for value in listed(row.get(names[0])) if value is not None]
+        for side in sides:
+            check_side(side, names[0], values)
+        return sides
     texts, media = [], {"image": [], "video": []}
     for name in names:
         for value in listed(row.get(name)):
@@ -82,14 +85,18 @@ def sides_of(row, names, values):
             else:
                 part = side_of(value, name, values)
             part = dict(text=part) if isinstance(part, str) else part
-            if part.keys() & {"start", "end", "fps"}:
-                raise DataError(f"column {name!r}: a part of a clip is an item of its own, in one column")
-            texts += listed(part.get("text"))
+            more = ", ".join(part.keys() - {"text", "image", "video"})
+            if more:
+                raise DataError(f"column {name!r}: what has {more} is an item of its own, in one column; "
+                                f"{', '.join(names)} are one side")
+            texts += [(text, name) for text in listed(part.get("text"))]
             for kind, found in media.items():
                 found += listed(part.get(kind))
     if len(media["video"]) > 1:
         raise DataError(f"{len(media['video'])} clips in one side; it has one")
-    side = dict(text="\n".join(texts)) if texts else {}
+    for text, name in texts:
+        values.check_markers(text, [kind for kind, found in media.items() if found], name)
+    side = dict(text="\n".join(text for text, _ in texts)) if texts else {}
     if media["image"]:
         side["image"] = media["image"]
     if media["video"]:
@@ -102,12 +109,22 @@ def is_media_column(name):
     return re.fullmatch(r"(.*_)?(image|images|video|videos)(_paths?)?", name) is not None
 
 
+def check_side(side, column, values):
+    """DataError where a side is an empty text, or its text has a marker of a medium that it has not."""
+    item = dict(text=side) if isinstance(side, str) else side
+    text = item.get("text")
+    if isinstance(text, str):
+        values.check_markers(text, item, column)
+        if not text.strip() and item.keys() == {"text"}:
+            raise DataError(f"column {column!r}: an empty text; null stands for a value that is missing")
+
+
 def side_of(value, column, values):
     """A string, a picture or an item -> an item with paths."""
     if isinstance(value, bytes) or is_stored(value):
         return dict([values.stored(value)])
     if isinstance(value, dict):
-        side = {key: values.path(part) if key in ("image", "video") else part
+        side = {key: values.path(part) if key in MEDIA_KEYS else part
                 for key, part in value.items() if part is not None}
         if isinstance(side.get("text"), str):
             values.explicit(side["text"], column)

@@ -2,8 +2,8 @@
 
 A string of a column is a text or the name of a file.  The first one of its column decides: where it names an
 existing picture or clip (or is a data: URI), all strings of the column must, and otherwise none may.  What is
-nothing but an address, and what can only be an encoded picture, is no text either.  --text COLUMN says that a
-column is text, whatever it names.
+nothing but an address, what can only be an encoded picture, and <image> without a picture are no text either.
+--text COLUMN says that a column is text, whatever it names.
 """
 
 import av
@@ -22,8 +22,13 @@ from files.pictures import DECODER_ERRORS, IMAGE_FORMATS
 from files.writing import writing
 from tools.serve_input import DATA
 
-ADDRESS = re.compile(r"\s*[a-z][a-z0-9+.-]*://\S+\s*", re.I)  # and nothing else
-ENCODED = re.compile(r"\s*(/9j/|iVBORw0KGgo|R0lGOD|UklGR)[\w+/=\s-]{200,}")  # base64 of JPEG, PNG, GIF, WebP
+# Each is tried on a string without the blanks around it.  An address is the whole line; its path may have
+# blanks.  //comment of a program is none, //host/path is
+ADDRESS = re.compile(r"[a-z][a-z0-9+.-]*://\S.*|(//|www\.)(\S+|[\w.-]+/.*)", re.I)
+DATA_URI = re.compile(r"data:((image|video)/|([\w.+-]+/[\w.+-]+)?(;[^,\s]*)?,)", re.I)  # right or not
+# base64 of JPEG, PNG, GIF, WebP: nothing else, or so much of it
+ENCODED = re.compile(r"(/9j/|iVBORw0KGgo|R0lGOD|UklGR)([\w+/=\r\n-]{16,}\Z|[\w+/=\s-]{200,})", re.A)
+MARKER = re.compile(r"<(image|video)>|<\|(?:image|video)_\d+\|>")  # the second form is VLM2Vec's
 NO_ADDRESS = "no address is opened; download it, and name the file"
 
 
@@ -39,6 +44,7 @@ class Values:
         self.first = {}  # column -> (whether its strings are media, number of a row, the string in it)
         self.media = {}  # column -> how many strings were media
         self.names_alone = {}  # column -> (row, string), while all its strings look like names of files
+        self.not_there = {}  # column -> how many texts look like names of media
 
     # ---- a string
     def string(self, value, column):
@@ -55,11 +61,12 @@ class Values:
 
     def kind_of(self, value):
         """-> "image" or "video" where a string is a medium, else None"""
-        data = DATA.match(value[:200])
+        data = DATA_URI.match(value.strip()[:200])
         if data:
             return "video" if data[1].lower().startswith("video/") else "image"
-        kind, file = medium_named(value, self.source), os.path.join(self.source, value)
-        if kind or value.lower().endswith(MEDIA_SUFFIXES) or not os.path.isfile(file):
+        name = self.name_of(value)
+        kind, file = medium_named(name, self.source), os.path.join(self.source, name)
+        if kind or name.lower().endswith(MEDIA_SUFFIXES) or not os.path.isfile(file):
             return kind
         try:  # a name without a suffix
             with Image.open(file, formats=IMAGE_FORMATS):
@@ -67,11 +74,14 @@ class Values:
         except DECODER_ERRORS:
             return None
 
+    def name_of(self, value):
+        """The name of a file without the blanks around it, unless the file has them in its name."""
+        return value if os.path.exists(os.path.join(self.source, value)) else value.strip()
+
     def agree(self, is_medium, value, column):
         """DataError where this string is a medium and the column's first one is text, or the reverse."""
         was_medium, row, first = self.first.setdefault(column, (is_medium, self.row, value))
-        looks_so = value.lower().endswith(MEDIA_SUFFIXES)
-        if not looks_so or is_medium:
+        if is_medium or not looks_like_a_name(value):
             self.names_alone[column] = None
         else:
             self.names_alone.setdefault(column, (self.row, value))
@@ -84,15 +94,30 @@ class Values:
             f"media or all text. --text {column} makes all of them text, --media is the folder of the files")
 
     def check_text(self, value, column):
-        """DataError where a text is an address or an encoded picture; -> the text"""
+        """DataError where a text is an address or an encoded picture; -> the text.  Counts names of media."""
         if column in self.texts:
             return value
-        if ADDRESS.fullmatch(value):
+        if ADDRESS.fullmatch(value.strip()):
             raise DataError(f"column {column!r}: {quote(value)}: {NO_ADDRESS} (--text {column}: it is text)")
-        if ENCODED.match(value):
+        if ENCODED.match(value.strip()):
             raise DataError(f"column {column!r}: {quote(value[:40])}...: a picture in base64; write "
                             f"data:image/png;base64, in front of it (--text {column}: it is text)")
+        if looks_like_a_name(value):
+            self.not_there[column] = self.not_there.get(column, 0) + 1
         return value
+
+    def check_markers(self, text, media, column="messages"):
+        """DataError where a text has the marker of a medium that is not there.
+
+        media: some of "image" and "video": what the text's side has; how many, train.py's reader counts.
+        """
+        if column in self.texts:
+            return
+        for marker in MARKER.finditer(text):
+            if marker[1] not in media:
+                raise DataError(
+                    f"column {column!r}: {marker[0]} in {quote(text)} stands for a picture or clip, and none "
+                    f"is given for it (<image>, <video> are its markers; --text {column}: it is text)")
 
     def explicit(self, value, column="messages"):
         """A text by its key, as in a message: DataError where it is a medium, an address, ...; -> the text"""
@@ -118,16 +143,18 @@ class Values:
             return [self.path(frame) for frame in value]
         if isinstance(value, dict):
             value = value.get("bytes") or value.get("path")
-        if isinstance(value, str) and value[:5].lower() == "data:":
-            value = bytes_of(value)
+        if isinstance(value, str) and value.lstrip()[:5].lower() == "data:":
+            value = bytes_of(value.strip())
         if isinstance(value, bytes):
             _, suffix = kind_of_bytes(value)
             return os.path.relpath(self.write(value, suffix), self.root)
-        if not isinstance(value, str) or not value:
+        if not isinstance(value, str) or not value.strip():
             raise DataError(f"a medium needs a path or bytes, got {quote(value)}")
-        if ADDRESS.fullmatch(value):
+        name = self.name_of(value)
+        file = os.path.join(self.source, name)
+        if ADDRESS.fullmatch(name) and not os.path.exists(file):
             raise DataError(f"{quote(value)}: {NO_ADDRESS}")
-        return os.path.relpath(os.path.join(self.source, value), self.root)
+        return os.path.relpath(file, self.root)
 
     def stored(self, value):
         """Bytes, or {"bytes", "path"} -> "image" or "video", and its path"""
@@ -144,6 +171,12 @@ class Values:
             with writing(path, "wb") as f:
                 f.write(raw)
         return path
+
+
+def looks_like_a_name(text):
+    """Whether a text is one line that ends as the name of a picture or clip does."""
+    text = text.strip()
+    return text.lower().endswith(MEDIA_SUFFIXES) and len(text.splitlines()) == 1
 
 
 def bytes_of(uri):

@@ -214,6 +214,87 @@ def test_csv_and_tsv_with_quotes_empty_cells_and_paths(pictures):
     assert "not readable as UTF-8" in call("tools.convert", "--data", csv, "--out", out, check=False).stderr
 
 
+def test_in_tsv_a_quote_is_a_character_and_what_csv_has_quoted_is_refused(pictures):
+    tsv, out = pictures / "in" / "t.tsv", pictures / "out" / "p.jsonl"
+    tsv.write_text('anchor\tpositive\n"Hello world\tb\nfoo"\t5" wide\n"Hi" he said\t"x"\n')
+    expected = [['"Hello world', "b"], ['foo"', '5" wide'], ['"Hi" he said', '"x"']]
+    assert shown(converted(tsv, out), "") == expected
+    for cells, why in (('"a\tb"\tc', "line 3: 3 cells"), ('"a\nb"\tc', "line 3: 1 cells"),
+                       ('a\t"say ""hi"""', "line 3: a cell in quotes as csv .*write the table as csv"),
+                       ('""\tb', "line 3: a cell in quotes")):
+        tsv.write_text(f"anchor\tpositive\na\tb\n{cells}\n")
+        failed = call("tools.convert", "--data", tsv, "--out", out, check=False).stderr
+        assert re.search(why, failed), failed
+
+
+def test_names_with_blanks_around_them_are_files_and_such_a_name_is_taken_as_it_is_first(pictures):
+    picture("red", "bar").save(pictures / "in" / " odd.png")
+    rows = [dict(anchor="a", positive=name) for name in ("red.png ", " ./blue.png\n", " odd.png")]
+    assert [record[1] for record in records_of(pictures, rows)] == ["<red.png>", "<blue.png>", "< odd.png>"]
+    write_lines(pictures / "in" / "blank.jsonl", [dict(anchor="a", positive=dict(video=" "))])
+    failed = call("tools.convert", "--data", pictures / "in" / "blank.jsonl", "--out", pictures / "out" / "b",
+                  check=False).stderr
+    assert "a medium needs a path or bytes, got ' '" in failed
+
+
+def test_texts_that_look_like_names_of_media_are_counted(pictures):
+    rows = [dict(anchor=f"{n}", positive=text, negative="b")
+            for n, text in enumerate(["a cat", "images/x.png", "see y.MP4 ", "two\nlines.png", "A.PNG."])]
+    write_lines(pictures / "in" / "rows.jsonl", rows)
+    given = "tools.convert", "--data", pictures / "in" / "rows.jsonl", "--out", pictures / "out" / "p.jsonl"
+    told = "column 'positive': 2 strings look like names of pictures or clips and are none: taken as text\n"
+    assert call(*given).stdout.startswith(told)
+    assert "look like" not in call(*given, "--text", "positive").stdout
+
+
+MARKED = [  # a row whose texts have markers without media, and the columns that --text takes
+    (dict(anchor="<image> what", positive="p"), "anchor"),
+    (dict(anchor="q", positive=dict(text="<|image_1|> p")), "positive"),
+    (dict(anchor_text="see <video>", anchor_image="red.png", positive="p"), "anchor_text"),
+    (dict(qry="<|image_1|>\nwhat", qry_image_path="", pos_text="p", pos_image_path=""), "messages"),
+    (dict(qry="q", qry_image_path="", pos_text=["<image>", "b"], pos_image_path=["", "red.png"]), "messages"),
+    (dict(query="q", response="see <video>"), "messages"),
+    (dict(messages=user("q"), positive_messages=[user("<image>")]), "messages")]
+
+
+@pytest.mark.parametrize("row, columns", MARKED)
+def test_a_marker_without_its_medium_is_refused_unless_it_is_called_text(pictures, row, columns):
+    data, out = pictures / "in" / "d.jsonl", pictures / "out" / "p.jsonl"
+    write_lines(data, [row])
+    failed = call("tools.convert", "--data", data, "--out", out, check=False).stderr
+    assert re.search(r"row 1: .*<\|?(image|video)", failed) and not out.exists(), failed
+    found = shown(converted(data, out, "--text", columns), pictures / "in")
+    assert re.search("<(image|video)>|<.image_1.>", "".join(found[0]))
+
+
+ADDRESSES = ("http://example.org/my picture.png", " https://example.org/a ", "//cdn.example.org/b.png",
+             "www.example.org/b", "www.example.org/my b", "s3://bucket/a", "//host/a b")
+NO_ADDRESSES = ("// a comment", "//comment of a program", "see http://example.org/a", "http: what is it?",
+                "http://example.org/a\nis an address", "Data: 3 apples, 4 pears", "iVBORw0KGgo begins a PNG")
+
+
+def test_a_line_that_is_an_address_is_no_text_and_a_line_with_one_in_it_is(pictures):
+    data, out = pictures / "in" / "d.jsonl", pictures / "out" / "p.jsonl"
+    rows = [dict(anchor="a", positive=text) for text in NO_ADDRESSES]
+    assert [record[1] for record in records_of(pictures, rows)] == list(NO_ADDRESSES)
+    for column in ("positive", "positive_image"):
+        for address in ADDRESSES:
+            write_lines(data, [{"anchor": "a", column: address}])
+            failed = call("tools.convert", "--data", data, "--out", out, check=False).stderr
+            assert "no address is opened" in failed, address
+    os.rename(pictures / "in" / "red.png", pictures / "in" / "www.red.png")
+    assert records_of(pictures, [dict(anchor="a", positive="www.red.png")]) == [["a", "<www.red.png>"]]
+
+
+def test_the_media_of_a_side_of_conversations_are_found_from_the_records(pictures):
+    turns = [{"from": "human", "value": "<image> x"}]
+    write_clip(pictures / "in" / "red.mp4", [picture("red", "bar")] * 3)
+    clip = dict(conversations=[{"from": "human", "value": "<video>y"}], videos=["red.mp4"])
+    rows = [dict(anchor=dict(conversations=turns, images=["red.png"]), positive=clip),
+            dict(anchor=dict(conversations=turns, image="blue.png"), positive="p")]
+    assert records_of(pictures, rows) == [["<red.png> x", "<red.mp4>y"], ["<blue.png> x", "p"]]
+
+
 def test_triplets_in_parquet_with_pictures_as_bytes(pictures):
     pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
     red, blue = ((pictures / "in" / f"{colour}.png").read_bytes() for colour in ("red", "blue"))
@@ -255,7 +336,21 @@ def test_triplets_in_parquet_with_pictures_as_bytes(pictures):
     (dict(messages=user("<image>"), positive_messages=[user("c")]), "1 <image> in '<image>', 0 images given"),
     (dict(messages=user("a"), positive_messages=[user("c")], negative_messages=[user("d")],
           negative_images=[[], []]), "1 negative_messages, 2 lists of images"),
-    (dict(query="a", response="b", images=["red.png"]), "1 images more than <image> markers")])
+    (dict(query="a", response="b", images=["red.png"]), "1 images more than <image> markers"),
+    (dict(anchor="a", positive="data:image/svg+xml;utf8,<svg/>"), "column 'positive': 'data:image/svg"),
+    (dict(anchor="a", positive=dict(image="data:image/svg+xml;utf8,<svg/>")), "needs data:image/png;base64"),
+    (dict(anchor="a", positive="iVBORw0KGgo" + "A" * 81), "row 2: column 'positive': 'iVBORw0KGgoAAAA"),
+    (dict(anchor="a", positive="/9j/4AAQSkZJRgABAQAAAQABAAD/2wBD"), "/2wBD'...: a picture in base64"),
+    (dict(anchor="a", positive="b", negative=["c", None, ""]), "row 2: column 'negative': an empty text"),
+    (dict(anchor=" ", positive="b"), "row 2: column 'anchor': an empty text"),
+    (dict(query="a", response="b", rejected_response=["c", ""]), "row 2: an empty text, and no picture"),
+    (dict(qry="", qry_image_path="", pos_text="b", pos_image_path=""), "an empty text, and no picture or"),
+    (dict(qry="a", pos_text="b", neg_text=["c", ""]), "row 2: 1 of 2 items have neither text nor path"),
+    (dict(qry="a", pos="b"), "row 2: 'qry' and 'pos': these are training records already; train.py --data"),
+    (dict(anchor=dict(conversations=[]), anchor_image="red.png", positive="b"),
+     "row 2: column 'anchor': what has conversations is an item of its own"),
+    (dict(messages=[dict(role="user", content=[dict(type="text", text="a")])], positive_messages=[user("b")]),
+     "row 2: 'content' [{'type': 'text', 'text': 'a'}]: needs a string with <image>")])
 def test_a_row_that_is_not_right_is_named_and_nothing_is_written(pictures, row, why):
     data, out = pictures / "in" / "d.jsonl", pictures / "out" / "p"
     write_lines(data, [dict(anchor="a", positive="b"), row])
