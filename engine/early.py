@@ -23,8 +23,7 @@ def check_command_line():
     if lines := config_lines(file):
         if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
             signal.signal(signal.SIGINT, end_at_once)
-        with one_line_errors():
-            read_flags(lines, sys.argv[1:], main["__doc__"])
+        one_line_errors(read_flags, lines, sys.argv[1:], main["__doc__"])
 
 
 def config_lines(file):

@@ -1,6 +1,5 @@
 """A dataclass is a command line, the comment behind each field its help."""
 
-import contextlib
 import inspect
 import io
 import os
@@ -104,10 +103,13 @@ def command(main):
     """Runs main(argv) of a script and ends the process: an error, or Ctrl-C, with one line, no traceback."""
     if signal.getsignal(signal.SIGINT) is end_at_once:
         signal.signal(signal.SIGINT, signal.default_int_handler)
-    with one_line_errors():
-        status = main(sys.argv[1:])
-        print(end="", flush=True)  # a full disk behind > is an error, too
-        sys.exit(status)
+    one_line_errors(run_to_the_end, main)
+
+
+def run_to_the_end(main):
+    status = main(sys.argv[1:])
+    print(end="", flush=True)  # a full disk behind > is an error, too
+    sys.exit(status)
 
 
 def end_at_once(number, frame):
@@ -116,14 +118,13 @@ def end_at_once(number, frame):
     os._exit(130)
 
 
-@contextlib.contextmanager
-def one_line_errors():
-    """What ends a command is one line on stderr."""
+def one_line_errors(function, *given):
+    """Calls it; what ends the command there is one line on stderr."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # names of files may be no text
             stream.reconfigure(errors="backslashreplace")
     try:
-        yield
+        function(*given)
         return
     except SystemExit as e:
         if not isinstance(e.code, str):
@@ -133,7 +134,7 @@ def one_line_errors():
         status, line = 130, str(e) or "interrupted"
     except (DataError, OSError) as e:
         status, line = 1, f"error: {last_line(e)}"
-    print(line, file=sys.stderr)
+    print(line, file=sys.stderr)  # the error is forgotten by now, and a bar that it held has ended its line
     leave(status)
 
 

@@ -129,7 +129,7 @@ def global_mean(x):
 def ddp(model):
     """The model, its gradients averaged over ranks; buffers and what is frozen are the same and stay so."""
     frozen = [name for name, p in model.named_parameters() if not p.requires_grad]
-    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, frozen)  # rounded ones cannot
+    model._ddp_params_and_buffers_to_ignore = frozen  # rounded weights could not be sent
     names = inspect.signature(DistributedDataParallel).parameters
     new, old = "forward_sync_buffers", "broadcast_buffers"  # torch warns of the old one where the new one is
     sent = {new if new in names else old: False}

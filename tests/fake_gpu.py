@@ -73,7 +73,7 @@ def main(records, family):
     lora = family == "lora"
     m = tiny_model("qwen2_vl" if lora else family).float()
     batch = collate(rendered(m, mixed_items(records.parent)), m.processor)
-    cfg = train.Config(matryoshka="32", w_cross=0.3, micro_tokens=400 if family == "qwen2_vl" else 0)
+    cfg = train.Config(matryoshka="32", w_cross=0.3, micro_tokens=400 if lora else 0)
     batches, (step, _, rows) = eight_pairs(records, m.processor, micro_tokens=cfg.micro_tokens)
     pairs = batches[step, Stage(2, 2, True), rows]
     if lora:
