@@ -227,14 +227,19 @@ def open_socket(host, port):
 
 def run(app, listening, what):
     """Until Ctrl-C or SIGTERM; a second Ctrl-C does not wait for what is being embedded."""
-    for number in (signal.SIGINT, signal.SIGTERM):  # uvicorn has its own, and raises it again at the end
-        signal.signal(number, signal.SIG_IGN)
+    interrupts = []
+
+    def remember(number, frame):
+        interrupts.append(number)
+
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # uvicorn has handlers of its own, and raises what
+    signal.signal(signal.SIGINT, remember)  # it got again at the end, for these
     host, port = listening.getsockname()[:2]
     print(f"{what}: http://{f'[{host}]' if ':' in host else host}:{port}", flush=True)
     server = uvicorn.Server(uvicorn.Config(
         app, access_log=False, log_level="warning", ws="none", timeout_keep_alive=60))
     server.run([listening])
-    if server.force_exit:
+    if interrupts or server.force_exit:
         leave(130)
 
 

@@ -8,6 +8,7 @@ import io
 import json
 import os
 import re
+import signal
 import socket
 import sys
 import time
@@ -326,3 +327,11 @@ def test_a_missing_package_is_named(monkeypatch):
 def test_what_cannot_be_served_is_said_at_once(words, why):
     failed = call("tools.serve", *words.split(), check=False)
     assert failed.returncode == 1 and why in failed.stderr
+
+
+def test_ctrl_c_ends_it_with_130_as_every_command(small):
+    started, address = start(small)
+    until(lambda: not refused(address))
+    assert httpx.get(f"{address}/health", timeout=60).status_code == 200
+    os.kill(started.pid, signal.SIGINT)
+    assert started.wait(60) == 130 and "Traceback" not in started.stderr
