@@ -373,3 +373,18 @@ def test_a_text_that_is_cut_keeps_the_instruction_behind_it():
     whole = with_prompt(parse_item(kept), "First: {} What is it about?")
     assert len(m.processor.render(whole)["ids"]) <= room
     assert_close(vectors, m.encode([f"First: {kept} What is it about?"]), "as written out", 1e-6)
+
+
+@pytest.mark.parametrize("truncate", [None, 0, "yes"])
+def test_truncate_is_true_false_or_a_dict(model, truncate):
+    with pytest.raises(ValueError, match="truncate .*needs True, False, or a dict"):
+        model.encode(["red"], truncate=truncate)
+
+
+def test_tokens_of_one_character_are_cut_and_counted_together(model):
+    p, text, cut = model.processor, "\U0001f98a" * 700, {}
+    with pytest.warns(UserWarning, match="lost the end of their text"):
+        vectors = model.encode([text], truncate=cut)
+    tokens = [len(p.backend.encode(text[:n], add_special_tokens=False).ids) for n in range(701)]
+    kept = tokens.index(tokens[700] - cut[0])
+    assert_close(vectors, model.encode([text[:kept]]), "as written out", 1e-6)

@@ -13,7 +13,7 @@ from engine.instructions import first_and_last, propose_prompts, template_in
 from files.errors import DataError
 from files.items import parse_item, parse_side, Side
 from files.records import Pairs
-from hub.prompts import keep_foreign, PROMPTS, with_prompt
+from hub.prompts import keep_foreign, PROMPTS, template_of_prefix, with_prompt
 from model import Plume
 from tasks.find import find_tasks
 from test_plume import assert_close, make_model
@@ -245,6 +245,19 @@ def test_search_finds_what_training_taught_and_bare_texts_do_not(pictures, tmp_p
     found = float(np.mean([file == f"{name}.png" for file, name in zip(first, NAMES)]))
     print(f"hit@1: the records' texts {exact:.2f}, tools.search {found:.2f}, bare texts {bare:.2f}")
     assert exact >= 0.9 and found >= 0.9 * exact and bare <= 0.6 * exact
+
+
+def test_a_text_in_front_of_pictures_is_not_proposed():
+    """No prompt could stand there."""
+    for parts in (["text", "image"], ["text", "image", "text"], ["text", "video"]):
+        assert first_and_last(Side([(kind, "Find what looks like this: ") for kind in parts])) == ("", "")
+    assert first_and_last(Side([("image", "x.png"), ("text", "What?")])) == ("What?", "What?")
+
+
+def test_a_text_in_front_with_several_places_is_refused():
+    assert template_of_prefix("Find: ") == "Find: {}" and template_of_prefix("{} here") == "{} here"
+    with pytest.raises(DataError, match="json {} and {}.*once"):
+        template_of_prefix("json {} and {} ")
 
 
 @pytest.mark.parametrize("texts, template", [

@@ -83,13 +83,22 @@ def test_queries_of_the_page_get_the_prompt_of_the_checkpoint(small, folder, tmp
     assert re.findall(r"-?\d\.\d{3}(?=</p>)", found) == [f"{max(scores):.3f}"]
 
 
-def test_only_files_of_the_index_are_shown(page):
+def test_only_files_of_the_index_are_shown(page, folder):
     rows = [httpx.get(f"{page}/thumbnails/{row}") for row in range(4)]
     assert [answer.status_code for answer in rows] == [200, 200, 200, 404]
     for answer in rows[:3]:
         assert answer.headers["content-type"] == "image/jpeg" and load_image(answer.content).height > 50
-    for path in ("../secret.png", "%2e%2e/secret.png", "secret.png", "-1"):
-        assert httpx.get(f"{page}/thumbnails/{path}").status_code == 404
+    links = re.findall(r'href="(/files/\d+)"', httpx.post(page, files={"text": (None, "red")}).text)
+    assert sorted(links) == ["/files/0", "/files/1", "/files/2"]
+    for link in links:
+        assert httpx.get(page.rstrip("/") + link).content in {file.read_bytes() for file in files_in(folder)}
+    for path in ("../secret.png", "%2e%2e/secret.png", "secret.png", "-1", "3"):
+        for kind in ("thumbnails", "files"):
+            assert httpx.get(f"{page}/{kind}/{path}").status_code == 404
+
+
+def files_in(folder):
+    return [path for path in folder.rglob("*") if path.is_file()]
 
 
 def test_what_is_no_query_is_said(page):

@@ -335,3 +335,32 @@ def test_ctrl_c_ends_it_with_130_as_every_command(small):
     assert httpx.get(f"{address}/health", timeout=60).status_code == 200
     os.kill(started.pid, signal.SIGINT)
     assert started.wait(60) == 130 and "Traceback" not in started.stderr
+
+
+def test_usage_counts_the_text_with_its_prompt(address):
+    def tokens(**request):
+        answer = httpx.post(f"{address}/v1/embeddings", json=request, timeout=60).json()
+        return answer["usage"]["prompt_tokens"]
+
+    written_out = tokens(input="Find: red ?")
+    assert tokens(input="red", prompt_name="query") == written_out > tokens(input="red")
+
+
+def model_without_memory(load_model, *given):
+    def encode(*given, **more):
+        raise RuntimeError("out of memory")
+
+    model = load_model(*given)
+    model.encode = encode
+    return model
+
+
+def test_an_error_of_the_server_has_the_same_form(small):
+    started, address = start(small, patch=("tools.serve.load_model", model_without_memory))
+    for _ in range(2):  # it goes on
+        answer = httpx.post(f"{address}/v1/embeddings", json=dict(input="red"), timeout=60)
+        assert answer.status_code == 500
+        assert answer.json()["error"]["message"] == "RuntimeError: out of memory"
+        assert answer.json()["error"]["type"] == "server_error"
+    started.terminate()
+    assert started.wait(60) == 0
