@@ -477,14 +477,14 @@ def build_model(cfg, given, pairs, device):
     if cfg.resume and not cfg.lora:
         model = Plume.from_pretrained(newest_checkpoint(cfg.out), device, torch.float32)
     elif cfg.init:
-        model = Plume.from_pretrained(cfg.init, device, torch.float32, **settings)
+        model = Plume.from_pretrained(cfg.init, "cpu" if cfg.lora_bits else device, torch.float32, **settings)
     else:
         where = "meta" if device.type == "meta" else "cpu"
         shape = cfg.preset or cfg.shape
         model = Plume.random(pairs.texts(), shape, cfg.seed, where, cfg.tied, **settings).to(device)
     claim_one_space(cfg, model.settings)
     propose_prompts(cfg, given, pairs, model.settings["prompts"])
-    choose_trained(cfg, model)
+    choose_trained(cfg, model, device)
     if not cfg.data:
         pairs.backbone = model.processor.backbone  # turtle world's pictures are drawn for it
         if lost := moves_lost(model.processor, cfg.moves):

@@ -57,10 +57,10 @@ def targets_of(cfg):
     return cfg.lora_targets.split(",") if cfg.lora_targets else list(TARGETS)
 
 
-def choose_trained(cfg, model):
-    """Freezes what is not trained, and adds what --lora trains."""
+def choose_trained(cfg, model, device=None):
+    """Freezes what is not trained, and adds what --lora trains.  device: see `add_lora`."""
     if cfg.lora:
-        add_lora(cfg, model)
+        add_lora(cfg, model, device)
         return
     if cfg.freeze_vision == "true" or (cfg.freeze_vision == "auto" and cfg.init):
         visual = model.backbone.model.visual.requires_grad_(False)
@@ -73,12 +73,15 @@ def choose_trained(cfg, model):
 
 
 # ---- LoRA
-def add_lora(cfg, model):
+def add_lora(cfg, model, device=None):
+    """device: where the model goes; weights that are rounded come there one by one, and rounded."""
     from peft import inject_adapter_in_model, LoraConfig  # an extra
 
+    device = device or model.device
     model.requires_grad_(False)
-    if cfg.lora_bits and model.device.type != "meta":
-        quantize(model.lm.layers, cfg.lora_bits)
+    if cfg.lora_bits and device.type != "meta":
+        quantize(model.lm.layers, cfg.lora_bits, device)
+    model.to(device)
     config = LoraConfig(r=cfg.lora, lora_alpha=2 * cfg.lora, target_modules=targets_of(cfg))
     inject_adapter_in_model(config, model.lm)
     model.adapter.requires_grad_(True)
@@ -90,20 +93,22 @@ def add_lora(cfg, model):
     add_new_rows(head, tokens, replace_logits, embedding.new_rows if tied else None)
 
 
-def quantize(layers, bits):
+def quantize(layers, bits, device=None):
     """Rounds the weights of the decoder's projections: 8 bits, a scale for each row, or 4, nf4."""
     if bits == 8:
         from torchao.quantization import Int8WeightOnlyConfig, quantize_
-        quantize_(layers, Int8WeightOnlyConfig())
+        quantize_(layers, Int8WeightOnlyConfig(), device=device)
         return
     from bitsandbytes.nn import Linear4bit
     for parent in list(layers.modules()):
         for name, layer in parent.named_children():
             if name in TARGETS:
-                device, bias = layer.weight.device, layer.bias is not None
+                bias, place = layer.bias is not None, device or layer.weight.device
                 rounded = Linear4bit(layer.in_features, layer.out_features, bias, quant_type="nf4")
                 rounded.load_state_dict(layer.state_dict())
-                setattr(parent, name, rounded.requires_grad_(False).to(device))
+                # on some CPUs an embedding would store the weights in an order that has no gradient
+                rounded.support_avx512bf16_for_cpu = False
+                setattr(parent, name, rounded.requires_grad_(False).to(place))
 
 
 def add_new_rows(module, tokens, hook, rows=None):

@@ -117,7 +117,12 @@ def without_weights(config):
 
 def count_parameters(model, trained=False):
     """How many numbers there are in the weights; trained: in those that are trained."""
-    return sum(p.numel() for p in model.parameters() if p.requires_grad or not trained)
+    return sum(count_numbers(p) for p in model.parameters() if p.requires_grad or not trained)
+
+
+def count_numbers(p):
+    packed = getattr(p, "quant_state", None)  # bitsandbytes: two numbers in a byte
+    return p.numel() if packed is None else packed.shape.numel()
 
 
 def align_weights(model):

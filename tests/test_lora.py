@@ -161,6 +161,7 @@ def test_rounded_frozen_weights_embed_nearly_the_same_and_are_merged(bits, packa
     items = ["red", {"image": str(world / "red bar.png")}, "a longer text about a blue bar"]
     exact, rounded = make_model().float(), make_model().float()
     add_lora(replace(CONFIG, lora_bits=bits), rounded)
+    assert count_parameters(rounded) == count_parameters(with_lora())
     vectors = rounded.encode(items)
     cosine = (rounded.encode(items, "single") * exact.encode(items, "single")).sum(1)
     assert least <= cosine.min() and cosine.max() < 1 - 1e-7
