@@ -76,48 +76,71 @@ def weight_bytes(cfg, model):
     return 4 * others + cfg.lora_bits / 8 * elements
 
 
+def as_on_a_gpu(device):
+    """A context in which "meta" attends with `fused_attention`."""
+    if device.type != "meta":
+        return nullcontext()
+    return mock.patch.object(F, "scaled_dot_product_attention", fused_attention)
+
+
+def micro_batch_bytes(model, groups, steps, autocast=nullcontext()):
+    """Forward and backward of a micro-batch behind another one -> bytes: kept for backward, and the most that
+    there is at one time in the forward pass and in both, beside weights and gradients.
+    """
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p) if p.requires_grad else None
+    with as_on_a_gpu(model.device), bytes_counter(model.device) as live:
+        with autocast:
+            out = model(groups, steps)
+        kept, forward = live.now, live.peak
+        sum(x.sum() for x in tree_leaves(out)).backward()
+        del out
+    return kept, forward, live.peak
+
+
+def bytes_of_a_rank(weights, model, dtype, forward, peak, ranks=8):
+    """-> what a rank needs with weights of so many bytes: whole, and with --fsdp on so many ranks.
+
+    The model is one unit of FSDP.  Forward: gathered weights, and the buffer in which they have come.
+    Backward: gathered weights; the gradients, which wait for the last use of their weight, are in `peak`.  At
+    the end: the gradients, and a copy in float32 that is summed over ranks.
+    """
+    every, trained = count_parameters(model), count_parameters(model, trained=True)
+    state, size = weights + 12 * trained, dtype.itemsize
+    gathered = max(2 * size * every + forward, size * every + peak, (size + 4) * trained)
+    return state + peak, state / ranks + gathered
+
+
 def dry_run(cfg, model, pairs, curriculum, autocast, dtype):
     """What a rank needs: bytes of weights, gradients, moments, and what a micro-batch adds in every stage."""
     meta = model.device.type == "meta"
     batches = Batches(pairs, model.processor, curriculum, cfg.skip_bad, cfg.micro_tokens)
-    every, trained = count_parameters(model), count_parameters(model, trained=True)
-    weights = weight_bytes(cfg, model)
+    trained, weights = count_parameters(model, trained=True), weight_bytes(cfg, model)
     print(f"weights {weights / GIB:,.3f} GiB, gradients {4 * trained / GIB:,.3f} GiB, AdamW's moments "
           f"{8 * trained / GIB:,.3f} GiB, float32 but for --lora_bits")
     heavy = heaviest(cfg, pairs, batches, curriculum.stages[0])
     if meta:
         model.to(dtype)
-    for p in model.parameters():
-        p.grad = torch.zeros_like(p) if p.requires_grad else None
     print("stage  latent steps  columns  padding  patches  kept, GiB  peak, GiB", "" if meta else "seconds")
-    attention = nullcontext()
-    if meta:
-        attention = mock.patch.object(F, "scaled_dot_product_attention", fused_attention)
-    most = 0
+    needed = []
     for stage in curriculum.stages:
         groups = batches[0, stage, heavy]["micro"][0]
         columns, padding = size_of(groups, stage)
         patches = sum(0 if group["pixels"] is None else len(group["pixels"]) for group in groups)
         groups, begun = [to_device(group, model.device) for group in groups], time.perf_counter()
-        with attention, bytes_counter(model.device) as live:
-            with autocast:
-                out = model(groups, stage.latent_steps)
-            kept = live.now
-            sum(x.sum() for x in tree_leaves(out)).backward()
-            del out
-        most = max(most, live.peak)
+        kept, forward, peak = micro_batch_bytes(model, groups, stage.latent_steps, autocast)
+        needed.append(bytes_of_a_rank(weights, model, dtype, forward, peak))
         seconds = "" if meta else f"{time.perf_counter() - begun:7.2f}"
         print(f"{stage.index:5d}  {stage.latent_steps:12d}  {columns:7d}  {padding:7.1%}  {patches:7d}  "
-              f"{kept / GIB:9.3f}  {live.peak / GIB:9.3f}", seconds)
+              f"{kept / GIB:9.3f}  {peak / GIB:9.3f}", seconds)
 
-    state = weights + 12 * trained
+    whole, sharded = (max(stage) / GIB for stage in zip(*needed))
     if meta and dtype == torch.bfloat16:
         print("hidden states counted in bfloat16, as with --fsdp; without it float32, about twice as much")
     else:
-        print(f"together {(state + most) / GIB:,.2f} GiB a rank")
-    gathered = dtype.itemsize * (every + trained)
+        print(f"together {whole:,.2f} GiB a rank")
     print("together with --fsdp on 8 ranks, which gather weights and gradients in a step: "
-          f"{(state / 8 + gathered + most) / GIB:,.2f} GiB a rank")
+          f"{sharded:,.2f} GiB a rank")
 
 
 def main(argv):
