@@ -1,6 +1,6 @@
-"""Every mode on 256 queries of mixed lengths, CPU milliseconds a query by turns.  In PLUME's folder:
+r"""Every mode on 256 queries of mixed lengths, CPU milliseconds a query by turns.  In PLUME's folder:
 
-    python train.py --adaptive --moves 2-12 --replay 0.4 --steps 500 --families image_ret --workers 0 \\
+    python train.py --adaptive --moves 2-12 --replay 0.4 --steps 500 --families image_ret --workers 0 \
       --out out/short                                       ended with Ctrl-C after 179 steps
     PYTHONPATH=$PWD python docs/mixed_batches.py out/short/checkpoint 2     fewest moves: 2, or 9
 """
