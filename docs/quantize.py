@@ -17,7 +17,8 @@ queries = model.encode([query for query, _ in world])
 corpus = model.encode([target for _, target in world])  # float32, unit rows
 for precision in ("float32", "uint8", "ubinary"):
     small = quantize_embeddings(corpus, precision, calibration_embeddings=corpus)
-    hits, _ = semantic_search_faiss(  # the best are scored again with the query's full numbers
-        queries, small, corpus_precision=precision, calibration_embeddings=corpus, top_k=1)
+    hits, _ = semantic_search_faiss(  # the best quantized rows are scored again with the query's full numbers
+        queries, small, corpus_precision=precision, calibration_embeddings=corpus, top_k=1,
+        rescore=precision != "float32")
     found = np.array([hit[0]["corpus_id"] for hit in hits])
     print(precision, small.nbytes, "bytes, hit@1", (world.target[found] == world.target).mean())
