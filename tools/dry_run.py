@@ -105,10 +105,15 @@ def bytes_of_a_rank(weights, model, dtype, forward, peak, ranks=8):
     Backward: gathered weights; the gradients, which wait for the last use of their weight, are in `peak`.  At
     the end: the gradients, and a copy in float32 that is summed over ranks.
     """
-    every, trained = count_parameters(model), count_parameters(model, trained=True)
-    state, size = weights + 12 * trained, dtype.itemsize
-    gathered = max(2 * size * every + forward, size * every + peak, (size + 4) * trained)
-    return state + peak, state / ranks + gathered
+    trained, size = count_parameters(model, trained=True), dtype.itemsize
+    every_cut, trained_cut = 0, 0
+    for p in model.parameters():  # cut along the first dimension: 5 experts are filled up to 8
+        cut = -(-len(p) // ranks) * ranks * p.numel() // len(p)
+        every_cut += cut
+        trained_cut += cut if p.requires_grad else 0
+    shards = (4 * every_cut + 12 * trained_cut) / ranks
+    most = max(2 * size * every_cut + forward, size * every_cut + peak, size * trained + 4 * trained_cut)
+    return weights + 12 * trained + peak, shards + most
 
 
 def dry_run(cfg, model, pairs, curriculum, autocast, dtype):
@@ -139,8 +144,9 @@ def dry_run(cfg, model, pairs, curriculum, autocast, dtype):
         print("hidden states counted in bfloat16, as with --fsdp; without it float32, about twice as much")
     else:
         print(f"together {whole:,.2f} GiB a rank")
-    print("together with --fsdp on 8 ranks, which gather weights and gradients in a step: "
-          f"{sharded:,.2f} GiB a rank")
+    if not cfg.lora:
+        print("together with --fsdp on 8 ranks, which gather weights and gradients in a step: "
+              f"{sharded:,.2f} GiB a rank")
 
 
 def main(argv):

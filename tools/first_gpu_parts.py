@@ -34,7 +34,8 @@ SIDE = 448  # pixels of a picture
 STAGE = Curriculum().stages[-2]  # of the training step: 8 latent steps, and the answer is still written
 MODES = ("single", "latent", "cot", "auto")
 DATA_SHEET = {  # FLOP a second of dense bfloat16 products, by NVIDIA; the first name that fits counts
-    "H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12}
+    "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H200": 989e12, "A100": 312e12,
+    "L40S": 362e12, "L4": 121e12}
 
 
 def random_or_loaded(ckpt, shape):
@@ -69,7 +70,6 @@ def cuda_tests():
 
 RUN = ["--shape=tiny", "--dtype=float32", "--steps=3", "--gate=0", "--replay=0", "--last_stage=0.9",
        "--workers=1"]
-
 LOSSES = ("ce", "gen", "disc", "bal", "norm")
 
 

@@ -9,19 +9,19 @@ import pytest
 from test_plume import make_model
 from tests.processes import call
 from tests.test_latent import run_again
-from tools import first_gpu
+from tools import first_gpu, speed_methods
 from tools.first_gpu_parts import graphs_equal
-from tools.speed_methods import Graphs
 
 TINY = ("--device=cpu", "--shape=tiny")
 
 
 def test_the_dry_run_agrees_with_torchs_trackers():
     pytest.importorskip("peft", reason="needs peft: pip install peft")
-    printed = call("tools.check_memory", "--families=image_qa", "--global_batch=2").stdout
-    rows = re.findall(r"\| (\w+) \| ([\d.]+) \| ([\d.]+) \| ([+-][\d.]+)% \|", printed)
-    assert [name for name, *_ in rows] == ["whole", "fsdp", "lora"]
-    assert all(abs(float(percent)) < 10 for *_, percent in rows), printed
+    printed = call("tools.check_memory", "--families=image_qa", "--global_batch=2", "--segments=1",
+                   "--steps_per_segment=2").stdout
+    rows = re.findall(r"\| (\w+) \| [\d.]+ \| [\d.]+ \| ([+-][\d.]+)% \|", printed)
+    assert [name for name, _ in rows] == ["whole", "fsdp", "lora"]
+    assert all(abs(float(percent)) < 1 for _, percent in rows), printed
 
 
 def test_what_needs_no_cuda_runs_here_and_the_rest_is_said(tmp_path):
@@ -74,7 +74,7 @@ def test_a_part_that_fails_is_recorded_and_an_interruption_keeps_what_there_is(t
 
 
 def test_the_part_about_graphs_sees_another_embedding(monkeypatch):
-    where = sys.modules[Graphs.__module__]
+    where = sys.modules[speed_methods.Graphs.__module__]  # whose `record` a stand-in plays
     monkeypatch.setattr(where, "record", run_again)
     found = graphs_equal(make_model().float())
     assert found["recorded"] == 1 and found["difference"] < 1e-5 and "error" not in found
