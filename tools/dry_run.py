@@ -145,7 +145,7 @@ def dry_run(cfg, model, pairs, curriculum, autocast, dtype):
     else:
         print(f"together {whole:,.2f} GiB a rank")
     if not cfg.lora:
-        print("together with --fsdp on 8 ranks, which gather weights and gradients in a step: "
+        print("together with --fsdp on 8 ranks, each of which gathers all weights in a step: "
               f"{sharded:,.2f} GiB a rank")
 
 
