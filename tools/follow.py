@@ -109,11 +109,11 @@ def main(argv):
     print("\nloss     value   weight   a guess")
     for name, guess in dict(ce=token, gen=pair, disc=pair, read=token, bal=0).items():
         print(f"{name:6}{parts[name]:8.3f}{getattr(settings, f'w_{name}'):9.1f}{guess:10.3f}")
-    print(f"{'loss':6}{parts['loss']:8.3f}\n")
+    print(f"{'loss':6}{parts['loss']:8.3f}")
     with_grad = [(name, p.grad) for name, p in model.named_parameters() if p.grad is not None]
     for part, start in PARTS.items():
         grads = [grad.norm() for name, grad in with_grad if name.startswith(start)]
-        print(f"gradient, {part:8}{torch.stack(grads).norm():8.3f}")
+        print(f"gradient of {part:8}{torch.stack(grads).norm():8.3f}")
 
 
 if __name__ == "__main__":

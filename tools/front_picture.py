@@ -132,8 +132,7 @@ def draw_pipeline(d):
     d.text(118, 364, "A", 14, "latent", "start", font_weight=700)
     d.text(138, 364, "adapter: 4 experts, 2 of them chosen by state, step and anchor", 13, "quiet", "start")
     d.text(118, 386, "z", 14, "latent", "start", font_weight=700)
-    d.text(138, 386, "state behind the decoder's last norm:", 13, "quiet", "start")
-    d.text(394, 386, "zₖ₊₁ = decoder(A(zₖ, k, anchor))", 13, "ink", "start")
+    d.text(138, 386, "state after the final norm: zₖ₊₁ = decoder(A(zₖ, k, anchor))", 13, "quiet", "start")
 
 
 def draw_step(d, x, gap, before):
@@ -203,7 +202,7 @@ def draw_plot(d, measured):
         _, y = place(low, share)
         d.line(f"M{LEFT} {y:.1f} H{RIGHT}", "grid", 1, False)
         d.text(LEFT - 8, y + 4, f"{share:.0%}", 12, "quiet", "end")
-    for ms in (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100):
+    for ms in (0.1, 0.2, 0.3, 0.5, 1, 2, 3, 5, 10, 20, 30, 50, 100):
         if low <= ms <= high:
             d.text(place(ms, 0)[0], BOTTOM + 20, f"{ms:g}", 12, "quiet")
     unit = f"milliseconds a query, {measured['device'].upper()}"
