@@ -55,8 +55,8 @@ def test_the_readme_leads_to_every_page():
 
 def test_anchors_are_github_s(tmp_path):
     page = tmp_path / "page.md"
-    lines = "# Why? A `b_c`, d-e", "## [Two](x.md) + 1", "```", "# code", "```", "## Two  1", "## Why? A b_c, d-e"
-    page.write_text("\n".join(lines))
+    lines = ["# Why? A `b_c`, d-e", "## [Two](x.md) + 1", "```", "# code", "```", "## Two  1"]
+    page.write_text("\n".join([*lines, "## Why? A b_c, d-e"]))
     assert anchors(page) == {"why-a-b_c-d-e", "two--1", "two--1-1", "why-a-b_c-d-e-1"}
 
 
@@ -93,8 +93,16 @@ def test_a_batch_in_numbers_is_what_the_command_prints():
     for old, new in zip(pasted, printed):
         if old != new:
             assert re.fullmatch(r"-?\d+\.\d+", old), (old, new)
-            last_digit = 10.0 ** -len(old.partition(".")[2])
+            last_digit = 10.0 ** -len(new.partition(".")[2])
             assert abs(float(old) - float(new)) <= 2 * last_digit + 1e-3 * abs(float(old)), (old, new)
+
+
+def test_a_checkpoint_is_followed_up_to_its_last_step(small):
+    pytest.importorskip("tools.follow")
+    printed = call("tools.follow", "--ckpt", small, "--stage=8").stdout
+    assert re.findall(r"^z_(\d)", printed, re.M) == list("012345678") and "K = 8" in printed
+    failed = call("tools.follow", "--ckpt", small, "--stage=9", check=False)
+    assert failed.returncode == 1 and "needs 1 to 8" in failed.stderr
 
 
 def test_the_front_picture_and_the_table_show_what_was_measured():

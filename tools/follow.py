@@ -61,8 +61,7 @@ def print_prefix(group, row, text_of):
         at = end
 
 
-def numbers(vector):
-    """Norm and first components."""
+def summary(vector):
     return f"{vector.norm():9.2f}  " + " ".join(f"{x:5.2f}" for x in vector[:3].tolist()) + " .."
 
 
@@ -74,14 +73,14 @@ def print_rollout(model, group, row, K, text_of):
     probability = model.backbone.lm_head(states).softmax(-1)  # (K+1, V)
     replaced = {int(step): int(token) for b, step, token in group["replaced"] if b == row}
     print("state       norm  first components        router r                 |A(z)-z|  token read at z")
-    print(f"anchor {numbers(r.anchor[row])}")
+    print(f"anchor {summary(r.anchor[row])}")
     for k, token in replaced.items():
         x, router = model.adapter(states[k : k + 1], k, r.anchor[row : row + 1])  # (1, D), (1, E)
         shares = " ".join(f"{p:.3f}" for p in router[0].tolist())
-        print(f"z_{k}    {numbers(states[k])}   {shares} {(x[0] - states[k]).norm():9.3f}  "
+        print(f"z_{k}    {summary(states[k])}   {shares} {(x[0] - states[k]).norm():9.3f}  "
               f"{text_of(token)}: {probability[k, token]:.4f}")
     h = r.suffix[row, group["gen"][row]]
-    print(f"z_{K}    {numbers(states[K])}\ngen_emb{numbers(h)}\nvector {numbers(unit(h))}")
+    print(f"z_{K}    {summary(states[K])}\ngen_emb{summary(h)}\nvector {summary(unit(h))}")
 
 
 def main(argv):
@@ -90,7 +89,8 @@ def main(argv):
     stage = curriculum.stages[cfg.stage]
     batch = Batches(world, model.processor, curriculum)[0, stage, [0, len(world) // 2]]
     (groups,) = batch["micro"]
-    group, row = groups[0], int(batch["order"][0])  # the first query
+    rows = [(group, row) for group in groups for row in range(len(group["ids"]))]
+    group, row = rows[batch["order"][0]]  # the first query
     shapes = " and ".join(str(tuple(g["ids"].shape)) for g in groups)
     print(f"stage {stage.index}: K = {stage.latent_steps}; rows and prefix columns (B, P): {shapes}; "
           f"{batch['columns'] - batch['real']} of {batch['columns']} columns are padding\n")

@@ -12,8 +12,8 @@ from html import escape
 
 from engine.flags import command, parse_flags
 from files.errors import DataError
+from files.jsonl import parse_json
 from files.writing import write_text
-from hub.weights import read_json
 
 LIGHT = dict(
     card="#ffffff", edge="#d1d9e0", ink="#1f2328", quiet="#59636e", grid="#e4e8ec", block="#e3e9f0",
@@ -196,13 +196,13 @@ def draw_plot(d, measured):
         return LEFT + (RIGHT - LEFT) * across, BOTTOM - (BOTTOM - TOP) * share
 
     d.text((LEFT + RIGHT) / 2 - 14, 38, "accuracy against time", 15, font_weight=600)
-    below = f"turtle world, mean of {len(measured['chance'])} tasks"
+    below = f"turtle world, hit@1, mean of {len(measured['chance'])} tasks"
     d.text((LEFT + RIGHT) / 2 - 14, 57, below, 13, "quiet")
     for share in (0, 0.25, 0.5, 0.75, 1):
         _, y = place(low, share)
         d.line(f"M{LEFT} {y:.1f} H{RIGHT}", "grid", 1, False)
         d.text(LEFT - 8, y + 4, f"{share:.0%}", 12, "quiet", "end")
-    for ms in (0.1, 0.2, 0.3, 0.5, 1, 2, 3, 5, 10, 20, 30, 50, 100):
+    for ms in (n * 10**k for k in range(-2, 4) for n in (1, 1.5, 2, 3, 5, 7)):
         if low <= ms <= high:
             d.text(place(ms, 0)[0], BOTTOM + 20, f"{ms:g}", 12, "quiet")
     unit = f"milliseconds a query, {measured['device'].upper()}"
@@ -248,8 +248,9 @@ def picture(measured, theme):
 
 def main(argv):
     cfg, _ = parse_flags(Config, argv, __doc__)
-    measured = read_json(cfg.json)
-    if not {"rows", "chance"} <= measured.keys():
+    with open(cfg.json, "rb") as f:
+        measured = parse_json(f.read(), cfg.json)
+    if not (isinstance(measured, dict) and {"rows", "chance", "device"} <= measured.keys()):
         raise DataError(f"{cfg.json}: is no file of python -m tools.compare --json")
     for name, theme in THEMES.items():
         write_text(f"{cfg.out}_{name}.svg", picture(measured, theme))
