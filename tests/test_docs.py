@@ -8,7 +8,7 @@ import pytest
 
 from test_plume import HERE
 from tests.processes import call
-from tests.test_house import TREES
+from tests.test_house import NOT_NEEDED, TREES
 
 pytestmark = pytest.mark.skipif(not (HERE / "docs").exists(), reason="there are no pages")
 PAGES = [HERE / "README.md", *sorted((HERE / "docs").glob("*.md"))]
@@ -42,7 +42,10 @@ def test_every_link_leads_somewhere(page):
         path, _, anchor = link.partition("#")
         if re.match(r"\w+:", path):  # another site
             continue
-        file = page.parent / path if path else page
+        file = (page.parent / path).resolve() if path else page
+        room = file.relative_to(HERE).parts[0]
+        if room in NOT_NEEDED and not (HERE / room).exists():
+            continue
         assert file.exists(), f"{page.name}: {link}: there is no such file"
         assert not anchor or anchor in anchors(file), f"{page.name}: {link}: there is no such heading"
 
@@ -108,6 +111,8 @@ def test_a_checkpoint_is_followed_up_to_its_last_step(small):
 def test_the_front_picture_and_the_table_show_what_was_measured():
     front = pytest.importorskip("tools.front_picture")
     compare = pytest.importorskip("tools.compare")
+    if not (HERE / "assets").exists():
+        pytest.skip("there are no pictures")
     measured = json.loads((HERE / "assets" / "turtle_compare.json").read_text())
     for name, theme in front.THEMES.items():
         drawn = (HERE / "assets" / f"front_{name}.svg").read_text("utf-8")
