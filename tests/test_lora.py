@@ -171,6 +171,14 @@ def test_rounded_frozen_weights_embed_nearly_the_same_and_are_merged(bits, packa
     assert_close(merged(rounded, tmp_path / "merged").encode(items), vectors, "merged", 1e-5)
 
 
+def test_a_weight_is_rounded_on_its_way_to_the_device():
+    pytest.importorskip("torchao", reason="needs torchao: pip install torchao")
+    layers = make_model().float().lm.layers
+    trained.quantize(layers, 8, torch.device("meta"))
+    there = {name for name, p in layers.named_parameters() if p.device.type == "meta"}
+    assert there >= {name for name, _ in layers.named_parameters() if "_proj" in name}
+
+
 def test_the_state_has_all_that_is_trained():
     model, other = with_lora(), with_lora()
     for p in other.parameters():
