@@ -49,7 +49,7 @@ from files.items import parse_item, parse_side, Side
 from files.records import Pairs
 from hub.layouts import from_released, to_released
 from hub.settings import FORMAT, RELEASED_PROMPT
-from latent import Cache, decoder, greedy, naive_rollout, Rollout, rollout
+from latent import Cache, decoder, greedy, naive_rollout, Rollout, rollout, rotary
 from model import Plume
 from tests.processes import run, run_ranks, torchrun
 from tests.samples import make_world, NAMES, picture
@@ -238,7 +238,8 @@ def prefill_difference(m, items):
     batch = collate(rendered(m, items), m.processor)
     prefix, inputs = m.prefix(batch), transformers_inputs(batch, m.processor)
     cache, real = Cache(prefix.lengths, prefix.x.shape[1]), inputs["attention_mask"].bool()
-    h = decoder(m.lm, prefix.x, prefix.positions, cache, deepstack=prefix.deepstack)
+    rope = rotary(m.lm, prefix.positions, prefix.x)
+    h = decoder(m.lm, prefix.x, rope, cache, deepstack=prefix.deepstack)
     theirs = m.backbone(**inputs, position_ids=batch["positions"], output_hidden_states=True)
     differences = h - theirs.hidden_states[-1], m.backbone.lm_head(h) - theirs.logits
     return max(d[real].abs().max().item() for d in differences)
