@@ -59,10 +59,8 @@ class Cache:
     Everything stays in the autograd graph.  The prefix block is copied only by `of`; only the slots grow.
     """
 
-    together = False  # see `linears`
-
-    def __init__(self, lengths, P):
-        self.n = P  # columns
+    def __init__(self, lm, lengths, P):
+        self.n, self.joined = P, [(None, None)] * len(lm.layers)  # columns; see `joined_weights`
         padding = torch.arange(P, device=lengths.device) >= lengths[:, None]  # (B, P)
         hide = torch.zeros(padding.shape, device=lengths.device).masked_fill_(padding, float("-inf"))
         self.hide = hide[:, None, None]  # (B, 1, 1, P)
@@ -113,7 +111,9 @@ class Cache:
 class Buffer(Cache):
     """The same for inference: one block, the first n columns of `prefix` and `hide`, and room behind them."""
 
-    together = True
+    def __init__(self, lm, lengths, P):
+        super().__init__(lm, lengths, P)
+        self.joined = [joined_weights(layer) for layer in lm.layers]
 
     def keep(self, i, k, v):
         if i == len(self.prefix):  # what comes later is in its place already, see `attend_in_place`
@@ -194,7 +194,7 @@ def rollout_of_groups(lm, adapter, groups, steps, rule="mrope", checkpointing=Fa
 def prefill(lm, prefix, rule="mrope", checkpointing=False, kind=None):
     """-> Cache, anchor h(<disc_emb>) (B, D), z_0 = h(<bot>) (B, D), position behind the prefix (B,)"""
     kind = kind or (Cache if torch.is_grad_enabled() else Buffer)
-    cache, rope = kind(prefix.lengths, prefix.x.shape[1]), rotary(lm, prefix.positions, prefix.x)
+    cache, rope = kind(lm, prefix.lengths, prefix.x.shape[1]), rotary(lm, prefix.positions, prefix.x)
     h = decoder(lm, prefix.x, rope, cache, checkpointing, prefix.deepstack)  # (B, P, D)
     anchor, start = select_column(h, prefix.disc), select_column(h, prefix.lengths - 1)  # (B, D) each
     return cache, anchor, start, next_positions(prefix, rule)
@@ -366,7 +366,7 @@ def decoder(lm, x, rope, cache, checkpointing=False, deepstack=()):
     if cache.prefix:
         attention = cache.attention(x.shape[1], lm.layers[0].self_attn.num_key_value_groups)
     for i, (layer, attend) in enumerate(zip(lm.layers, attention)):
-        given = layer, x, rope, attend, cache.together
+        given = layer, x, rope, attend, *cache.joined[i]
         if checkpointing and torch.is_grad_enabled():
             x, k, v = checkpoint(block, *given, use_reentrant=False)
         else:
@@ -382,23 +382,30 @@ def add_features(x, places, features):
     return x.flatten(0, 1).index_add(0, places, features.to(x.dtype)).view_as(x)
 
 
-def block(layer, x, rope, attend, together):
-    """One decoder layer -> its output (B, L, D), and the keys and values that its cache keeps."""
+def block(layer, x, rope, attend, qkv, gate_up):
+    """One decoder layer -> its output (B, L, D), and the keys and values that its cache keeps.
+
+    attend: q (B, H, L, d), k, v (B, G, L, d) -> (B, H, L, d), and these; qkv, gate_up: see `joined_weights`.
+    """
     att, mlp = layer.self_attn, layer.mlp
     h = rms_norm(x, layer.input_layernorm)
-    h = split_heads(linears((att.q_proj, att.k_proj, att.v_proj), h, together), att.head_dim)
-    G = h.shape[1] // (att.num_key_value_groups + 2)
-    qk, v = h[:, :-G], h[:, -G:]  # (B, H + G, L, d), (B, G, L, d)
+    if qkv is None:
+        qk, v = torch.cat([linear(att.q_proj, h), linear(att.k_proj, h)], -1), linear(att.v_proj, h)
+    else:
+        h, n = product(*qkv, h).contiguous(), att.v_proj.out_features  # contiguous: see `product`
+        qk, v = h[..., :-n], h[..., -n:]
+    qk, v = split_heads(qk, att.head_dim), split_heads(v, att.head_dim)
+    G = v.shape[1]
     if hasattr(att, "q_norm"):  # Qwen3-VL
         qk = torch.cat([rms_norm(qk[:, :-G], att.q_norm), rms_norm(qk[:, -G:], att.k_norm)], 1)
-    qk = rotate(qk, *rope)
-    a, k, v = attend(qk[:, :-G], qk[:, -G:], v)  # (B, H, L, d), (B, G, ., d) each
+    qk = rotate(qk, *rope)  # (B, H + G, L, d)
+    a, k, v = attend(qk[:, :-G], qk[:, -G:], v)
     x = x + linear(att.o_proj, a.transpose(1, 2).flatten(2))
     h = rms_norm(x, layer.post_attention_layernorm)
-    if together:
-        gate, up = linears((mlp.gate_proj, mlp.up_proj), h, together).chunk(2, -1)
-    else:
+    if gate_up is None:
         gate, up = linear(mlp.gate_proj, h), linear(mlp.up_proj, h)
+    else:
+        gate, up = product(*gate_up, h).chunk(2, -1)
     return x + linear(mlp.down_proj, F.silu(gate) * up), k, v
 
 
@@ -513,22 +520,26 @@ def linear(layer, x):
     return product(layer.weight, layer.bias, x) if is_plain(layer) else layer(x)
 
 
-def linears(layers, x, together):
-    """layer(x) of all layers side by side, (B, L, .).  together: in one product, where their weights are one.
-
-    `hub.weights.side_by_side` makes them one.  Not in training: the last bits may differ.
-    """
-    weight = None
-    if together and all(map(is_plain, layers)):
-        weight = as_one([layer.weight for layer in layers])
-    if weight is None:
-        return torch.cat([linear(layer, x) for layer in layers], -1)
-    bias = None if layers[0].bias is None else as_one([layer.bias for layer in layers])
-    return product(weight, bias, x).contiguous()  # see `product`
-
-
 def is_plain(layer):
     return type(layer) is torch.nn.Linear and type(layer.weight) is torch.nn.Parameter  # not rounded
+
+
+def joined_weights(layer):
+    """(weight, bias) of one product for q, k, v, and of one for gate, up; None where these lie apart.
+
+    `hub.weights.side_by_side` puts them there.  Not to train with: the last bits may differ.
+    """
+    att, mlp = layer.self_attn, layer.mlp
+    return joined((att.q_proj, att.k_proj, att.v_proj)), joined((mlp.gate_proj, mlp.up_proj))
+
+
+def joined(layers):
+    if not all(map(is_plain, layers)):
+        return None
+    weight = as_one([layer.weight for layer in layers])
+    bias = None if layers[0].bias is None else as_one([layer.bias for layer in layers])
+    whole = weight is not None and (bias is None) == (layers[0].bias is None)
+    return (weight, bias) if whole else None
 
 
 def as_one(parts):

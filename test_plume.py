@@ -237,7 +237,7 @@ def prefill_difference(m, items):
     """The largest one of a hidden state or a logit from what transformers has at the same positions."""
     batch = collate(rendered(m, items), m.processor)
     prefix, inputs = m.prefix(batch), transformers_inputs(batch, m.processor)
-    cache, real = Cache(prefix.lengths, prefix.x.shape[1]), inputs["attention_mask"].bool()
+    cache, real = Cache(m.lm, prefix.lengths, prefix.x.shape[1]), inputs["attention_mask"].bool()
     rope = rotary(m.lm, prefix.positions, prefix.x)
     h = decoder(m.lm, prefix.x, rope, cache, deepstack=prefix.deepstack)
     theirs = m.backbone(**inputs, position_ids=batch["positions"], output_hidden_states=True)

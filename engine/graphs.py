@@ -39,7 +39,8 @@ class Graphs:
         if not known or torch.is_autocast_enabled(suffix.device.type):
             return usual(*given, cache)
         if shape not in self.recorded:
-            self.recorded[shape] = at_fixed_places(usual, given, cache, hidden + P, steps + suffix.shape[1])
+            self.recorded[shape] = at_fixed_places(
+                lm, usual, given, cache, hidden + P, steps + suffix.shape[1])
         replay, outputs, inputs, fixed = self.recorded[shape]
         for old, new in zip(inputs, given):
             old.copy_(new)
@@ -53,10 +54,10 @@ class Graphs:
         return [t.clone() for t in outputs]
 
 
-def at_fixed_places(usual, given, cache, P, columns):
+def at_fixed_places(lm, usual, given, cache, P, columns):
     """`usual` over copies of its inputs and a cache of P prefix columns -> replay, outputs, inputs, cache."""
     inputs = [t.clone() for t in given]
-    fixed = Buffer(torch.zeros(len(cache.hide), dtype=torch.long, device=cache.hide.device), P)
+    fixed = Buffer(lm, torch.zeros(len(cache.hide), dtype=torch.long, device=cache.hide.device), P)
     fixed.reserve(P + columns)
     for i, kv in enumerate(cache.prefix):
         fixed.keep(i, *[t.new_zeros(*t.shape[:2], P, t.shape[3]) for t in kv])
