@@ -195,9 +195,9 @@ def prefill(lm, prefix, rule="mrope", checkpointing=False, kind=None):
     """-> Cache, anchor h(<disc_emb>) (B, D), z_0 = h(<bot>) (B, D), position behind the prefix (B,)"""
     kind = kind or (Cache if torch.is_grad_enabled() else Buffer)
     cache, rope = kind(lm, prefix.lengths, prefix.x.shape[1]), rotary(lm, prefix.positions, prefix.x)
-    h = decoder(lm, prefix.x, rope, cache, checkpointing, prefix.deepstack)  # (B, P, D)
-    anchor, start = select_column(h, prefix.disc), select_column(h, prefix.lengths - 1)  # (B, D) each
-    return cache, anchor, start, next_positions(prefix, rule)
+    columns = torch.stack([prefix.disc, prefix.lengths - 1], 1)  # (B, 2)
+    h = decoder(lm, prefix.x, rope, cache, checkpointing, prefix.deepstack, columns)
+    return cache, *h.unbind(1), next_positions(prefix, rule)
 
 
 def steps_and_suffix(lm, adapter, steps, anchor, z, pos, suffix, cache, checkpointing=False, hook=None):
@@ -356,22 +356,23 @@ def select_column(h, column):
 
 
 # ---- the decoder
-def decoder(lm, x, rope, cache, checkpointing=False, deepstack=()):
+def decoder(lm, x, rope, cache, checkpointing=False, deepstack=(), columns=None):
     """All layers over L new columns: x (B, L, D), rope of their positions -> final states (B, L, D).
 
     On an empty cache the columns are the prefix; later ones become slots.  The cache is updated.
-    deepstack: see Prefix.
+    deepstack: see Prefix.  columns (B, n): those whose states are wanted, no visual ones -> (B, n, D).
     """
     attention = [attend_causally] * len(lm.layers)
     if cache.prefix:
         attention = cache.attention(x.shape[1], lm.layers[0].self_attn.num_key_value_groups)
     for i, (layer, attend) in enumerate(zip(lm.layers, attention)):
-        given = layer, x, rope, attend, *cache.joined[i]
+        wanted = columns if i + 1 == len(lm.layers) else None
+        given = layer, x, rope, attend, wanted, *cache.joined[i]
         if checkpointing and torch.is_grad_enabled():
             x, k, v = checkpoint(block, *given, use_reentrant=False)
         else:
             x, k, v = block(*given)
-        if i < len(deepstack):  # Qwen3-VL
+        if i < len(deepstack) and wanted is None:  # Qwen3-VL
             x = add_features(x, *deepstack[i])
         cache.keep(i, k, v)
     return rms_norm(x, lm.norm)
@@ -382,10 +383,11 @@ def add_features(x, places, features):
     return x.flatten(0, 1).index_add(0, places, features.to(x.dtype)).view_as(x)
 
 
-def block(layer, x, rope, attend, qkv, gate_up):
+def block(layer, x, rope, attend, columns, qkv, gate_up):
     """One decoder layer -> its output (B, L, D), and the keys and values that its cache keeps.
 
-    attend: q (B, H, L, d), k, v (B, G, L, d) -> (B, H, L, d), and these; qkv, gate_up: see `joined_weights`.
+    attend: q (B, H, L, d), k, v (B, G, L, d) -> (B, H, L, d), and these; columns (B, n): the output of these
+    alone, None: of all; qkv, gate_up: see `joined_weights`.
     """
     att, mlp = layer.self_attn, layer.mlp
     h = rms_norm(x, layer.input_layernorm)
@@ -400,7 +402,10 @@ def block(layer, x, rope, attend, qkv, gate_up):
         qk = torch.cat([rms_norm(qk[:, :-G], att.q_norm), rms_norm(qk[:, -G:], att.k_norm)], 1)
     qk = rotate(qk, *rope)  # (B, H + G, L, d)
     a, k, v = attend(qk[:, :-G], qk[:, -G:], v)
-    x = x + linear(att.o_proj, a.transpose(1, 2).flatten(2))
+    a = a.transpose(1, 2).flatten(2)  # (B, L, H*d)
+    if columns is not None:
+        x, a = (t.take_along_dim(columns[..., None], 1) for t in (x, a))
+    x = x + linear(att.o_proj, a)
     h = rms_norm(x, layer.post_attention_layernorm)
     if gate_up is None:
         gate, up = linear(mlp.gate_proj, h), linear(mlp.up_proj, h)

@@ -208,13 +208,14 @@ def test_the_prefix_cache_is_never_copied(model):
 def test_inference_in_one_block_and_with_weights_side_by_side_is_training_without_gradients(world, name):
     m = tiny_model(name)
     batch = collate(rendered(m, mixed_items(world)), m.processor)
-    expected = [m.embed(batch, "latent", K)[0].detach() for K in (0, 1, 8, 32)]  # 32: more than the first room
+    numbers = 0, 1, 8, 32  # 32: more than there is room for at first
+    expected = [m.embed(batch, "latent", K)[0].detach() for K in numbers]
     with torch.no_grad():
         written, _ = m.embed(batch, "cot", limit=80)
 
     def look(what):
         with torch.no_grad():
-            for K, vectors in zip((0, 1, 8, 32), expected):
+            for K, vectors in zip(numbers, expected):
                 assert_close(m.embed(batch, "latent", K)[0], vectors, f"{what}, K = {K}", 1e-6)
             assert_close(m.embed(batch, "cot", limit=80)[0], written, f"{what}, cot", 1e-6)
 
