@@ -107,10 +107,27 @@ def test_files_and_functions_stay_short():
 
 
 def test_the_readme_is_the_map_of_the_house():
+    """The seven with what they are; of each folder all files, where `name*` is name.py and name_*.py."""
     house = (HERE / "README.md").read_text("utf-8").split("## The house")[1].split("\n## ")[0]
-    words = set(re.findall(r"\w+", house))
-    missing = [name for name in PRODUCT if not set(name.split(".")) - {"__init__"} <= words]
-    assert not missing, "not on README's map: " + ", ".join(missing)
+    assert sorted(re.findall(r"^(\w+)\.py  ", house, re.M)) == sorted(SEVEN) and "test_plume.py" in house
+    shown, room = {room: set() for room in ROOMS}, None
+    for line in house.split("```")[3].strip().splitlines():
+        if begin := re.match(r"(\w+)/", line):
+            room = begin[1]
+        if room in ROOMS:
+            shown[room] |= set(re.split(r"  +", line)[-1].split())
+    for room, patterns in shown.items():
+        files = {name.split(".")[1] for name in PRODUCT if name.startswith(f"{room}.")} - {"__init__"}
+        found = {pattern: {name for name in files if name == pattern or name_of_family(pattern, name)}
+                 for pattern in patterns}
+        missing, gone = files.difference(*found.values()), [p for p, names in found.items() if not names]
+        assert not missing and not gone, f"README's map of {room}/: not there: {missing}; no file: {gone}"
+
+
+def name_of_family(pattern, name):
+    """Whether a file belongs to `family*`."""
+    family = pattern.removesuffix("*")
+    return pattern.endswith("*") and (name == family or name.startswith(f"{family}_"))
 
 
 def test_an_installed_package_of_the_same_name_does_not_win(tmp_path):

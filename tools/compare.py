@@ -146,7 +146,7 @@ def main(argv):
     print(f"accuracy against latency: {cfg.png}")
     if cfg.json:
         about = dict(ckpt=cfg.ckpt, data=cfg.data, batch_size=cfg.batch_size, rounds=cfg.rounds)
-        write_json(cfg.json, dict(about, device=str(model.device), rows=rows))
+        write_json(cfg.json, dict(about, device=str(model.device), rows=rows, chance=chance))
 
 
 if __name__ == "__main__":

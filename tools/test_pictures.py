@@ -3,6 +3,7 @@
 import json
 import re
 from types import SimpleNamespace
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -37,6 +38,15 @@ def test_turtle_world_trains_evaluates_and_compares_without_any_data(tmp_path):
         ("single", None), ("latent", 0), ("latent", 1), ("latent", 2), ("cot", None)]
     assert [r["tokens"] for r in rows[:4]] == [0, 0, 0, 0] and 0 < rows[4]["tokens"] <= 12
     assert all(r["ms"] > 0 for r in rows)
+
+    call("tools.front_picture", "--json", tmp_path / "c.json", "--out", tmp_path / "front")
+    for theme in ("light", "dark"):
+        shapes = ElementTree.parse(tmp_path / f"front_{theme}.svg").getroot().iter()
+        shown = " ".join(shape.text or "" for shape in shapes)
+        assert "2 latent steps" in shown and "chance 5.3%" in shown and "mean of 2 tasks" in shown
+    (tmp_path / "other.json").write_text('{"rows": []}')
+    failed = call("tools.front_picture", "--json", tmp_path / "other.json", check=False)
+    assert failed.returncode == 1 and "no file of python -m tools.compare" in failed.stderr
 
     call("eval.py", *ckpt, "--task", "image_qa", "--steps", 1, "--json", tmp_path / "one.json")
     scores = json.loads((tmp_path / "one.json").read_text())["tasks"]
