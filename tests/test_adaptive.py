@@ -24,7 +24,7 @@ from test_plume import (
 from tests.processes import call, run
 from tests.samples import edit_json
 
-K, LIMIT = 4, 6
+K, LIMIT = 4, 4
 
 
 @pytest.fixture(scope="module", params=[
