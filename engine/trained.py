@@ -103,6 +103,7 @@ def quantize(layers, bits):
                 device, bias = layer.weight.device, layer.bias is not None
                 rounded = Linear4bit(layer.in_features, layer.out_features, bias, quant_type="nf4")
                 rounded.load_state_dict(layer.state_dict())
+                rounded.support_avx512bf16_for_cpu = False  # its layout, once used, bears no training
                 setattr(parent, name, rounded.requires_grad_(False).to(device))
 
 

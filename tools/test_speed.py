@@ -26,7 +26,7 @@ ONE_TABLE = ("--batch_sizes=2", "--tokens=5")
 
 def measured(tmp_path, *flags):
     """-> what the command prints, and its rows"""
-    flags = ["--device=cpu", "--repeats=2", "--json", tmp_path / "s.json", *flags]
+    flags = ["--device=cpu", "--repeats=1", "--json", tmp_path / "s.json", *flags]
     return call("tools.speed", *flags).stdout, json.loads((tmp_path / "s.json").read_text())["rows"]
 
 
