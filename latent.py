@@ -79,10 +79,8 @@ class Cache:
 
         share: query heads that share a head of keys.
         """
-        mask = None
-        if L > 1:  # one column sees every slot
-            n = self.slots[0][0].shape[2]
-            mask = causal_mask(L, n, n + L, self.hide).repeat(share, 1)
+        n = self.slots[0][0].shape[2]
+        mask = causal_mask(L, n, n + L, self.hide).repeat(share, 1) if L > 1 else None  # one sees every slot
         return [functools.partial(attend_two_blocks, *kv, *slots, self.hide, mask)
                 for kv, slots in zip(self.prefix, self.slots)]
 
@@ -543,8 +541,8 @@ def joined(layers):
         return None
     weight = as_one([layer.weight for layer in layers])
     bias = None if layers[0].bias is None else as_one([layer.bias for layer in layers])
-    whole = weight is not None and (bias is None) == (layers[0].bias is None)
-    return (weight, bias) if whole else None
+    apart = weight is None or (bias is None) != (layers[0].bias is None)
+    return None if apart else (weight, bias)
 
 
 def as_one(parts):
