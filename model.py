@@ -63,7 +63,7 @@ class Plume(nn.Module):
             self.settings["white_image"], self.settings["template"], facts)
         self.checkpointing = False  # activation checkpointing around every decoder layer
         self.checked = None  # the modules that `check_called` has seen
-        self.graphs = None  # engine.graphs.Graphs(): `encode` replays what is behind the prefix as CUDA graphs
+        self.graphs = None  # engine.graphs.Graphs(): what follows the prefix is replayed as CUDA graphs
 
     @property
     def lm(self):
