@@ -37,7 +37,7 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from engine.eval_flags import check_flags
+from engine.eval_flags import check_flags, check_model
 from engine.flags import command, parse_flags
 from engine.kept import Embedder, short_hash
 from engine.ranks import rank_and_world, watch_peers
@@ -439,15 +439,6 @@ def main(argv):
                                   data=cfg.data, tasks=results, left_out=left_out))
     if published:
         report_published(cfg.data, names, results, folder, ours, embedder)
-
-
-def check_model(cfg, model):
-    """Raises DataError for flags that cannot work with this checkpoint."""
-    model_type, width = model.backbone.config.model_type, model.lm.config.hidden_size
-    if cfg.protocol == "released" and model_type != "qwen2_vl":
-        raise DataError(f"--protocol released is how a Qwen2-VL was scored; {cfg.ckpt} is a {model_type}")
-    if not 0 <= cfg.dim <= width:
-        raise DataError(f"--dim {cfg.dim}: the checkpoint has {width} components; 0: all of them")
 
 
 def make_embedder(cfg, model, steps, folder):

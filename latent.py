@@ -54,41 +54,93 @@ class Rollout(NamedTuple):
 
 
 class Cache:
-    """Keys and values of every layer in two blocks: the prefix, written once, and the few slots behind it.
+    """Keys and values of every layer, to train with: the prefix's, written once, and the few slots behind it.
 
     Everything stays in the autograd graph.  The prefix block is copied only by `of`; only the slots grow.
     """
 
-    def __init__(self, lengths, P):
-        self.taken = None  # (B,): a row's later columns see only its first `taken` slots; None: all
+    def __init__(self, lm, lengths, P):
+        self.n, self.joined = P, [(None, None)] * len(lm.layers)  # columns; see `joined_weights`
         padding = torch.arange(P, device=lengths.device) >= lengths[:, None]  # (B, P)
         hide = torch.zeros(padding.shape, device=lengths.device).masked_fill_(padding, float("-inf"))
         self.hide = hide[:, None, None]  # (B, 1, 1, P)
         self.prefix, self.slots = [], []  # a (k, v) for each layer, each (B, G, ., d)
 
+    def keep(self, i, k, v):
+        """Layer i's prefix, or all of its slots."""
+        if i == len(self.prefix):
+            self.prefix.append((k.contiguous(), v.contiguous()))  # once: no later product has to copy them
+            self.slots.append((k[:, :, :0], v[:, :, :0]))
+        else:
+            self.slots[i] = k, v
+
+    def attention(self, L, share):
+        """How L new columns look at the old ones and at themselves: for each layer a function, see `block`.
+
+        share: query heads that share a head of keys.
+        """
+        n = self.slots[0][0].shape[2]
+        mask = causal_mask(L, n, n + L, self.hide).repeat(share, 1) if L > 1 else None  # one sees every slot
+        return [functools.partial(attend_two_blocks, *kv, *slots, self.hide, mask)
+                for kv, slots in zip(self.prefix, self.slots)]
+
     def of(self, rows):
         """The cache of some rows (n,), sorted, each once: a copy, or for all rows over the same tensors."""
         some = copy.copy(self)
-        if len(rows) == len(self.hide):
-            some.prefix, some.slots = list(self.prefix), list(self.slots)
-            return some
-        some.hide = self.hide[rows]
-        some.prefix = [(k[rows], v[rows]) for k, v in self.prefix]
-        some.slots = [(k[rows], v[rows]) for k, v in self.slots]
+        some.prefix, some.slots = list(self.prefix), list(self.slots)
+        if len(rows) < len(self.hide):
+            some.hide = self.hide[rows]
+            some.prefix = [(k[rows], v[rows]) for k, v in self.prefix]
+            some.slots = [(k[rows], v[rows]) for k, v in self.slots]
         return some
 
     @staticmethod
     def join(caches):
-        """Several caches, with as many slots, in one, and emptied.  Short prefixes get hidden columns."""
-        joined, longest = copy.copy(caches[0]), max(cache.hide.shape[-1] for cache in caches)
-        missing = [longest - cache.hide.shape[-1] for cache in caches]
-        hide = [F.pad(c.hide, (0, m), value=float("-inf")) for c, m in zip(caches, missing)]
-        joined.hide, joined.prefix, joined.slots = torch.cat(hide), [], []
+        """Several caches without slots in one, and emptied.  Short ones get hidden columns."""
+        joined, n = copy.copy(caches[0]), max(cache.n for cache in caches)
+        hide = [F.pad(c.hide[..., : c.n], (0, n - c.n), value=float("-inf")) for c in caches]
+        joined.n, joined.hide, joined.prefix, joined.slots = n, torch.cat(hide), [], []
         while caches[0].prefix:  # layer by layer, so that memory holds keys and values once
-            filled = [[F.pad(t, (0, 0, 0, m)) for t in c.prefix.pop(0)] for c, m in zip(caches, missing)]
-            joined.prefix.append(tuple(map(torch.cat, zip(*filled))))
-            joined.slots.append(tuple(map(torch.cat, zip(*[c.slots.pop(0) for c in caches]))))
+            filled = [[F.pad(t[:, :, : c.n], (0, 0, 0, n - c.n)) for t in c.prefix.pop(0)] for c in caches]
+            joined.keep(len(joined.prefix), *map(torch.cat, zip(*filled)))
         return joined
+
+
+class Buffer(Cache):
+    """The same for inference: one block, the first n columns of `prefix` and `hide`, and room behind them."""
+
+    def __init__(self, lm, lengths, P):
+        super().__init__(lm, lengths, P)
+        self.joined = [joined_weights(layer) for layer in lm.layers]
+
+    def keep(self, i, k, v):
+        if i == len(self.prefix):  # what comes later is in its place already, see `attend_in_place`
+            self.reserve(self.n + 1)
+            self.hide = self.hide.to(k.dtype)
+            room = self.hide.shape[-1] - self.n
+            self.prefix.append((F.pad(k, (0, 0, 0, room)), F.pad(v, (0, 0, 0, room))))
+
+    def reserve(self, columns):
+        size = self.hide.shape[-1]
+        if columns > size:
+            more = columns * 5 // 4 // 8 * 8 + 32 - size  # eights: CUDA's kernels want that of a mask's rows
+            self.hide = F.pad(self.hide, (0, more))
+            for i, kv in enumerate(self.prefix):
+                self.prefix[i] = [F.pad(t, (0, 0, 0, more)) for t in kv]
+
+    def attention(self, L, share):
+        self.reserve(self.n + L)
+        mask = self.hide
+        if L > 1:
+            mask = (mask + causal_mask(L, self.n, mask.shape[-1], mask)).repeat(1, 1, share, 1)
+        self.n += L
+        return [functools.partial(attend_in_place, *kv, self.n, mask[..., : self.n]) for kv in self.prefix]
+
+    def forget(self, P, taken):
+        """Later columns of a row see only the first taken (B,) of its columns behind the prefix's P."""
+        column = torch.arange(self.hide.shape[-1], device=taken.device)
+        over = (column >= P + taken[:, None]) & (column < self.n)  # (B, columns)
+        self.hide = self.hide.masked_fill(over[:, None, None], float("-inf"))
 
 
 class Unfinished(NamedTuple):  # what `until_done` leaves to be written
@@ -102,7 +154,7 @@ def rollout(lm, adapter, prefix, steps, suffix, rule="mrope", checkpointing=Fals
     """The method: prefill, K latent steps, suffix -> Rollout.
 
     lm: transformers' text model; adapter: TransitionAdapter; prefix: Prefix; steps: K, a Python int;
-    suffix: (B, T, D) input embeddings; rule: see `next_positions`; graphs: None, or a `Graphs`.
+    suffix: (B, T, D) input embeddings; rule: see `next_positions`; graphs: None, or an engine.graphs.Graphs.
     hook: None, or a function of k and the input x (B, D) of step k that gives the input to take instead;
     with it everything runs without graphs.
     """
@@ -119,37 +171,42 @@ def rollout_of_groups(lm, adapter, groups, steps, rule="mrope", checkpointing=Fa
 
     groups: [(prefix, suffix)].  All rows take their latent steps together: a step has no padding.
     """
-    caches, *states = zip(*[prefill(lm, prefix, rule, checkpointing) for prefix, _ in groups])
+    caches, *states = zip(*[prefill(lm, prefix, rule, checkpointing, Cache) for prefix, _ in groups])
     sizes, whole = [len(z) for z in states[1]], caches[0]
-    if len(caches) > 1:
+    if steps > 1 and len(caches) > 1:
         whole = Cache.join([cache.of(range(rows)) for cache, rows in zip(caches, sizes)])
-    behind = latent_steps(lm, adapter, steps, *map(torch.cat, states), whole)
-    for i, (k, v) in enumerate(whole.slots):
-        for cache, *slots in zip(caches, k.split(sizes), v.split(sizes)):
-            cache.slots[i] = slots
-    rows, rollouts = zip(*states, *(part.split(sizes) for part in behind)), []
-    for (_, suffix), cache, (anchor, z, pos, latents, last, router) in zip(groups, caches, rows):
-        more, h = last_and_suffix(lm, last, pos, steps, suffix, cache, checkpointing)
+    anchor, z, pos = map(torch.cat, states)
+    rope = rotary_behind(lm, pos, steps + max(suffix.shape[1] for _, suffix in groups), z)
+    behind = latent_steps(lm, adapter, steps, anchor, z, rope, whole)
+    if whole is not caches[0]:
+        for i, (k, v) in enumerate(whole.slots):
+            for cache, *slots in zip(caches, k.split(sizes), v.split(sizes)):
+                cache.slots[i] = slots
+    rows, rollouts = zip(*states, rope.split(sizes, 1), *(part.split(sizes) for part in behind)), []
+    for (_, suffix), cache, (anchor, z, _, rope, latents, last, router) in zip(groups, caches, rows):
+        more, h = last_and_suffix(lm, last, rope, steps, suffix, cache, checkpointing)
         rollouts.append(Rollout(anchor, z, torch.cat([latents, more], 1), h, router))
     return rollouts
 
 
-def prefill(lm, prefix, rule="mrope", checkpointing=False):
+def prefill(lm, prefix, rule="mrope", checkpointing=False, kind=None):
     """-> Cache, anchor h(<disc_emb>) (B, D), z_0 = h(<bot>) (B, D), position behind the prefix (B,)"""
-    cache = Cache(prefix.lengths, prefix.x.shape[1])
-    h = decoder(lm, prefix.x, prefix.positions, cache, checkpointing, prefix.deepstack)  # (B, P, D)
-    anchor, start = select_column(h, prefix.disc), select_column(h, prefix.lengths - 1)  # (B, D) each
-    return cache, anchor, start, next_positions(prefix, rule)
+    kind = kind or (Cache if torch.is_grad_enabled() else Buffer)
+    cache, rope = kind(lm, prefix.lengths, prefix.x.shape[1]), rotary(lm, prefix.positions, prefix.x)
+    columns = torch.stack([prefix.disc, prefix.lengths - 1], 1)  # (B, 2)
+    h = decoder(lm, prefix.x, rope, cache, checkpointing, prefix.deepstack, columns)
+    return cache, *h.unbind(1), next_positions(prefix, rule)
 
 
 def steps_and_suffix(lm, adapter, steps, anchor, z, pos, suffix, cache, checkpointing=False, hook=None):
     """What comes behind the prefix -> latents (B, K, D), suffix (B, T, D), router probabilities (B, K, E)."""
-    latents, last, router = latent_steps(lm, adapter, steps, anchor, z, pos, cache, hook)
-    more, h = last_and_suffix(lm, last, pos, steps, suffix, cache, checkpointing)
+    rope = rotary_behind(lm, pos, steps + suffix.shape[1], z)
+    latents, last, router = latent_steps(lm, adapter, steps, anchor, z, rope, cache, hook)
+    more, h = last_and_suffix(lm, last, rope, steps, suffix, cache, checkpointing)
     return torch.cat([latents, more], 1), h, router
 
 
-def latent_steps(lm, adapter, steps, anchor, z, pos, cache, hook=None):
+def latent_steps(lm, adapter, steps, anchor, z, rope, cache, hook=None):
     """-> latents z_1 .. (B, K-n, D), inputs (B, n, D) of the n steps that are left, router (B, K, E).
 
     Nothing but the suffix waits for z_K: the last step is left to the suffix's pass, so that there are K in
@@ -166,17 +223,17 @@ def latent_steps(lm, adapter, steps, anchor, z, pos, cache, hook=None):
         probs.append(r)
         last = (x if hook is None else hook(k, x))[:, None]
         if k < steps - 1:
-            z = decoder(lm, last, pos[:, None] + k, cache)[:, 0]  # z_{k+1}
+            z = decoder(lm, last, rope[..., k : k + 1, :], cache)[:, 0]  # z_{k+1}
             latents.append(z[:, None])
     router = torch.stack(probs, 1) if probs else z.new_zeros(len(z), 0, 0)
     return torch.cat(latents, 1), last, router
 
 
-def last_and_suffix(lm, last, pos, steps, suffix, cache, checkpointing=False):
+def last_and_suffix(lm, last, rope, steps, suffix, cache, checkpointing=False):
     """One pass of the last steps' inputs (B, n, D) and the suffix (B, T, D) -> h of each."""
     n, end = last.shape[1], steps + suffix.shape[1]
-    places = pos[:, None] + torch.arange(steps - n, end, device=pos.device)
-    h = decoder(lm, torch.cat([last, suffix], 1), places, cache, checkpointing)  # (B, n + T, D)
+    x, rope = torch.cat([last, suffix], 1), rope[..., steps - n : end, :]
+    h = decoder(lm, x, rope, cache, checkpointing)  # (B, n + T, D)
     return h[:, :n], h[:, n:]
 
 
@@ -227,13 +284,13 @@ def greedy(lm, embed, head, prefix, end, limit, rule="mrope"):
 
 def write(lm, embed, head, h, pos, cache, end, limit):
     """`greedy` from the state h (B, D) of the column in front of position pos (B,)."""
-    tokens = []
+    tokens, rope = [], rotary_behind(lm, pos, limit, h)
     out, done = torch.zeros_like(h), torch.zeros(len(h), dtype=torch.bool, device=h.device)
     for t in range(limit):
         token = head(h).argmax(-1) if t < limit - 1 else torch.full_like(pos, end)
         token = torch.where(done, end, token)
         tokens.append(token)
-        h = decoder(lm, embed(token)[:, None], pos[:, None] + t, cache)[:, 0]
+        h = decoder(lm, embed(token)[:, None], rope[..., t : t + 1, :], cache)[:, 0]
         ends = (token == end) & ~done
         out, done = torch.where(ends[:, None], h, out), done | ends
         looks = t % 16 == 15 or h.device.type == "cpu"  # a GPU would have to be waited for
@@ -254,21 +311,22 @@ def until_done(lm, adapter, head, prefix, steps, suffix, gen, eot, done, rule="m
     """
     cache, anchor, z, pos = prefill(lm, prefix, rule)
     taken, stopped = torch.full_like(pos, steps), torch.zeros_like(pos, dtype=torch.bool)
+    rope = rotary_behind(lm, pos, steps, z)
     for k in range(steps + 1):
         stops = at_least_float32(head(z)).softmax(-1)[:, eot] > done
         taken, stopped = torch.where(stops & ~stopped, k, taken), stopped | stops
         if k == steps or bool(stopped.all()):
             break
         x, _ = adapter(z, k, anchor)
-        z = decoder(lm, x[:, None], pos[:, None] + k, cache)[:, 0]
+        z = decoder(lm, x[:, None], rope[..., k : k + 1, :], cache)[:, 0]
 
     out, pos = torch.zeros_like(z), pos + taken
     ready, left = stopped.nonzero()[:, 0], (~stopped).nonzero()[:, 0]
     if len(ready):
         seen = cache.of(ready)
-        seen.taken = taken[ready]
-        places = pos[ready, None] + torch.arange(suffix.shape[1], device=pos.device)
-        out[ready] = select_column(decoder(lm, suffix[ready], places, seen), gen[ready])
+        seen.forget(prefix.x.shape[1], taken[ready])
+        rope = rotary_behind(lm, pos[ready], suffix.shape[1], z)
+        out[ready] = select_column(decoder(lm, suffix[ready], rope, seen), gen[ready])
     return out, taken, Unfinished(left, z[left], pos[left], cache.of(left))
 
 
@@ -296,27 +354,25 @@ def select_column(h, column):
 
 
 # ---- the decoder
-def decoder(lm, x, positions, cache, checkpointing=False, deepstack=()):
-    """All layers over L new columns: x (B, L, D), positions (3, B, L) or (B, L) -> final states (B, L, D).
+def decoder(lm, x, rope, cache, checkpointing=False, deepstack=(), columns=None):
+    """All layers over L new columns: x (B, L, D), rope of their positions -> final states (B, L, D).
 
     On an empty cache the columns are the prefix; later ones become slots.  The cache is updated.
-    deepstack: see Prefix.
+    deepstack: see Prefix.  columns (B, n): those whose states are wanted, no visual ones -> (B, n, D).
     """
-    cos, sin = rotary(lm, positions.expand(3, *positions.shape[-2:]), x)  # (B, 1, L, d) each
-    mask, first = mask_of(x, cache), not cache.prefix
-    for i, layer in enumerate(lm.layers):
-        past = None if first else (*cache.prefix[i], *cache.slots[i], cache.hide)
+    attention = [attend_causally] * len(lm.layers)
+    if cache.prefix:
+        attention = cache.attention(x.shape[1], lm.layers[0].self_attn.num_key_value_groups)
+    for i, (layer, attend) in enumerate(zip(lm.layers, attention)):
+        wanted = columns if i + 1 == len(lm.layers) else None
+        given = layer, x, rope, attend, wanted, *cache.joined[i]
         if checkpointing and torch.is_grad_enabled():
-            x, k, v = checkpoint(block, layer, x, cos, sin, mask, past, use_reentrant=False)
+            x, k, v = checkpoint(block, *given, use_reentrant=False)
         else:
-            x, k, v = block(layer, x, cos, sin, mask, past)
-        if i < len(deepstack):  # Qwen3-VL
+            x, k, v = block(*given)
+        if i < len(deepstack) and wanted is None:  # Qwen3-VL
             x = add_features(x, *deepstack[i])
-        if first:
-            cache.prefix.append((k, v))
-            cache.slots.append((k[:, :, :0], v[:, :, :0]))
-        else:
-            cache.slots[i] = k, v
+        cache.keep(i, k, v)
     return rms_norm(x, lm.norm)
 
 
@@ -325,79 +381,100 @@ def add_features(x, places, features):
     return x.flatten(0, 1).index_add(0, places, features.to(x.dtype)).view_as(x)
 
 
-def mask_of(x, cache):
-    """What L new columns see of the n slots and of themselves, (1 or B, 1, L, n + L): 0 is seen, -inf not.
+def block(layer, x, rope, attend, columns, qkv, gate_up):
+    """One decoder layer -> its output (B, L, D), and the keys and values that its cache keeps.
 
-    None: everything.
+    attend: q (B, H, L, d), k, v (B, G, L, d) -> (B, H, L, d), and these; columns (B, n): the output of these
+    alone, None: of all; qkv, gate_up: see `joined_weights`.
     """
-    L = x.shape[1]
-    if not cache.prefix or (L == 1 and cache.taken is None):  # the prefill is causal; one sees every slot
-        return None
-    n = cache.slots[0][0].shape[2]  # all old slots and, causally, each other
-    mask = torch.full((1, 1, L, n + L), float("-inf"), device=x.device).triu(n + 1)
-    if cache.taken is None:
-        return mask
-    slot = torch.arange(n + L, device=x.device)
-    over = (slot >= cache.taken[:, None]) & (slot < n)  # (B, n + L)
-    return mask.masked_fill(over[:, None, None], float("-inf"))
-
-
-def block(layer, x, cos, sin, mask, past):
-    """One decoder layer -> its output (B, L, D); keys and values: the prefix's, or all slots so far."""
     att, mlp = layer.self_attn, layer.mlp
     h = rms_norm(x, layer.input_layernorm)
-    q, k, v = (split_heads(linear(p, h), att.head_dim) for p in (att.q_proj, att.k_proj, att.v_proj))
-    if hasattr(att, "q_norm"):  # Qwen3-VL
-        q, k = rms_norm(q, att.q_norm), rms_norm(k, att.k_norm)
-    q, k = rotate(q, cos, sin), rotate(k, cos, sin)  # (B, H, L, d), (B, G, L, d)
-    if past is None:
-        keys, values = for_heads(k, q), for_heads(v, q)
-        a = F.scaled_dot_product_attention(q, keys, values, is_causal=True, enable_gqa=True)
-        k, v = k.contiguous(), v.contiguous()  # once, so that no later product has to copy them
+    if qkv is None:
+        qk, v = torch.cat([linear(att.q_proj, h), linear(att.k_proj, h)], -1), linear(att.v_proj, h)
     else:
-        k_prefix, v_prefix, k_slots, v_slots, hide = past
-        k, v = torch.cat([k_slots, k], 2), torch.cat([v_slots, v], 2)
-        a = attend_two_blocks(q, k_prefix, v_prefix, k, v, hide, mask)
-    x = x + linear(att.o_proj, a.transpose(1, 2).flatten(2))
+        h, n = product(*qkv, h).contiguous(), att.v_proj.out_features  # contiguous: see `product`
+        qk, v = h[..., :-n], h[..., -n:]
+    qk, v = split_heads(qk, att.head_dim), split_heads(v, att.head_dim)
+    G = v.shape[1]
+    if hasattr(att, "q_norm"):  # Qwen3-VL
+        qk = torch.cat([rms_norm(qk[:, :-G], att.q_norm), rms_norm(qk[:, -G:], att.k_norm)], 1)
+    qk = rotate(qk, *rope)  # (B, H + G, L, d)
+    a, k, v = attend(qk[:, :-G], qk[:, -G:], v)
+    a = a.transpose(1, 2).flatten(2)  # (B, L, H*d)
+    if columns is not None:
+        x, a = (t.take_along_dim(columns[..., None], 1) for t in (x, a))
+    x = x + linear(att.o_proj, a)
     h = rms_norm(x, layer.post_attention_layernorm)
-    return x + linear(mlp.down_proj, F.silu(linear(mlp.gate_proj, h)) * linear(mlp.up_proj, h)), k, v
+    if gate_up is None:
+        gate, up = linear(mlp.gate_proj, h), linear(mlp.up_proj, h)
+    else:
+        gate, up = product(*gate_up, h).chunk(2, -1)
+    return x + linear(mlp.down_proj, F.silu(gate) * up), k, v
 
 
-def attend_two_blocks(q, k_prefix, v_prefix, k_slots, v_slots, hide, mask):
-    """q (B, H, L, d), prefix (B, G, P, d), slots (B, G, n, d) -> (B, H, L, d): two score blocks, one softmax.
+def attend_causally(q, k, v):
+    """The prefix: q (B, H, L, d) over its own k, v (B, G, L, d) -> (B, H, L, d), k, v."""
+    keys, values = for_heads(k, q), for_heads(v, q)
+    return F.scaled_dot_product_attention(q, keys, values, is_causal=True, enable_gqa=True), k, v
 
-    hide: 0 / -inf for the prefix, (B, 1, 1, P); mask: the same for the slots, (1 or B, 1, L, n), or None.
+
+def attend_two_blocks(k_prefix, v_prefix, k_slots, v_slots, hide, mask, q, k, v):
+    """q (B, H, L, d) over prefix (B, G, P, d) and slots (B, G, n, d): two score blocks, one softmax.
+
+    hide: 0 / -inf for the prefix, (B, 1, 1, P); mask: for old and new slots, (H/G*L, n + L), or None.
     Query heads of a group share their keys: they are folded into rows, and the cache is neither repeated nor
-    copied.
+    copied.  -> (B, H, L, d), k and v of all slots
     """
-    B, H, L, d = q.shape
-    G, P = k_prefix.shape[1:3]
-    q = q.reshape(B, G, H // G * L, d) * d**-0.5
-    far = q @ k_prefix.mT + hide  # (B, G, H/G*L, P)
-    near = q @ k_slots.mT  # (B, G, H/G*L, n)
+    k, v = torch.cat([k_slots, k], 2), torch.cat([v_slots, v], 2)
+    G, P, d = k_prefix.shape[1:]
+    rows = q.reshape(len(q), G, -1, d) * d**-0.5  # (B, G, H/G*L, d)
+    far = rows @ k_prefix.mT + hide  # (B, G, H/G*L, P)
+    near = rows @ k.mT  # (B, G, H/G*L, n + L)
     if mask is not None:
-        near = near + mask.repeat(1, 1, H // G, 1)
-    w = at_least_float32(torch.cat([far, near], -1)).softmax(-1).to(v_slots.dtype)
-    return (w[..., :P] @ v_prefix + w[..., P:] @ v_slots).view(B, H, L, d)
+        near = near + mask
+    w = at_least_float32(torch.cat([far, near], -1)).softmax(-1).to(v.dtype)
+    return (w[..., :P] @ v_prefix + w[..., P:] @ v).view_as(q), k, v
+
+
+def attend_in_place(keys, values, n, mask, q, k, v):
+    """The same over the first n columns of keys, values (B, G, ., d), the last L of which are written here.
+
+    mask: (B, 1, 1 or H/G*L, n)
+    """
+    L, G, d = q.shape[2], *keys.shape[1::2]
+    keys[:, :, n - L : n], values[:, :, n - L : n] = k, v
+    rows = q.reshape(len(q), G, -1, d)  # (B, G, H/G*L, d)
+    a = F.scaled_dot_product_attention(rows, keys[:, :, :n], values[:, :, :n], attn_mask=mask)
+    return a.reshape(q.shape), keys, values
+
+
+def causal_mask(L, n, columns, like):
+    """(L, columns): row i sees n old columns, and new ones up to its own: 0 is seen, -inf not."""
+    return like.new_full((L, columns), float("-inf")).triu(n + 1)
+
+
+def rotary_behind(lm, pos, L, x):
+    """`rotary` of the L columns from position pos (B,) on, the same on all axes."""
+    return rotary(lm, (pos[:, None] + torch.arange(L, device=pos.device)).expand(3, -1, -1), x)
 
 
 def rotary(lm, positions, x):
-    """M-RoPE's cos and sin (B, 1, L, d) at positions (3, B, L): each frequency belongs to one of three axes.
+    """M-RoPE's cos and sin (2, B, 1, L, d) at positions (3, B, L): a frequency belongs to one of three axes.
 
     `mrope_section` says how many of the d/2 frequencies are temporal, height, width.  In float32.
     """
-    rope, d = lm.config.rope_parameters, lm.layers[0].self_attn.head_dim
+    given, d = lm.config.rope_parameters, lm.layers[0].self_attn.head_dim
     exponents = torch.arange(0, d, 2, device=x.device, dtype=torch.float32) / d  # (d/2,)
-    angles = positions[..., None].float() * (1 / rope["rope_theta"] ** exponents)  # (3, B, L, d/2)
-    sections = rope["mrope_section"]
+    angles = positions[..., None].float() * (1 / given["rope_theta"] ** exponents)  # (3, B, L, d/2)
+    sections = given["mrope_section"]
     if lm.config.model_type == "qwen3_vl_text":
         parts = [interleaved(angles, sections)]
     else:  # one section behind the other
         parts = [section[axis] for axis, section in enumerate(angles.split(sections, -1))]
     angles = torch.cat(parts * 2, -1)[:, None]
-    cos, sin = angles.cos(), angles.sin()
-    sin[..., : d // 2].neg_()
-    return cos.to(x.dtype), sin.to(x.dtype)
+    rope = torch.stack([angles.cos(), angles.sin()])
+    rope[1, ..., : d // 2].neg_()
+    return rope.to(x.dtype)
 
 
 def interleaved(angles, sections):
@@ -411,7 +488,8 @@ def interleaved(angles, sections):
 
 def rotate(x, cos, sin):
     """Pairs (a, b) of x's halves -> (a cos - b sin, b cos + a sin); the minus stands in `rotary`'s table."""
-    return (x * cos + x.roll(x.shape[-1] // 2, -1) * sin).to(x.dtype)  # under autocast cos and sin are wider
+    turned = torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
+    return turned.to(x.dtype)  # under autocast cos and sin are wider
 
 
 def rms_norm(x, norm):
@@ -442,99 +520,51 @@ def for_heads(kv, q):
 
 
 def linear(layer, x):
-    """layer(x), x (B, L, D).  On a CPU a latent step's few rows are faster as (W x^T)^T, in blocks of 16.
+    return product(layer.weight, layer.bias, x) if is_plain(layer) else layer(x)
+
+
+def is_plain(layer):
+    return type(layer) is torch.nn.Linear and type(layer.weight) is torch.nn.Parameter  # not rounded
+
+
+def joined_weights(layer):
+    """(weight, bias) of one product for q, k, v, and of one for gate, up; None where these lie apart.
+
+    `hub.weights.side_by_side` puts them there.  Not to train with: the last bits may differ.
+    """
+    att, mlp = layer.self_attn, layer.mlp
+    return joined((att.q_proj, att.k_proj, att.v_proj)), joined((mlp.gate_proj, mlp.up_proj))
+
+
+def joined(layers):
+    if not all(map(is_plain, layers)):
+        return None
+    weight = as_one([layer.weight for layer in layers])
+    bias = None if layers[0].bias is None else as_one([layer.bias for layer in layers])
+    apart = weight is None or (bias is None) != (layers[0].bias is None)
+    return None if apart else (weight, bias)
+
+
+def as_one(parts):
+    """Tensors that stand one behind the other in memory -> one of all of them, without a copy; else None."""
+    first, end = parts[0], parts[0].storage_offset()
+    for part in parts:
+        if part.untyped_storage()._cdata != first.untyped_storage()._cdata or part.storage_offset() != end:
+            return None
+        end += part.numel()
+    return first.as_strided((sum(map(len, parts)), *first.shape[1:]), first.stride())
+
+
+def product(weight, bias, x):
+    """x (B, L, D) -> x W^T + b.  On a CPU a latent step's few rows are faster as (W x^T)^T, in blocks of 16.
 
     The products of a step of 16 / 32 / 48 rows take 17 / 24 / 38 ms so and 19 / 26 / 45 the usual way (8
     layers, D = 512, 2 threads, an AMD EPYC, 2026-11-25).  With 8 and 64 rows it was slower on another CPU
     (docs/log.md).
     """
     rows = x.shape[0] * x.shape[1]
-    plain = type(layer) is torch.nn.Linear and type(layer.weight) is torch.nn.Parameter  # not rounded
-    if x.device.type != "cpu" or not plain or not 16 <= rows <= 48:
-        return layer(x)
+    if x.device.type != "cpu" or not 16 <= rows <= 48:
+        return F.linear(x, weight, bias)
     x_t = x.flatten(0, 1).T  # (D, B*L)
-    if layer.bias is None:
-        y_t = layer.weight @ x_t
-    else:
-        y_t = torch.addmm(layer.bias[:, None], layer.weight, x_t)
+    y_t = weight @ x_t if bias is None else torch.addmm(bias[:, None], weight, x_t)
     return y_t.T.unflatten(0, x.shape[:2])
-
-
-# ---- CUDA graphs, for speed alone
-class Graphs:
-    """`steps_and_suffix` as CUDA graphs, for inference: one for each B, K, T and number of prefix columns.
-
-    A latent step of a small batch is hundreds of kernels, each shorter than the time in which Python starts
-    it; a graph starts all K steps at once (how much faster: not run).  It reads fixed places in memory: the
-    rollout's inputs are copied there, the prefix's keys and values with hidden columns behind, 7 or 1/16 of
-    its length at most, so that few sizes serve all.  A shape runs as usual when it is first seen and is
-    recorded when it comes again; `keep` shapes at most, others always run as usual, and so does everything
-    under autocast.  Weights may change in place; when they move, all is forgotten.  Python values
-    (`adapter.top_k`) stay as recorded.
-    """
-
-    def __init__(self, keep=16):
-        self.keep, self.weights, self.seen, self.recorded = keep, None, set(), {}
-
-    @torch.no_grad()
-    def __call__(self, lm, adapter, steps, anchor, z, pos, suffix, cache):
-        weights = [p.data_ptr() for module in (lm, adapter) for p in module.parameters()]
-        if weights != self.weights:
-            self.weights, self.seen, self.recorded = weights, set(), {}
-        P = cache.hide.shape[-1]
-        hidden = -P % max(8, 1 << max(0, P.bit_length() - 5))  # columns behind the prefix
-        shape = (steps, hidden + P, *suffix.shape)
-        known = shape in self.recorded or (shape in self.seen and len(self.recorded) < self.keep)
-        self.seen.add(shape)
-        usual, given = functools.partial(steps_and_suffix, lm, adapter, steps), (anchor, z, pos, suffix)
-        if not known or torch.is_autocast_enabled(suffix.device.type):
-            return usual(*given, cache)
-        if shape not in self.recorded:
-            self.recorded[shape] = at_fixed_places(usual, given, cache, hidden + P)
-        replay, outputs, inputs, fixed = self.recorded[shape]
-        for old, new in zip(inputs, given):
-            old.copy_(new)
-        fixed.hide[..., P:].fill_(float("-inf"))
-        fixed.hide[..., :P].copy_(cache.hide)
-        for fixed_kv, kv in zip(fixed.prefix, cache.prefix):
-            for old, new in zip(fixed_kv, kv):
-                old[:, :, P:].zero_()  # to hide is not enough: 0 x NaN of an earlier batch is NaN
-                old[:, :, :P].copy_(new)
-        replay()
-        return [t.clone() for t in outputs]
-
-
-def at_fixed_places(usual, given, cache, P):
-    """`usual` over copies of its inputs and a cache of P prefix columns -> replay, outputs, inputs, cache."""
-    inputs = [t.clone() for t in given]
-    fixed = Cache(torch.zeros(len(cache.hide), dtype=torch.long, device=cache.hide.device), P)
-    for kv in cache.prefix:
-        fixed.prefix.append(tuple(t.new_zeros(*t.shape[:2], P, t.shape[3]) for t in kv))
-
-    def function():
-        fixed.slots = [(k[:, :, :0], v[:, :, :0]) for k, v in fixed.prefix]
-        return usual(*inputs, fixed)
-
-    return *record(function, cache.hide.device), inputs, fixed
-
-
-def record(function, device):
-    """A function without arguments as a CUDA graph -> replay, and its outputs, which a replay overwrites."""
-    if device.type != "cuda":
-        raise ValueError(f"latent.Graphs on {device}: needs a CUDA device; leave `graphs` None on others")
-    with torch.cuda.device(device):
-        here, side = torch.cuda.current_stream(), recording_stream(device)
-        side.wait_stream(here)
-        with torch.cuda.stream(side):  # once without recording: libraries load kernels, take workspaces
-            function()
-        here.wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        # other threads may use the device at the same time
-        with torch.cuda.graph(graph, stream=side, capture_error_mode="thread_local"):
-            outputs = function()
-    return graph.replay, outputs
-
-
-@functools.cache
-def recording_stream(device):
-    return torch.cuda.Stream(device)  # one for all graphs: libraries keep a workspace for every stream

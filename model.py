@@ -63,7 +63,7 @@ class Plume(nn.Module):
             self.settings["white_image"], self.settings["template"], facts)
         self.checkpointing = False  # activation checkpointing around every decoder layer
         self.checked = None  # the modules that `check_called` has seen
-        self.graphs = None  # latent.Graphs(): `encode` replays what comes behind the prefix as CUDA graphs
+        self.graphs = None  # engine.graphs.Graphs(): what follows the prefix is replayed as CUDA graphs
 
     @property
     def lm(self):
@@ -289,11 +289,3 @@ def cross_entropy(h, head, labels, elements=None):
         return losses(h, labels)
     chunks = zip(h.split(rows), labels.split(rows))
     return torch.cat([checkpoint(losses, *chunk, use_reentrant=False) for chunk in chunks])
-
-
-def __getattr__(name):
-    """Not of the method: what plume_st.py in a checkpoint of an older PLUME asks for first."""
-    if name == "told_of_file_names":
-        raise ImportError("this checkpoint's plume_st.py is of an older PLUME; write the checkpoint again: "
-                          "Plume.from_pretrained(FOLDER).save_pretrained(FOLDER)")
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -49,8 +49,9 @@ from files.items import parse_item, parse_side, Side
 from files.records import Pairs
 from hub.layouts import from_released, to_released
 from hub.settings import FORMAT, RELEASED_PROMPT
-from latent import Cache, decoder, greedy, naive_rollout, Rollout, rollout
+from latent import Cache, decoder, greedy, naive_rollout, Rollout, rollout, rotary
 from model import Plume
+from tasks.turtle import World
 from tests.processes import run, run_ranks, torchrun
 from tests.samples import make_world, NAMES, picture
 
@@ -116,6 +117,13 @@ def world(tmp_path_factory):
     return root
 
 
+@pytest.fixture
+def few_queries(monkeypatch):
+    """Turtle world, in this process, has 60 queries of a family instead of 400."""
+    few = [60 if value == 400 else value for value in World.__init__.__defaults__]
+    monkeypatch.setattr(World.__init__, "__defaults__", tuple(few))
+
+
 def mixed_items(world):
     """One item of every kind, as `encode` takes them; the last clip has too many frames to be in a square."""
     frames = [picture("blue", "bar", (64, 200), at) for at in range(13)]
@@ -134,8 +142,11 @@ def rendered(m, items, **kw):
 
 
 def whole(batches, job):
-    """A batch of Batches, all rows in one group as they come, as one dict."""
-    with mock.patch.object(data, "group_by_length", lambda lengths: [np.arange(len(lengths))]):
+    """A batch of Batches, all rows in one group as they come, equal ones, too, as one dict."""
+    as_they_come = dict(
+        group_by_length=lambda lengths: [np.arange(len(lengths))],
+        distinct=lambda samples: (samples, np.arange(len(samples))))
+    with mock.patch.multiple(data, **as_they_come):
         batch = batches[job]
     ((group,),) = batch["micro"]
     return {k: v for k, v in batch.items() if k != "micro"} | group
@@ -237,8 +248,9 @@ def prefill_difference(m, items):
     """The largest one of a hidden state or a logit from what transformers has at the same positions."""
     batch = collate(rendered(m, items), m.processor)
     prefix, inputs = m.prefix(batch), transformers_inputs(batch, m.processor)
-    cache, real = Cache(prefix.lengths, prefix.x.shape[1]), inputs["attention_mask"].bool()
-    h = decoder(m.lm, prefix.x, prefix.positions, cache, deepstack=prefix.deepstack)
+    cache, real = Cache(m.lm, prefix.lengths, prefix.x.shape[1]), inputs["attention_mask"].bool()
+    rope = rotary(m.lm, prefix.positions, prefix.x)
+    h = decoder(m.lm, prefix.x, rope, cache, deepstack=prefix.deepstack)
     theirs = m.backbone(**inputs, position_ids=batch["positions"], output_hidden_states=True)
     differences = h - theirs.hidden_states[-1], m.backbone.lm_head(h) - theirs.logits
     return max(d[real].abs().max().item() for d in differences)
@@ -860,13 +872,13 @@ def eight_pairs(records, processor, rank=0, ranks=1, micro_tokens=0):
     return batches, (1, FINAL, rows[rank * share : (rank + 1) * share])
 
 
-@pytest.mark.parametrize("file", ["train.jsonl", "hard.jsonl"])
-def test_two_ranks_and_all_micro_batches_have_the_gradients_of_one_big_batch(file, world, tmp_path):
+@pytest.mark.parametrize("file, ways", [
+    ("train.jsonl", ["copies"]), ("hard.jsonl", ["one", "copies", "shards"])])
+def test_two_ranks_and_all_micro_batches_have_the_gradients_of_one_big_batch(file, ways, world, tmp_path):
     """GradCache against the loss of the whole batch in one piece; with hard negatives, too."""
-    records, ways = world / file, ("one", "copies", "shards")
-    run("tests/gradients.py", "one", records, tmp_path / "one")
-    for way in ("copies", "shards"):
-        run_ranks(2, "tests/gradients.py", way, records, tmp_path / way)
+    records = world / file
+    for way in ways:
+        run_ranks(1 if way == "one" else 2, "tests/gradients.py", way, records, tmp_path / way)
     m = make_model()
     batch = whole(*eight_pairs(records, m.processor))
     parts = train.losses(m([batch], 8), batch, train.Config(w_cross=0.3))
@@ -877,8 +889,10 @@ def test_two_ranks_and_all_micro_batches_have_the_gradients_of_one_big_batch(fil
 
     kept = {way: torch.load(tmp_path / way, weights_only=True) for way in ways}
     counts = {way: [grads.pop("micro-batches").tolist() for grads in kept[way].values()] for way in ways}
-    assert counts["one"][0] == [1] and counts["one"][-1] == [len(batch["ids"])]
-    assert counts["copies"] == counts["shards"] and any(one != other for one, other in counts["copies"])
+    assert any(one != other for one, other in counts["copies"])  # one rank waits for the other with blanks
+    if "one" in ways:
+        assert counts["one"][0] == [1] and counts["one"][-1] == [len(batch["ids"])]
+        assert counts["copies"] == counts["shards"]
     for way in ways:
         for size, grads in kept[way].items():
             what = f"{way}, {size} columns at a time"
@@ -917,11 +931,14 @@ def trained(world, tmp_path_factory):
 
 def test_two_ranks_by_torchrun_train_the_weights_of_one(world, tmp_path):
     flags = ["--data", world / "train.jsonl", "--steps", 38, "--global_batch", 4, "--workers", 0, "--lr=1e-3",
-             "--checkpointing", *GATED, "--last_stage=0.05"]
+             *GATED, "--last_stage=0.05"]
     run("train.py", "--out", tmp_path / "one", *flags)
     done = torchrun(2, "train.py", "--out", tmp_path / "two", *flags)
-    assert "global contrastive batch 4 = 2 ranks x 2" in done.stdout and "deprecated" not in done.stderr
-    run_ranks(2, "train.py", "--out", tmp_path / "shards", "--fsdp", "--micro_tokens", 99, *flags)
+    assert "global contrastive batch 4 = 2 ranks x 2" in done.stdout
+    warned = [line for line in done.stderr.splitlines() if "deprecated" in line]
+    assert all("Enum" in line for line in warned), warned  # that one is torchao's, where it is installed
+    run_ranks(2, "train.py", "--out", tmp_path / "shards", "--fsdp", "--micro_tokens=300", "--checkpointing",
+              *flags)
     one, two, shards = (log(tmp_path / name) for name in ("one", "two", "shards"))
     assert [r["stage"] for r in one] == [r["stage"] for r in two] == [r["stage"] for r in shards]
     assert all(0 <= r["padding"] <= 0.05 for r in one + two + shards)

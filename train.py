@@ -34,7 +34,7 @@ from engine.flags import command, command_with, parse_flags
 from engine.held_out import hit_at_1, readable_pairs
 from engine.instructions import propose_prompts
 from engine.lock import check_disk_space, exclusive_lock
-from engine.log import announce, Log
+from engine.log import announce, batch_counts, Log
 from engine.ranks import (
     all_gather, all_gather_objects, all_reduce_sums, ddp, global_mean, peer_errors, pick_device,
     rank_and_world, say)
@@ -416,15 +416,6 @@ def join_micro_batches(outs, order):
     """
     out = tree_map(lambda *parts: torch.cat(parts), *outs)
     return dict(out, per_pair={name: rows[order] for name, rows in out["per_pair"].items()})
-
-
-def batch_counts(batch):
-    """On this rank: tokens that `gate_loss` counts, groups with media, tokens cut, bad records, columns."""
-    groups = [group for part in batch["micro"] for group in part]
-    gated = sum(len(group["gate_at"]) for group in groups)
-    media = [group for group in groups if group["pixels"] is not None]
-    return dict(gated=gated, media=len(media), cut=batch["cut"], bad=len(batch["bad"]),
-                columns=batch["columns"], real=batch["real"])
 
 
 # ---- data

@@ -26,3 +26,12 @@ def check_flags(cfg, given, published):
         raise DataError("--moves, --rules and --codes are turtle world's: leave them out, or --data")
     if not 0 <= cfg.done <= 1 or ("done" in given and cfg.mode != "auto"):
         raise DataError(f"--done {cfg.done}: needs a probability, 0 .. 1, and --mode auto")
+
+
+def check_model(cfg, model):
+    """Raises DataError for flags that cannot work with this checkpoint."""
+    model_type, width = model.backbone.config.model_type, model.lm.config.hidden_size
+    if cfg.protocol == "released" and model_type != "qwen2_vl":
+        raise DataError(f"--protocol released is how a Qwen2-VL was scored; {cfg.ckpt} is a {model_type}")
+    if not 0 <= cfg.dim <= width:
+        raise DataError(f"--dim {cfg.dim}: the checkpoint has {width} components; 0: all of them")

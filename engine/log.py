@@ -112,3 +112,12 @@ def wandb_id(cfg):
     if not (cfg.resume and path.exists()):
         write_text(path, secrets.token_hex(4))
     return path.read_text()
+
+
+def batch_counts(batch):
+    """On this rank: tokens that `gate_loss` counts, groups with media, tokens cut, bad records, columns."""
+    groups = [group for part in batch["micro"] for group in part]
+    gated = sum(len(group["gate_at"]) for group in groups)
+    media = [group for group in groups if group["pixels"] is not None]
+    return dict(gated=gated, media=len(media), cut=batch["cut"], bad=len(batch["bad"]),
+                columns=batch["columns"], real=batch["real"])

@@ -106,8 +106,7 @@ def quantize(layers, bits, device=None):
                 bias, place = layer.bias is not None, device or layer.weight.device
                 rounded = Linear4bit(layer.in_features, layer.out_features, bias, quant_type="nf4")
                 rounded.load_state_dict(layer.state_dict())
-                # on some CPUs an embedding would store the weights in an order that has no gradient
-                rounded.support_avx512bf16_for_cpu = False
+                rounded.support_avx512bf16_for_cpu = False  # its layout, once used, bears no training
                 setattr(parent, name, rounded.requires_grad_(False).to(place))
 
 

@@ -1,5 +1,6 @@
 """Any picture -> an upright RGB Pillow image on white; limits are checked before anything is decoded."""
 
+import base64
 import io
 import os
 import re
@@ -24,6 +25,7 @@ IMAGE_SUFFIXES = (
     *(end for end, name in Image.registered_extensions().items() if name in IMAGE_FORMATS),
     ".mpo", ".pjpeg", ".pjp", ".jif")  # JPEG, too
 PICTURE = (Image.Image, np.ndarray, bytes, bytearray, memoryview, io.IOBase)  # besides a path
+DATA_URI = re.compile(r"data:[\w.+/-]*(?:;[^,]*)?;base64,", re.I)
 LOADING = threading.Lock()  # Pillow reads a picture's file late; two threads may be given the same picture
 
 
@@ -52,6 +54,17 @@ def frame_files(folder):
 
     names = [n for n in os.listdir(folder) if n.lower().endswith(IMAGE_SUFFIXES) and not n.startswith(".")]
     return [os.path.join(folder, name) for name in sorted(names, key=by_number)]
+
+
+def bytes_of_data_uri(uri, where):
+    """data:image/png;base64,... -> the bytes of the file"""
+    head = DATA_URI.match(uri[:200])
+    if not head:
+        raise DataError(f"{where}: needs data:image/png;base64,...")
+    try:
+        return base64.b64decode("".join(uri[head.end() :].split()), validate=True)
+    except ValueError as e:
+        raise DataError(f"{where}: not base64: {e}") from e
 
 
 def as_image(source):

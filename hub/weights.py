@@ -135,6 +135,20 @@ def align_weights(model):
     for tensor in (*model.parameters(), *model.buffers()):
         if tensor.device.type == "cpu" and tensor.data_ptr() % 64:
             tensor.data = tensor.data.clone()
+    return side_by_side(model)
+
+
+@torch.no_grad()
+def side_by_side(model):
+    """Moves q, k, v and gate, up of each layer to one piece of memory, for one product of all of them."""
+    for layer in model.lm.layers:
+        att, mlp = layer.self_attn, layer.mlp
+        for layers in ((att.q_proj, att.k_proj, att.v_proj), (mlp.gate_proj, mlp.up_proj)):
+            for name in ("weight", "bias"):
+                parts = [getattr(layer, name) for layer in layers]
+                if parts[0] is not None:
+                    for part, data in zip(parts, torch.cat(parts).split([len(p) for p in parts])):
+                        part.data = data
     return model
 
 

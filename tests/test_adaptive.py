@@ -24,7 +24,7 @@ from test_plume import (
 from tests.processes import call, run
 from tests.samples import edit_json
 
-K, LIMIT = 4, 6
+K, LIMIT = 4, 4
 
 
 @pytest.fixture(scope="module", params=[
@@ -205,7 +205,7 @@ def test_parallel_thought_is_learnt_tokens_in_one_pass_saved_but_not_in_the_rele
         m.save_pretrained(tmp_path / "r", released=True)
 
 
-def test_an_adaptive_run_and_its_evaluation_in_mode_auto(tmp_path):
+def test_an_adaptive_run_and_its_evaluation_in_mode_auto(tmp_path, few_queries):
     base, world = ["eval.py", "--ckpt", tmp_path / "checkpoint"], ["--moves=2-3", "--rules"]
     run("train.py", "--out", tmp_path, *QUICK, *world, "--families=image_ret", "--segments=2", "--steps=8",
         "--replay=0.4", "--adaptive")

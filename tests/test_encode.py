@@ -18,7 +18,7 @@ from data import collate, Processor
 from engine import stream
 from files.errors import DataError
 from files.items import parse_item, parse_side
-from latent import Graphs
+from engine.graphs import Graphs
 from hub.prompts import with_prompt
 from test_plume import assert_close, gradients, HERE, make_model, mixed_items, rendered
 from tests.samples import picture, png, turns

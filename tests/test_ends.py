@@ -1,6 +1,6 @@
 """A run must end: whatever ends it, every process of it is gone soon, with one line and the right status.
 
-Each way is tried with 0, 1 and 2 data workers, by one process and by two ranks, all side by side.
+Each way is tried by one process and by two ranks, without data workers and with some, all side by side.
 """
 
 import contextlib
@@ -110,7 +110,7 @@ def test_every_process_ends_with_its_run(world, tmp_path, way):
     shutil.copytree(world, data)
     if way == "bad record":
         (data / "red bar.png").write_bytes(b"no picture")  # it is there: nobody notices before it is used
-    for number, workers in itertools.product((1, 2), (0, 1, 2)):
+    for number, workers in ((1, 0), (1, 2), (2, 0), (2, 1)):
         out = tmp_path / f"{number} {workers}"
         flags = ["--data", data / "train.jsonl", "--out", out, "--steps=12", "--device=cpu", *QUICK,
                  "--gate=0", "--segments=1", "--save_every=4", f"--workers={workers}"]

@@ -158,7 +158,7 @@ AGAIN = """
 import eval
 from model import Plume
 Plume.from_pretrained("out/checkpoint", "cpu").save_pretrained("again")
-eval.main(["--task=image_ret", "--ckpt=again", "--device=cpu"])
+eval.main(["--task=image_ret", "--ckpt=again", "--mode=single", "--device=cpu"])
 """
 
 

@@ -13,6 +13,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_map_only
 
+import engine.graphs
 import latent
 import train
 from backbones.vision import frames_by_size, qwen2_features
@@ -20,10 +21,12 @@ from curriculum import Curriculum, Stage
 from data import Batches, collate, to_device
 from files.items import parse_item
 from files.records import Pairs
-from latent import decoder, prefill, rollout
+from hub.weights import side_by_side
+from latent import decoder, prefill, rollout, rotary_behind
 from model import Plume
 from test_plume import (
-    assert_close, eight_pairs, FINAL, gradients, make_model, mixed_items, our_rollout, rendered, whole)
+    assert_close, eight_pairs, FAMILIES, FINAL, gradients, make_model, mixed_items, our_rollout, rendered,
+    tiny_model, whole)
 from tests.processes import run
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
@@ -106,7 +109,7 @@ def weights_may_change_in_place_and_when_they_move_all_is_forgotten(m, graphs, i
 
 
 def a_later_replay_does_not_reach_an_earlier_ones_results(m):
-    graphs, kept = latent.Graphs(), []
+    graphs, kept = engine.graphs.Graphs(), []
     words = [rendered(m, ["red " * n]) for n in range(18, 0, -1)]  # prefixes of every length
     for samples in words[:1] + words + [2 * w for w in words]:
         batch = to_device(collate(samples, m.processor), m.device)
@@ -123,7 +126,7 @@ def a_later_replay_does_not_reach_an_earlier_ones_results(m):
 
 
 def replays_equal_the_plain_rollout(m, items):
-    graphs, short, long = latent.Graphs(keep=3), [items[0], items[3]], [items[2], items[5]]
+    graphs, short, long = engine.graphs.Graphs(keep=3), [items[0], items[3]], [items[2], items[5]]
     a_shape_is_recorded_when_it_comes_again(m, graphs, items)
     weights_may_change_in_place_and_when_they_move_all_is_forgotten(m, graphs, short)
     with torch.autocast(m.device.type, torch.bfloat16):
@@ -139,8 +142,8 @@ def replays_equal_the_plain_rollout(m, items):
 
 def test_graphs_copy_record_and_forget_in_the_right_places(world, monkeypatch):
     with pytest.raises(ValueError, match="CUDA"):
-        latent.record(list, torch.device("cpu"))
-    monkeypatch.setattr(latent, "record", run_again)
+        engine.graphs.record(list, torch.device("cpu"))
+    monkeypatch.setattr(engine.graphs, "record", run_again)
     replays_equal_the_plain_rollout(make_model(), mixed_items(world))
 
 
@@ -187,12 +190,45 @@ def test_the_prefix_cache_is_never_copied(model):
     assert grown / 8 < 0.7 * 4 * P * per_token, "a step keeps a copy of the prefix"
 
     prefix = model.prefix(collate(rendered(model, ["a red square", "what colour?"]), model.processor))
-    cache, *_ = prefill(model.lm, prefix)
-    before = [k.data_ptr() for k, _ in cache.prefix]
-    for k in range(3):
-        decoder(model.lm, prefix.x[:, :1], torch.full((2, 1), 50 + k), cache)
-    assert [k.data_ptr() for k, _ in cache.prefix] == before
-    assert [k.shape[2] for k, _ in cache.slots] == [3, 3, 3]
+    for gradients_wanted in (True, False):
+        with torch.set_grad_enabled(gradients_wanted):
+            cache, *_ = prefill(model.lm, prefix)
+            before = [k.data_ptr() for k, _ in cache.prefix]
+            for k in range(3):
+                rope = rotary_behind(model.lm, torch.full((2,), 50 + k), 1, prefix.x)
+                decoder(model.lm, prefix.x[:, :1], rope, cache)
+        assert [k.data_ptr() for k, _ in cache.prefix] == before
+        if gradients_wanted:
+            assert [k.shape[2] for k, _ in cache.slots] == [3, 3, 3]
+        else:
+            assert cache.n == prefix.x.shape[1] + 3 and not cache.slots
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_inference_in_one_block_and_with_weights_side_by_side_is_training_without_gradients(world, name):
+    m = tiny_model(name)
+    batch = collate(rendered(m, mixed_items(world)), m.processor)
+    numbers = 0, 1, 8, 32  # 32: more than there is room for at first
+    expected = [m.embed(batch, "latent", K)[0].detach() for K in numbers]
+    with torch.no_grad():
+        written, _ = m.embed(batch, "cot", limit=80)
+
+    def look(what):
+        with torch.no_grad():
+            for K, vectors in zip(numbers, expected):
+                assert_close(m.embed(batch, "latent", K)[0], vectors, f"{what}, K = {K}", 1e-6)
+            assert_close(m.embed(batch, "cot", limit=80)[0], written, f"{what}, cot", 1e-6)
+
+    att = m.lm.layers[0].self_attn
+    weights = [att.q_proj.weight, att.k_proj.weight, att.v_proj.weight]
+    assert latent.as_one(weights) is None
+    look("each by itself")
+    side_by_side(m)
+    assert torch.equal(latent.as_one(weights), torch.cat(weights))
+    look("side by side")
+    weights[1].data = weights[1].data.clone()
+    assert latent.as_one(weights) is None
+    look("one that has moved")
 
 
 # ---- numbers and devices

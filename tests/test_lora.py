@@ -20,7 +20,7 @@ from hub.layouts import write_checkpoint
 from hub.weights import count_parameters
 from model import Plume
 from test_plume import assert_close, eight_pairs, gradients, log, make_model, QUICK, weights, whole
-from tests.processes import run, run_ranks, Started
+from tests.processes import call, run, run_ranks, Started
 from tests.test_runs import assert_equal_weights, refused, state_of, timeless
 
 peft = pytest.importorskip("peft", reason="needs peft: pip install peft")
@@ -96,12 +96,12 @@ def base(world, tmp_path_factory):
 
 
 def test_interrupted_and_resumed_equals_uninterrupted_and_the_checkpoint_is_plain(base, tmp_path):
-    whole, parts, command = tmp_path / "whole", tmp_path / "parts", [*base, "--steps=16"]
+    whole, parts, command = tmp_path / "whole", tmp_path / "parts", [*base, "--steps=8"]
     run(*command, "--out", whole)
     running = Started(*command, "--out", parts)
-    running.wait_for("step 6/")
+    running.wait_for("step 3/")
     os.killpg(running.pid, signal.SIGTERM)
-    assert running.wait(60) == 130 and log(parts)[-1]["step"] < 15
+    assert running.wait(60) == 130 and log(parts)[-1]["step"] < 7
     refused("another configuration: lora: 4 then, 2 now", *command, "--lora=2", "--out", parts, "--resume")
     run(*command, "--out", parts, "--resume")
     assert_equal_weights(whole, parts)
@@ -117,6 +117,28 @@ def test_interrupted_and_resumed_equals_uninterrupted_and_the_checkpoint_is_plai
     state = state_of(whole / "checkpoint")
     assert state["optimizer"]["state"].keys() == state["trained"].keys()
     assert not any("layers" in name and "lora_" not in name for name in state["trained"])
+
+
+@pytest.mark.parametrize("bits, package", [(8, "torchao"), (4, "bitsandbytes")])
+def test_a_run_with_rounded_weights_goes_on_bit_for_bit(bits, package, base, tmp_path, monkeypatch):
+    pytest.importorskip(package, reason=f"needs {package}: pip install {package}")
+    monkeypatch.setattr(signal, "signal", lambda *given: None)
+    backward, command = train.backward, [*base, "--steps=4", "--save_every=2", "--workers=0", "--device=cpu"]
+    command.append(f"--lora_bits={bits}")
+    call(*command, "--out", tmp_path / "whole")
+
+    def die(model, batch, *rest):
+        assert batch["step"] < 3
+        return backward(model, batch, *rest)
+
+    with monkeypatch.context() as patched, pytest.raises(AssertionError):
+        patched.setattr(train, "backward", die)
+        call(*command, "--out", tmp_path / "parts")
+    assert state_of(tmp_path / "parts" / "checkpoint")["step"] in (2, 3)
+    call(*command, "--out", tmp_path / "parts", "--resume")
+    assert_equal_weights(tmp_path / "whole", tmp_path / "parts")
+    assert timeless(tmp_path / "whole") == timeless(tmp_path / "parts")
+    assert log(tmp_path / "whole")[-1]["step"] == 3
 
 
 def test_a_run_goes_on_from_the_same_frozen_weights_alone(base, tmp_path):

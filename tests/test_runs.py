@@ -295,8 +295,8 @@ def test_a_place_where_nothing_can_be_written_is_refused_before_data_are_read(on
 
 
 def test_a_killed_rank_costs_nothing_and_shards_go_on_as_copies_and_back(on_world, tmp_path):
-    flags = [*on_world, "--steps=12", "--save_every=4", "--micro_tokens=200", "--global_batch=8",
-             "--segments=1", "--gate=0", "--replay=0", "--keep=9", "--checkpointing"]
+    flags = [*on_world, "--steps=12", "--save_every=4", "--micro_tokens=150", "--segments=1", "--gate=0",
+             "--replay=0", "--keep=9", "--checkpointing"]
     whole, killed, copies, back = (tmp_path / name for name in ("whole", "killed", "copies", "back"))
     run_ranks(2, *flags, "--fsdp", "--out", whole)
     dying = ("train.backward", die_on_rank_1)

@@ -327,15 +327,6 @@ def test_plumes_folder_is_that_of_its_variable_and_missing_it_is_said(load, smal
         load(small)
 
 
-def test_a_checkpoint_with_the_file_of_an_older_version_is_to_be_written_again(load, small, tmp_path):
-    folder = shutil.copytree(small, tmp_path / "old")
-    (folder / "plume_st.py").write_text("from model import Plume, told_of_file_names")
-    with pytest.raises(ImportError, match="of an older PLUME; write the checkpoint again: .*save_pretrained"):
-        load(folder)
-    Plume.from_pretrained(folder, "cpu").save_pretrained(folder)
-    assert isinstance(load(folder)[0].plume, Plume)
-
-
 def test_the_checkpoints_prompts_are_its_own_and_are_put_around_once(load, small, world, tmp_path):
     prompts = dict(query="Find the picture: {}", document="{} Represent.", ask="Which? {}")
     ckpt = with_prompts(small, tmp_path, **prompts)

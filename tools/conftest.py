@@ -1,1 +1,1 @@
-from test_plume import model, small, trained, world
+from test_plume import few_queries, model, small, trained, world

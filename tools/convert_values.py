@@ -7,7 +7,6 @@ nothing but an address, what can only be an encoded picture, and <image> without
 """
 
 import av
-import base64
 import hashlib
 import io
 import os
@@ -18,9 +17,8 @@ from PIL import Image
 from files.clips import VIDEO_OPTIONS, VIDEO_SUFFIXES
 from files.errors import DataError, quote, reason
 from files.named import MEDIA_SUFFIXES, medium_named
-from files.pictures import DECODER_ERRORS, IMAGE_FORMATS
+from files.pictures import bytes_of_data_uri, DECODER_ERRORS, IMAGE_FORMATS
 from files.writing import writing
-from tools.serve_input import DATA
 
 # Each is tried on a string without the blanks around it.  An address is the whole line; its path may have
 # blanks.  //comment of a program is none, //host/path is
@@ -144,7 +142,7 @@ class Values:
         if isinstance(value, dict):
             value = value.get("bytes") or value.get("path")
         if isinstance(value, str) and value.lstrip()[:5].lower() == "data:":
-            value = bytes_of(value.strip())
+            value = bytes_of_data_uri(value.strip(), quote(value[:60]))
         if isinstance(value, bytes):
             _, suffix = kind_of_bytes(value)
             return os.path.relpath(self.write(value, suffix), self.root)
@@ -177,17 +175,6 @@ def looks_like_a_name(text):
     """Whether a text is one line that ends as the name of a picture or clip does."""
     text = text.strip()
     return text.lower().endswith(MEDIA_SUFFIXES) and len(text.splitlines()) == 1
-
-
-def bytes_of(uri):
-    """A data: URI -> what it encodes"""
-    head = DATA.match(uri[:200])
-    if not head:
-        raise DataError(f"{quote(uri[:60])}: needs data:image/png;base64,...")
-    try:
-        return base64.b64decode("".join(uri[head.end() :].split()), validate=True)
-    except ValueError as e:
-        raise DataError(f"{quote(uri[:60])}...: not base64: {e}") from e
 
 
 def kind_of_bytes(raw):

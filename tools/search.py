@@ -205,10 +205,11 @@ def update(cfg, folder, index, limits):
 def search_folder(cfg, given, folder, query):
     """What is nearest to a Side in a folder, as `answer_of` has it; None without a query, or with --serve."""
     if "serve" in given:  # extras
-        from tools.search_page import search_page
-        from tools.serve import open_socket, run, Service
+        from tools.serve import Service
+        from tools.serve_http import open_socket, run
+        from tools.search_page import HOST, search_page
 
-        listening = open_socket("127.0.0.1", cfg.serve)
+        listening = open_socket(HOST, cfg.serve)
     model = load_model(cfg.ckpt, cfg.device, cfg.dtype)
     if cfg.mode == "auto" and not model.says_when_done:
         cfg.mode = "latent"  # its vectors are the same, and so is the index
@@ -218,7 +219,7 @@ def search_folder(cfg, given, folder, query):
         index.only(cfg.kind.split(","))
     if "serve" in given:
         index.vectors = np.array(index.vectors)  # from the disk into memory
-        app = search_page(Service(model, cfg.batch_size, most=64), index, folder, cfg)
+        app = search_page(Service(model, cfg.batch_size), index, folder, cfg)
         return run(app, listening, "the page")
     if query is None:
         return None

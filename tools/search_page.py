@@ -12,7 +12,6 @@ from html import escape
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.formparsers import MultiPartException, MultiPartParser
-from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.responses import FileResponse, HTMLResponse, Response
 
 from files.clips import load_frames
@@ -21,16 +20,17 @@ from files.items import parse_item
 from files.pictures import load_image
 from tools.probe_report import media_of, strip, STYLE
 from tools.search_index import media_of_item, name_of
-from tools.serve import make_app, read_body
+from tools.serve_http import make_app, Places, read_body
+from tools.serve_input import How
 
 try:
     import python_multipart  # starlette's parser of forms needs it
 except ModuleNotFoundError as e:
     raise SystemExit("error: python_multipart is missing: pip install python-multipart") from e
 
+HOST = "127.0.0.1"
 LARGEST = 16 << 20  # bytes of an upload
 MOST = 200  # results
-HOSTS = ["127.0.0.1", "localhost"]  # a site whose name leads here must not read the page
 DRAWING = threading.Lock()  # the library that draws pages bears one thread
 HEADERS = {"Content-Security-Policy": "default-src 'none'; img-src 'self' data:; style-src 'unsafe-inline'; "
                                       "form-action 'self'; base-uri 'none'"}
@@ -56,7 +56,7 @@ article h2 {{ font-size: 1rem; margin: .6rem 0 .2rem; }}
 def search_page(service, index, folder, cfg):
     """-> the app.  service: tools.serve.Service; cfg: tools.search.Config"""
     index.items = [item | dict(row=row) for row, item in enumerate(index.items)]
-    title = f"{len(index.items):,} pictures, clips and pages"
+    places, title = Places(64), f"{len(index.items):,} pictures, clips and pages"
 
     def page(status, text="", count=cfg.count, query="", cards=(), code=200):
         html = PAGE.format(title=title, style=STYLE, most=MOST, text=escape(text), count=count, query=query,
@@ -67,12 +67,12 @@ def search_page(service, index, folder, cfg):
         return page("A text, a picture, or both as one query.")
 
     async def search(request):
-        with service.place():
+        with places:
             text, image, count = await read_form(request, cfg.count)
             begun = time.perf_counter()
             try:
                 query = parse_item({"text": text or None, "image": image or None}, where="the query")
-                vector, = await service.embed([query], cfg.mode, prompt="query")
+                (vector,), _ = await service.embed([query], How(cfg.mode, prompt="query"))
                 shown = await run_in_threadpool(media_of, query, "the query", 200, 6)
             except DataError as e:
                 return page(str(e), text, count, code=400)
@@ -97,8 +97,7 @@ def search_page(service, index, folder, cfg):
             raise HTTPException(404)
         return FileResponse(path, headers=HEADERS)
 
-    app = make_app(service)
-    app.add_middleware(TrustedHostMiddleware, allowed_hosts=HOSTS)
+    app = make_app(HOST)
     app.add_route("/", ask, ["GET"])
     app.add_route("/", search, ["POST"])
     app.add_route("/thumbnails/{row:int}", thumbnail, ["GET"])

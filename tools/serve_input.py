@@ -1,31 +1,31 @@
-"""The body of a request to tools/serve.py -> what is to be embedded, each text and picture checked.
+"""What a request to tools/serve.py says, each text and picture checked, and what it is answered.
 
 `input` is one item or a list of items, `messages` is one item.  An item is a string, an object as
 `Plume.encode` takes it ({"text"?, "image"?, "video"?, "start"?, "end"?, "fps"?}), a part of a chat message,
-or {"content": parts}.  A picture is a data: URI or a file below --media; no address is ever opened.
+or a message, {"content": parts}.  A picture is a data: URI or a file below --media; no address is opened.
 """
 
 import base64
 import contextlib
 import os
-import re
 from collections import namedtuple
 from urllib.parse import unquote
 
-from engine.stream import check_mode
-from files.errors import DataError, quote
+from engine.stream import MODES
+from files.errors import DataError, nearest, quote
 from files.items import ITEM_KEYS, parse_item, Side
 from files.jsonl import only_keys, parse_json
-from files.pictures import frame_files
-from hub.prompts import template_of
+from files.pictures import bytes_of_data_uri
+from hub.prompts import template_of, with_prompt
 
-FIELDS = ("input", "messages", "model", "dimensions", "encoding_format", "mode", "truncate",
-          "prompt_name", "user")
+FIELDS = ("input", "messages", "model", "dimensions", "encoding_format", "mode", "truncate", "prompt_name",
+          "user")
+CHOICES = dict(encoding_format=("float", "base64"), mode=MODES, truncate=(False, True))  # first: the default
 PARTS = {"text": "text", "image_url": "image", "video_url": "video"}  # type of a part -> key of an item
 MOST = 2048  # items of a request, as OpenAI has it
-DATA = re.compile(r"data:([\w.+/-]*)(?:;[^,]*)?;base64,", re.I)
-SCHEME = re.compile(r"([a-z][a-z0-9+.-]*)://", re.I)
-Wanted = namedtuple("Wanted", "sides model mode dim base64 truncate prompt")  # what a request asks for
+# What a request asks for; how: as `Plume.encode` has it
+Wanted = namedtuple("Wanted", "sides how model base64")
+How = namedtuple("How", "mode dim prompt truncate", defaults=("latent", None, None, False))
 
 
 def parse_request(body, width, media, prompts):
@@ -36,59 +36,57 @@ def parse_request(body, width, media, prompts):
     request = parse_json(body, "the body")
     only_keys(request, FIELDS, "the body")
     request = {key: value for key, value in request.items() if value is not None}
-    template_of(prompts, request.get("prompt_name"))  # refuses what is none
-    dim, form = request.get("dimensions"), request.get("encoding_format", "float")
+    for key, choices in CHOICES.items():
+        value = request.setdefault(key, choices[0])
+        if value not in choices:
+            raise DataError(f"{key} {quote(value)}.{nearest(value, choices)}")
+    dim, prompt = request.get("dimensions"), request.get("prompt_name")
     if dim is not None and (type(dim) is not int or not 1 <= dim <= width):
         raise DataError(f"dimensions {quote(dim)}: this model has 1 to {width}")
-    if form not in ("float", "base64"):
-        raise DataError(f"encoding_format {quote(form)}: needs 'float' or 'base64'")
-    mode, truncate = request.get("mode", "latent"), request.get("truncate", False)
-    if type(truncate) is not bool:
-        raise DataError(f"truncate {quote(truncate)}: needs true or false")
-    try:
-        check_mode(mode, None)
-    except ValueError as e:
-        raise DataError(str(e)) from e
+    template_of(prompts, prompt)  # refuses what is none
+    how = How(request["mode"], dim, prompt, request["truncate"])
+    is_base64 = request["encoding_format"] == "base64"
+    return Wanted(sides_of(request, media), how, request.get("model", ""), is_base64)
+
+
+def answer_of(wanted, vectors, lost, model):
+    """-> the body of the answer, but for the model's name.  lost: tokens by an item's number"""
+    template = template_of(model.settings["prompts"], wanted.how.prompt)
+    parts = [part for side in wanted.sides for part in with_prompt(side, template).parts]
+    tokens = sum(len(model.processor.encode(text)) for kind, text in parts if kind == "text")
+    tokens -= sum(lost.values())
+    if wanted.base64:
+        vectors = [base64.b64encode(row).decode() for row in vectors.astype("<f4")]
+    data = [dict(object="embedding", index=i, embedding=row) for i, row in enumerate(vectors)]
+    answer = dict(object="list", data=data, usage=dict(prompt_tokens=tokens, total_tokens=tokens))
+    if wanted.how.truncate:
+        answer["truncated"] = {str(i): number for i, number in lost.items()}
+    return answer
+
+
+def sides_of(request, media):
     if ("input" in request) == ("messages" in request):
         raise DataError("the body: needs either 'input' or 'messages'")
-    if "messages" in request:
-        sides = [side_of_turns(request["messages"], media)]
-    else:
-        sides = sides_of_input(request["input"], media)
-    wanted = request.get("model", ""), mode, dim, form == "base64", truncate, request.get("prompt_name")
-    return Wanted(sides, *wanted)
-
-
-def sides_of_input(given, media):
+    key = "input" if "input" in request else "messages"
+    given = request[key]
+    if key == "messages" and (not isinstance(given, list) or len(given) != 1):
+        raise DataError("messages: needs a list of one message of the user; no system texts, no other turns")
     if not isinstance(given, list):
-        return [side_of(given, media, "input")]
+        return [side_of(given, media, key)]
     if not 1 <= len(given) <= MOST:
         raise DataError(f"input: needs 1 to {MOST} items, got {len(given)}")
     if any(isinstance(item, (int, list)) for item in given):
         raise DataError("input: token ids are not taken: which token has which id is this checkpoint's own; "
                         "send the text (LangChain: check_embedding_ctx_length=False)")
-    return [side_of(item, media, f"input[{i}]") for i, item in enumerate(given)]
-
-
-def side_of_turns(turns, media):
-    """`messages`: one turn of the user -> Side"""
-    if not isinstance(turns, list) or len(turns) != 1:
-        raise DataError("messages: needs a list of one turn of the user; system texts and other turns are "
-                        "not read")
-    turn, where = turns[0], "messages[0]"
-    only_keys(turn, ("role", "content"), where)
-    if turn.get("role") != "user":
-        raise DataError(f"{where}: needs 'role' 'user', got {quote(turn.get('role'))}")
-    return side_of_parts(turn.get("content"), media, where)
+    return [side_of(item, media, f"{key}[{i}]") for i, item in enumerate(given)]
 
 
 def side_of(item, media, where):
-    """An item of `input` -> Side"""
-    if isinstance(item, dict) and "type" in item:
-        return side_of_parts([item], media, where)
+    """An item, a message, or a part of one -> Side"""
     if isinstance(item, dict) and "content" in item:
-        only_keys(item, ("content",), where)
-        return side_of_parts(item["content"], media, where)
+        return side_of_message(item, media, where)
+    if isinstance(item, dict) and "type" in item:
+        item = item_of_part(item, where)
     if isinstance(item, dict):
         only_keys(item, ITEM_KEYS, where)  # parse_item would open the path of a stored object
         item = dict(item)
@@ -101,8 +99,11 @@ def side_of(item, media, where):
     return parse_item(item, where=where)
 
 
-def side_of_parts(content, media, where):
-    """The content of a chat message, a string or parts, in its order -> Side"""
+def side_of_message(message, media, where):
+    only_keys(message, ("role", "content"), where)
+    role, content = message.get("role", "user"), message["content"]
+    if role != "user":
+        raise DataError(f"{where}: needs 'role' 'user', got {quote(role)}")
     if isinstance(content, str):
         return parse_item(content, where=where)
     if not isinstance(content, list) or not content:
@@ -110,54 +111,40 @@ def side_of_parts(content, media, where):
     parts = []
     for i, part in enumerate(content):
         name = f"{where}.content[{i}]"
-        kind = part.get("type") if isinstance(part, dict) else None
-        if not isinstance(kind, str) or kind not in PARTS:
-            raise DataError(f"{name}: needs an object whose 'type' is one of {', '.join(PARTS)}, got "
-                            f"{quote(part)}")
-        only_keys(part, ("type", kind), name)
-        value = part.get(kind)
-        if kind != "text" and isinstance(value, dict):
-            only_keys(value, ("url", "detail"), name)  # detail: OpenAI's, says nothing here
-            value = value.get("url")
-        parts += side_of({PARTS[kind]: value}, media, name).parts
+        parts += side_of(item_of_part(part, name), media, name).parts
     return Side(parts, where=where)
 
 
+def item_of_part(part, where):
+    """{"type": "image_url", "image_url": a URL, or {"url"}} -> {"image": the URL}; so with clips and texts"""
+    kind = part.get("type") if isinstance(part, dict) else None
+    if kind not in tuple(PARTS):
+        needs = f"an object whose 'type' is one of {', '.join(PARTS)}"
+        raise DataError(f"{where}: needs {needs}, got {quote(part)}")
+    only_keys(part, ("type", kind), where)
+    value = part.get(kind)
+    if kind != "text" and isinstance(value, dict):
+        only_keys(value, ("url", "detail"), where)  # detail: OpenAI's, says nothing here
+        value = value.get("url")
+    return {PARTS[kind]: value}
+
+
 def medium(given, kind, media, where):
-    """A picture or clip -> the bytes of a picture, the path of a file below media, or those of its frames."""
+    """A picture or clip -> the bytes of a data: URI, or the path of a file below the folder media."""
     what = f"{where}: {kind} {quote(given)}"
     if not isinstance(given, str):
         raise DataError(f"{what}: needs a data: URI or a path")
     if given[:5].lower() == "data:":
-        return picture_bytes(given, what)
-    scheme = SCHEME.match(given)
-    if scheme and scheme[1].lower() != "file":
+        return bytes_of_data_uri(given, what)
+    if given[:7].lower() == "file://":
+        given = unquote(given[7:])
+    if "://" in given:
         raise DataError(f"{what}: no address is opened; send the picture as data:image/png;base64,...")
     if not media:
         raise DataError(f"{what}: this server opens no files; it was started without --media")
-    file = below(media, unquote(given[len("file://") :]) if scheme else given, what)
-    if kind == "video" and os.path.isdir(file):  # each of its frames may be a link
-        return [below(media, frame, what) for frame in frame_files(file)]
-    if not os.path.isfile(file):
-        raise DataError(f"{what}: no such file below the server's --media")
-    return file
-
-
-def below(media, path, what):
-    """-> the real path, where no link and no .. has led out of the folder media; or DataError."""
     root = os.path.realpath(media)
     with contextlib.suppress(ValueError):  # of a NUL in it
-        file = os.path.realpath(os.path.join(root, path))
-        if os.path.commonpath([root, file]) == root:
+        file = os.path.realpath(os.path.join(root, given))  # no link and no .. leads out
+        if os.path.commonpath([root, file]) == root and os.path.isfile(file):
             return file
-    raise DataError(f"{what}: is not below the server's --media")
-
-
-def picture_bytes(uri, what):
-    head = DATA.match(uri[:200])
-    if not head or head[1].lower().startswith(("video/", "audio/")):
-        raise DataError(f"{what}: needs data:image/png;base64,...; a clip is a file below --media")
-    try:
-        return base64.b64decode(uri[head.end() :], validate=True)
-    except ValueError as e:
-        raise DataError(f"{what}: not base64: {e}") from e
+    raise DataError(f"{what}: no such file below the server's --media")

@@ -27,7 +27,8 @@ from hub.settings import RELEASED_PROMPT
 from model import Plume
 from tasks.find import load_model
 from tasks.turtle import World
-from tools.serve import Config as ServeConfig, endpoint, open_socket, Service
+from tools.serve import Config as ServeConfig, endpoint, Service
+from tools.serve_http import open_socket
 
 
 @dataclass
@@ -49,7 +50,7 @@ async def client(port, number, cfg):
     for i in range(cfg.requests):
         texts = [f"red square {number} {i} {n}" for n in range(cfg.texts)]
         body = json.dumps(dict(input=texts, model="speed", encoding_format="base64")).encode()
-        head = b"POST /v1/embeddings HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(body)
+        head = b"POST /v1/embeddings HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n" % len(body)
         writer.write(head + body)
         head = await reader.readuntil(b"\r\n\r\n")
         assert head.startswith(b"HTTP/1.1 200"), head
@@ -70,9 +71,9 @@ class Recorded(Service):
 
     batches = []
 
-    def encode(self, jobs):
-        self.batches.append([side for job in jobs for side in job.sides])
-        return super().encode(jobs)
+    def encode(self, sides, how):
+        self.batches.append(sides)
+        return super().encode(sides, how)
 
 
 def seconds():
@@ -81,7 +82,7 @@ def seconds():
 
 
 async def measure(cfg, service):
-    app, listening = endpoint(service, ServeConfig(), "speed"), open_socket("127.0.0.1", 0)
+    app, listening = endpoint(service, ServeConfig(queue=cfg.clients), "speed"), open_socket("127.0.0.1", 0)
     server = uvicorn.Server(uvicorn.Config(app, access_log=False, log_level="warning", ws="none"))
     running, ratios = asyncio.create_task(server.serve([listening])), []
     flags = [f"--{name}={getattr(cfg, name)}" for name in ("clients", "requests", "texts")]
@@ -121,7 +122,7 @@ def main(argv):
         model = Plume.random([*World("test").texts(), *[prompt] * 20], cfg.preset, device=device).to(dtype)
     loop = uvicorn.Config(None).get_loop_factory()  # uvloop where it is installed, as the command has
     with asyncio.Runner(loop_factory=loop) as runner:
-        runner.run(measure(cfg, Recorded(model, 16, cfg.clients)))
+        runner.run(measure(cfg, Recorded(model, 16)))
 
 
 if __name__ == "__main__":

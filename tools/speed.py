@@ -43,6 +43,7 @@ from engine.ranks import pick_device
 from files.errors import DataError
 from files.writing import writable, write_json
 from hub.settings import RELEASED_PROMPT
+from hub.weights import align_weights
 from model import Plume
 from tasks.turtle import World
 from tools.counts import count_work, kernels_of_a_step, peak_bytes, peak_rates, rounds
@@ -247,7 +248,7 @@ def load_model(cfg, area):
         # the prompt stands there often, so that the tokenizer learns its words as whole tokens
         prompt = SHAPES[cfg.preset].get("prompt", RELEASED_PROMPT)
         texts = [*World("test").texts(), *[prompt] * 20]
-        model = Plume.random(texts, cfg.preset, device=device).to(dtype)
+        model = align_weights(Plume.random(texts, cfg.preset, device=device).to(dtype))
     limits = model.processor.limits
     limits.max_pixels = limits.video_max_pixels = max(limits.max_pixels, area)
     limits.num_frames = max(cfg.frames, limits.num_frames)

@@ -14,7 +14,8 @@ from data import collate, to_device
 from files.errors import DataError
 from files.items import Side
 from hub.weights import count_parameters
-from latent import Graphs, greedy, naive_rollout, select_column, unit
+from engine.graphs import Graphs
+from latent import greedy, naive_rollout, select_column, unit
 
 FORWARD, GRAPH, GENERATED = "single, transformers", "latent graph, K = 8", "cot, transformers"  # methods
 

@@ -97,16 +97,15 @@ def test_every_way_equals_the_same_change_in_transformers(world, shape):
 def test_hidden_latents_are_those_that_a_mask_hides_from_the_suffix(world, monkeypatch):
     m = make_model(latent_steps=K)
     sides = [parse_item(item) for item in mixed_items(world)[:3]]
-    queries, mask_of = Queries(m, sides), latent.mask_of
+    queries, causal_mask = Queries(m, sides), latent.causal_mask
     ours = ways_of(m)["latents hidden from the suffix"].embed(queries)
 
-    def hiding(x, cache):
-        mask = mask_of(x, cache)
-        if mask is not None:  # the last pass: the last latent, then the suffix
-            mask[..., 1:, :K] = -torch.inf
+    def hiding(L, n, columns, like):  # of the last pass: the last latent, then the suffix
+        mask, P = causal_mask(L, n, columns, like), n - (K - 1)
+        mask[1:, P : P + K] = -torch.inf
         return mask
 
-    monkeypatch.setattr(latent, "mask_of", hiding)
+    monkeypatch.setattr(latent, "causal_mask", hiding)
     masked, _, _ = queries.roll(K)
     assert_close(ours, masked, "hidden", 1e-9)
     assert (ours - queries.trained).abs().max() > 1e-3

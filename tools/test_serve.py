@@ -21,13 +21,14 @@ for package in ("starlette", "uvicorn", "orjson"):
 httpx, openai = pytest.importorskip("httpx"), pytest.importorskip("openai")
 
 from files.errors import DataError
+from files.items import parse_item
 from hub.prompts import PROMPTS
 from model import Plume
 from test_plume import assert_close
 from tests.processes import call, Started
 from tests.samples import picture, png, with_prompts, write_clip
-from tools.serve import Job, Service
-from tools.serve_input import parse_request
+from tools.serve import Service
+from tools.serve_input import How, parse_request
 
 
 def data_uri(image, kind="PNG"):
@@ -152,7 +153,8 @@ REFUSED = {
     '{"input": "a", "mode": []}': "Known: latent", '{"input": {"image": [["a.png"]]}}': "needs a data: URI",
     '{"input": "a", "prompt_name": "qury"}': "Did you mean 'query'?",
     '{"input": "a", "prompt_name": []}': "no such prompt. Known: query, document.",
-    '{"input": "a", "encoding_format": "int8"}': "'float' or 'base64'",
+    '{"input": "a", "encoding_format": "int8"}': "Known: float, base64",
+    '{"input": "a", "truncate": "yes"}': "Known: False, True",
     '{"messages": [{"role": "system", "content": "a"}, {"role": "user", "content": "b"}]}': "system texts",
     '{"messages": [{"role": "assistant", "content": "a"}]}': "needs 'role' 'user'",
     '{"messages": [{"role": "user", "content": [{"type": "audio"}]}]}': "'type' is one of text, image_url",
@@ -162,7 +164,7 @@ REFUSED = {
     '{"input": {"image": "data:image/png;base64,%%%"}}': "not base64",
     '{"input": {"image": "data:image/svg+xml,<svg/>"}}': "needs data:image/png;base64",
     '{"input": {"image": "data:image/png;base64,AAAA"}}': "no picture",
-    '{"input": {"video": "data:video/mp4;base64,AAAA"}}': "a clip is a file below --media",
+    '{"input": {"video": "data:video/mp4;base64,AAAA"}}': "needs a path (write its bytes to a file)",
 }
 
 
@@ -219,12 +221,14 @@ def test_errors_have_openais_form_and_their_status(address, client):
     assert httpx.get(url).status_code == 405 and httpx.get(f"{address}/v1/x").json()["error"]["message"]
     health = dict(status="ok", model="small", dimensions=128, waiting=0)
     assert httpx.get(f"{address}/health").json() == health
+    rebound = httpx.get(f"{address}/health", headers=dict(host="elsewhere.example"))
+    assert rebound.status_code == 400 and "host" in rebound.text
 
 
 def test_clients_that_leave_take_nothing_along(address, client, plume):
     host, port = address.removeprefix("http://").split(":")
     body = json.dumps(dict(input=["gone"] * 64)).encode()
-    head = b"POST /v1/embeddings HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(body)
+    head = b"POST /v1/embeddings HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n" % len(body)
     for sent in (body[:50], body):
         with socket.create_connection((host, int(port))) as leaving:
             leaving.sendall(head + sent)
@@ -232,17 +236,10 @@ def test_clients_that_leave_take_nothing_along(address, client, plume):
     until(lambda: httpx.get(f"{address}/health").json()["waiting"] == 0)
 
 
-def waiting_model(load_model, *given):
-    """A model that embeds nothing until a file is there."""
-    model = load_model(*given)
-    encode = model.encode
-
-    def encode_later(*items, **more):
-        until(lambda: os.path.exists(os.environ["GO"]))
-        return encode(*items, **more)
-
-    model.encode = encode_later
-    return model
+def encoding_later(encoding, *given, **more):
+    """Nothing until a file is there."""
+    until(lambda: os.path.exists(os.environ["GO"]))
+    return encoding(*given, **more)
 
 
 def until(condition, seconds=60):
@@ -255,7 +252,7 @@ def until(condition, seconds=60):
 def test_a_full_queue_refuses_and_a_server_that_stops_answers_what_it_has_taken(small, tmp_path, plume):
     go = tmp_path / "go"
     started, address = start(
-        small, "--queue=3", "--name=mine", patch=("tools.serve.load_model", waiting_model), GO=str(go))
+        small, "--queue=3", "--name=mine", patch=("tools.serve.encoding", encoding_later), GO=str(go))
     with concurrent.futures.ThreadPoolExecutor(3) as clients:
         def ask(text):
             return httpx.post(f"{address}/v1/embeddings", json=dict(model="mine", input=text), timeout=120)
@@ -282,16 +279,33 @@ def refused(address):
         return True
 
 
-def test_an_embedding_that_is_not_finite_is_an_error_of_its_own_request_alone():
-    class Broken:
-        def encode(self, sides, *_, **__):
-            if "bad" in sides:
-                raise DataError("the embedding is not finite")
-            return np.ones((len(sides), 2))
+def test_what_is_in_a_batch_does_not_touch_its_neighbours(plume, monkeypatch):
+    """What is not finite is an error of its request alone; a request that is given up takes none along."""
+    embed, batches = plume.embed, []
 
-    jobs = [Job(sides, "latent", None, 0, None, None, None) for sides in (["a", "b"], ["c", "bad"], ["d"])]
-    first, second, third = Service(Broken(), 16, 9).encode(jobs)
-    assert first.shape == (2, 2) and isinstance(second, DataError) and third.shape == (1, 2)
+    def broken(batch, *given, **more):
+        vectors, spent = embed(batch, *given, **more)
+        vectors[batch["lengths"] == batch["lengths"].max()] = np.nan
+        batches.append(len(vectors))
+        return vectors, spent
+
+    async def ask():
+        service = Service(plume, 16)
+        asked = [["red", "blue"], ["green", "red bar red bar"], ["gone"], ["green"]]
+        sides = [[parse_item(text) for text in texts] for texts in asked]
+        tasks = [asyncio.create_task(service.embed(given, How())) for given in sides]
+        await asyncio.sleep(0)
+        tasks[2].cancel()
+        return await asyncio.gather(*tasks, return_exceptions=True)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(plume, "embed", broken)
+        first, second, third, fourth = asyncio.run(ask())
+    assert batches == [6]
+    assert_close(first[0], plume.encode(["red", "blue"]), "in front of it")
+    assert isinstance(second, DataError) and "not finite" in str(second)
+    assert isinstance(third, asyncio.CancelledError)
+    assert_close(fourth[0], plume.encode(["green"]), "behind it")
 
 
 def test_a_text_that_is_too_long_is_cut_where_asked_for_and_the_answer_says_so(address, plume):
@@ -304,8 +318,6 @@ def test_a_text_that_is_too_long_is_cut_where_asked_for_and_the_answer_says_so(a
     assert answer["truncated"] == {"1": cut[1]} and answer["usage"]["prompt_tokens"] < 512
     refused = httpx.post(f"{address}/v1/embeddings", json=dict(input=items), timeout=60)
     assert refused.status_code == 400 and "exceed max_len" in refused.json()["error"]["message"]
-    wrong = httpx.post(f"{address}/v1/embeddings", json=dict(input=items, truncate="yes"), timeout=60).json()
-    assert "truncate 'yes': needs true or false" in wrong["error"]["message"]
 
 
 def rows_of(answer):
@@ -314,9 +326,9 @@ def rows_of(answer):
 
 def test_a_missing_package_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "orjson", None)
-    monkeypatch.delitem(sys.modules, "tools.serve")
+    monkeypatch.delitem(sys.modules, "tools.serve_http")
     with pytest.raises(SystemExit, match="orjson is missing: pip install starlette"):
-        importlib.import_module("tools.serve")
+        importlib.import_module("tools.serve_http")
 
 
 @pytest.mark.parametrize("words, why", {
@@ -330,11 +342,11 @@ def test_what_cannot_be_served_is_said_at_once(words, why):
 
 
 def test_ctrl_c_ends_it_with_130_as_every_command(small):
-    started, address = start(small)
+    started, address = start(small, "--host=0.0.0.0")  # for others, who may know it by any name
     until(lambda: not refused(address))
-    assert httpx.get(f"{address}/health", timeout=60).status_code == 200
+    assert httpx.get(f"{address}/health", headers=dict(host="gpu1"), timeout=60).status_code == 200
     os.kill(started.pid, signal.SIGINT)
-    assert started.wait(60) == 130 and "Traceback" not in started.stderr
+    assert started.wait(60) == 130 and started.stderr.endswith("interrupted\n")
 
 
 def test_usage_counts_the_text_with_its_prompt(address):
@@ -346,17 +358,12 @@ def test_usage_counts_the_text_with_its_prompt(address):
     assert tokens(input="red", prompt_name="query") == written_out > tokens(input="red")
 
 
-def model_without_memory(load_model, *given):
-    def encode(*given, **more):
-        raise RuntimeError("out of memory")
-
-    model = load_model(*given)
-    model.encode = encode
-    return model
+def encoding_without_memory(encoding, *given, **more):
+    raise RuntimeError("out of memory")
 
 
 def test_an_error_of_the_server_has_the_same_form(small):
-    started, address = start(small, patch=("tools.serve.load_model", model_without_memory))
+    started, address = start(small, patch=("tools.serve.encoding", encoding_without_memory))
     for _ in range(2):  # it goes on
         answer = httpx.post(f"{address}/v1/embeddings", json=dict(input="red"), timeout=60)
         assert answer.status_code == 500
