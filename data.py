@@ -27,6 +27,7 @@ from curriculum import LEAD_OR_BLANKS
 from files.clips import load_clip, Part
 from files.errors import DataError, quote, readable
 from files.items import Side
+from files.packing import columns_of, distinct, fill_micro_batches, group_by_length
 from files.pictures import load_image
 
 
@@ -127,6 +128,7 @@ class Processor:
         self.behind = behind.replace("{system}", template["system"])
         self.backend = text_reader(tokenizer, SPECIAL)  # a copy; special tokens are added by id
         self.known, self.room = {}, 0  # texts encoded lately -> their ids; how many characters and ids more
+        self.place_of_said = functools.lru_cache(1 << 12)(self.place_of_said)
         self.id = {token: self.backend.token_to_id(token) for token in SPECIAL}
         missing = [token for token, i in self.id.items() if i is None]
         if missing:
@@ -202,7 +204,7 @@ class Processor:
                 continue
             run = self.encode("".join(run)) if kind is str else list(run)  # neighbouring texts are one
             ids += run
-            positions.append(np.tile(np.arange(at, at + len(run)), (3, 1)))
+            positions.append(np.arange(at, at + len(run))[None].repeat(3, 0))
             at += len(run)
         disc = ids.index(self.id["<disc_emb>"])
         return dict(ids=ids, positions=np.concatenate(positions, 1), disc=disc, pixels=pixels, grids=grids)
@@ -340,9 +342,9 @@ def collate(samples, processor):
     pixels = [torch.from_numpy(patches) for s in samples for patches in s["pixels"]]
     grid = [grid for s in samples for grid in s["grids"]]
     label_at, labels, gate_at, replaced = [], [], [], []
-    for b, s in enumerate(samples):
-        if not s.get("labelled", True):
-            continue
+    counted = [b for b, s in enumerate(samples) for _ in range(s.get("times", 1))]
+    for b in counted:
+        s = samples[b]
         if s["gate_at"] is not None:
             gate_at.append(len(labels) + s["gate_at"])
         start = b * suffix.shape[1]
@@ -422,7 +424,8 @@ class Batches(torch.utils.data.Dataset):
     that there is little padding; all in one micro-batch, or with micro_tokens several of at most so many
     columns, latent steps and suffix included, in which a visual token counts twice: the vision tower sees it,
     too (a row that has more is alone);
-    order (2B + n,): the places of all queries, then targets, then hard negatives among the rows of `micro`;
+    order (2B + n,): the places of all queries, then targets, then hard negatives among the rows of `micro`,
+    where equal ones are one row;
     blank: a micro-batch of one row of no text, for a rank that has fewer of them than others;
     columns: how many are computed; real: how many of them are no padding;
     query (B,): hashes of the queries; target (B, 1+M): of target and hard negatives, M: the most that a
@@ -440,7 +443,7 @@ class Batches(torch.utils.data.Dataset):
         step, stage, indices = job
         target = torch.zeros(len(indices), 1 + self.pairs.negatives, dtype=torch.long)
         valid, rows, bad = torch.zeros_like(target, dtype=torch.bool), [], []
-        blank = self.processor.render(Side([("text", "")]), stage, self.curriculum) | dict(labelled=False)
+        blank = self.processor.render(Side([("text", "")]), stage, self.curriculum) | dict(times=0)
         for row, i in enumerate(indices):
             sides = self.pairs[i]
             try:
@@ -454,8 +457,8 @@ class Batches(torch.utils.data.Dataset):
                 bad.append(str(e))
                 rows.append([blank] * 2)
         queries, targets = [row[0] for row in rows], [row[1] for row in rows]
-        negatives = [dict(negative, labelled=False) for row in rows for negative in row[2:]]
-        samples = queries + targets + negatives
+        negatives = [dict(negative, times=0) for row in rows for negative in row[2:]]
+        samples, places = distinct(queries + targets + negatives)
         lengths = np.array([(len(s["ids"]), stage.latent_steps + len(s["suffix"])) for s in samples])
         visual = np.array([sum(map(len, s["pixels"])) for s in samples]) // self.processor.backbone.merge**2
         micro = fill_micro_batches(group_by_length(lengths), lengths, visual, self.micro_tokens)
@@ -467,67 +470,12 @@ class Batches(torch.utils.data.Dataset):
         return dict(
             micro=[[batch_of(group) for group in part] for part in micro],
             blank=[collate([blank], self.processor)],
-            order=torch.from_numpy(np.concatenate(groups).argsort()),
+            order=torch.from_numpy(np.concatenate(groups).argsort()[places]),
             columns=sum(columns_of(lengths[group]) for group in groups), real=int(lengths.sum()),
             step=step, stage=stage, bad=bad, dataset=self.pairs.names[self.pairs.dataset[indices[0]]],
             query=torch.from_numpy(self.pairs.query_hash[indices]), target=target, valid=valid,
             negative_at=valid[:, 1:].flatten().nonzero()[:, 0],
             cut=sum(sample["cut"] for row in rows for sample in row))
-
-
-def columns_of(lengths):
-    """Columns of a group of rows, padding included.  lengths (n, 2): of each prefix, and of what follows."""
-    return len(lengths) * int(lengths.max(0).sum())
-
-
-def group_by_length(lengths, padding=0.05):
-    """Rows in groups of about equal lengths: at most a share `padding` of their columns is padding.
-
-    lengths: see `columns_of`.  One group is cut in two again and again, where it saves most; more groups
-    than needed would cost more than the padding.  -> arrays of row numbers, those of the longest rows first.
-    """
-    groups = [np.arange(len(lengths))]
-    cuts = [best_cut(lengths)]
-    while sum(columns_of(lengths[group]) for group in groups) * (1 - padding) > lengths.sum():
-        at = max(range(len(cuts)), key=lambda i: cuts[i][0])
-        group, (_, *halves) = groups.pop(at), cuts.pop(at)
-        groups += [group[half] for half in halves]
-        cuts += [best_cut(lengths[group[half]]) for half in halves]
-    return sorted(groups, key=lambda group: -lengths[group].sum(1).max())
-
-
-def best_cut(lengths):
-    """-> columns saved, and the rows of two parts: shorter and longer prefixes, or so by what follows."""
-    saved, parts, rows = 0, None, np.arange(1, len(lengths))
-    for column in lengths.T:
-        order = np.argsort(column, kind="stable")
-        ahead = np.maximum.accumulate(lengths[order]).sum(1)[:-1] * rows
-        behind = np.maximum.accumulate(lengths[order[::-1]]).sum(1)[-2::-1] * rows[::-1]
-        gain = columns_of(lengths) - ahead - behind
-        if len(gain) and gain.max() > saved:
-            cut = 1 + gain.argmax()
-            saved, parts = gain.max(), (order[:cut], order[cut:])
-    return saved, *(parts or ())
-
-
-def fill_micro_batches(groups, lengths, visual, most):
-    """Groups of rows -> lists of groups of at most `most` columns and visual tokens (n,); 0: one list.
-
-    A group that does not fit is cut; a row that has more is alone.
-    """
-    if not most:
-        return [groups]
-    micro, left = [[]], most
-    for group in groups:
-        each = lengths[group].max(0).sum() + visual[group].max()
-        while len(group):
-            if left < each and micro[-1]:
-                micro.append([])
-                left = most
-            part, group = np.split(group, [max(1, left // each)])
-            micro[-1].append(part)
-            left -= len(part) * each
-    return micro
 
 
 def to_device(batch, device):

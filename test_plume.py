@@ -134,8 +134,11 @@ def rendered(m, items, **kw):
 
 
 def whole(batches, job):
-    """A batch of Batches, all rows in one group as they come, as one dict."""
-    with mock.patch.object(data, "group_by_length", lambda lengths: [np.arange(len(lengths))]):
+    """A batch of Batches, all rows in one group as they come, equal ones, too, as one dict."""
+    as_they_come = dict(
+        group_by_length=lambda lengths: [np.arange(len(lengths))],
+        distinct=lambda samples: (samples, np.arange(len(samples))))
+    with mock.patch.multiple(data, **as_they_come):
         batch = batches[job]
     ((group,),) = batch["micro"]
     return {k: v for k, v in batch.items() if k != "micro"} | group

@@ -14,11 +14,11 @@ import model as plume_model
 import train
 from adapter import balance_loss
 from curriculum import Curriculum, Progress, Stage
-from data import (
-    Batches, best_cut, columns_of, fill_micro_batches, group_by_length, Schedule, StepSampler)
+from data import Batches, Schedule, StepSampler
 from engine import ranks
 from engine.train_flags import weights_of
 from files.errors import DataError
+from files.packing import best_cut, columns_of, distinct, fill_micro_batches, group_by_length
 from files.records import Pairs
 from test_plume import assert_close, by_hand, FINAL, GATED, gradients, log, make_model, weights, whole
 from tests.processes import run_ranks
@@ -162,6 +162,41 @@ def test_a_medium_that_breaks_while_training_is_named_and_in_no_loss(model, worl
     parts = train.losses(m([batch], 8), batch, train.Config())
     for name, value in train.losses(m([good], 8), good, train.Config()).items():
         assert_close(parts[name], value, name, 1e-6)
+
+
+def test_equal_rows_are_computed_once_and_count_as_often_as_they_stand_there(tmp_path):
+    """Two of four targets are equal, and a hard negative is a third one; text of a target counts for each."""
+    thought = [f"<think>One {i}. Two. Three. Four.</think>{i}" for i in range(4)]
+    pos = [dict(conversations=turns("x", thought[0])), dict(conversations=turns("x", thought[1]))]
+    picked = [(0, []), (1, ["c"]), (0, ["c", "d"]), (0, [pos[1]])]  # x with two rationales is two rows
+    rows = [record(qry=dict(conversations=turns(f"question {i}", thought[i])), pos=pos[p], neg=n)
+            for i, (p, n) in enumerate(picked)]
+    write_lines(tmp_path / "t.jsonl", rows)
+    m, pairs = make_model(), Pairs(str(tmp_path / "t.jsonl"))
+    job = 0, Stage(2, 4, True), np.arange(4)
+    batches, cfg = Batches(pairs, m.processor, Curriculum()), train.Config()
+    parts = train.backward(m, batches[job], cfg, contextlib.nullcontext())
+    once = gradients(m)
+    assert sum(len(group["ids"]) for group in batches[job]["micro"][0]) == 4 + 2 + 2
+    m.zero_grad()
+    batch = whole(batches, job)
+    assert len(batch["ids"]) == 4 + 4 + 4
+    expected = train.losses(m([batch], 4), batch, cfg)
+    expected["loss"].backward()
+    for name, value in expected.items():
+        assert_close(parts[name], value, name, 1e-12)
+    for name, g in gradients(m).items():
+        assert_close(once[name], g, name, 1e-9 * g.abs().max().item())
+
+
+def test_rows_that_differ_in_anything_are_not_equal():
+    """Ids, what stands behind, what a step replaced, pictures and their places."""
+    row = dict(ids=[1, 2], suffix=[3], gate_at=None, replaced=[(0, 7)], grids=[(1, 2, 2)],
+               positions=np.zeros((3, 2), int), pixels=[np.zeros((4, 9), np.uint8)])
+    others = [dict(ids=[1, 3]), dict(suffix=[4]), dict(replaced=[(0, 8)]), dict(grids=[(1, 4, 1)]),
+              dict(gate_at=0), dict(positions=np.ones((3, 2), int)), dict(pixels=[np.ones((4, 9), np.uint8)])]
+    rows, places = distinct([row, *(row | other for other in others), dict(row, times=0), dict(row)])
+    assert places.tolist() == [*range(8), 0, 0] and [r["times"] for r in rows] == [2] + [1] * 7
 
 
 def test_chunked_cross_entropy_equals_the_plain_one():
