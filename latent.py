@@ -137,9 +137,9 @@ def rollout_of_groups(lm, adapter, groups, steps, rule="mrope", checkpointing=Fa
 def prefill(lm, prefix, rule="mrope", checkpointing=False):
     """-> Cache, anchor h(<disc_emb>) (B, D), z_0 = h(<bot>) (B, D), position behind the prefix (B,)"""
     cache = Cache(prefix.lengths, prefix.x.shape[1])
-    h = decoder(lm, prefix.x, prefix.positions, cache, checkpointing, prefix.deepstack)  # (B, P, D)
-    anchor, start = select_column(h, prefix.disc), select_column(h, prefix.lengths - 1)  # (B, D) each
-    return cache, anchor, start, next_positions(prefix, rule)
+    columns = torch.stack([prefix.disc, prefix.lengths - 1], 1)  # (B, 2)
+    h = decoder(lm, prefix.x, prefix.positions, cache, checkpointing, prefix.deepstack, columns)
+    return cache, *h.unbind(1), next_positions(prefix, rule)
 
 
 def steps_and_suffix(lm, adapter, steps, anchor, z, pos, suffix, cache, checkpointing=False, hook=None):
@@ -296,21 +296,23 @@ def select_column(h, column):
 
 
 # ---- the decoder
-def decoder(lm, x, positions, cache, checkpointing=False, deepstack=()):
+def decoder(lm, x, positions, cache, checkpointing=False, deepstack=(), columns=None):
     """All layers over L new columns: x (B, L, D), positions (3, B, L) or (B, L) -> final states (B, L, D).
 
     On an empty cache the columns are the prefix; later ones become slots.  The cache is updated.
-    deepstack: see Prefix.
+    deepstack: see Prefix.  columns (B, n): of a prefix, those whose final states are wanted, no visual tokens
+    -> (B, n, D): of the others the last layer computes keys and values alone.
     """
     cos, sin = rotary(lm, positions.expand(3, *positions.shape[-2:]), x)  # (B, 1, L, d) each
     mask, first = mask_of(x, cache), not cache.prefix
     for i, layer in enumerate(lm.layers):
         past = None if first else (*cache.prefix[i], *cache.slots[i], cache.hide)
+        wanted = columns if i + 1 == len(lm.layers) else None
         if checkpointing and torch.is_grad_enabled():
-            x, k, v = checkpoint(block, layer, x, cos, sin, mask, past, use_reentrant=False)
+            x, k, v = checkpoint(block, layer, x, cos, sin, mask, past, wanted, use_reentrant=False)
         else:
-            x, k, v = block(layer, x, cos, sin, mask, past)
-        if i < len(deepstack):  # Qwen3-VL
+            x, k, v = block(layer, x, cos, sin, mask, past, wanted)
+        if i < len(deepstack) and wanted is None:  # Qwen3-VL
             x = add_features(x, *deepstack[i])
         if first:
             cache.prefix.append((k, v))
@@ -342,17 +344,28 @@ def mask_of(x, cache):
     return mask.masked_fill(over[:, None, None], float("-inf"))
 
 
-def block(layer, x, cos, sin, mask, past):
-    """One decoder layer -> its output (B, L, D); keys and values: the prefix's, or all slots so far."""
+def block(layer, x, cos, sin, mask, past, columns=None):
+    """One decoder layer -> its output (B, L, D); keys and values: the prefix's, or all slots so far.
+
+    columns (B, n): the output of these alone, (B, n, D).
+    """
     att, mlp = layer.self_attn, layer.mlp
     h = rms_norm(x, layer.input_layernorm)
-    q, k, v = (split_heads(linear(p, h), att.head_dim) for p in (att.q_proj, att.k_proj, att.v_proj))
+    k, v = (split_heads(linear(p, h), att.head_dim) for p in (att.k_proj, att.v_proj))
     if hasattr(att, "q_norm"):  # Qwen3-VL
-        q, k = rms_norm(q, att.q_norm), rms_norm(k, att.k_norm)
-    q, k = rotate(q, cos, sin), rotate(k, cos, sin)  # (B, H, L, d), (B, G, L, d)
+        k = rms_norm(k, att.k_norm)
+    k = rotate(k, cos, sin)  # (B, G, L, d)
+    if columns is not None:
+        mask = (torch.arange(x.shape[1], device=x.device) <= columns[..., None])[:, None]  # (B, 1, n, L)
+        x, h = (t.take_along_dim(columns[..., None], 1) for t in (x, h))
+        cos, sin = (t.take_along_dim(columns[:, None, :, None], 2) for t in (cos, sin))
+    q = split_heads(linear(att.q_proj, h), att.head_dim)
+    if hasattr(att, "q_norm"):
+        q = rms_norm(q, att.q_norm)
+    q = rotate(q, cos, sin)  # (B, H, L or n, d)
     if past is None:
         keys, values = for_heads(k, q), for_heads(v, q)
-        a = F.scaled_dot_product_attention(q, keys, values, is_causal=True, enable_gqa=True)
+        a = F.scaled_dot_product_attention(q, keys, values, mask, is_causal=mask is None, enable_gqa=True)
         k, v = k.contiguous(), v.contiguous()  # once, so that no later product has to copy them
     else:
         k_prefix, v_prefix, k_slots, v_slots, hide = past
