@@ -365,7 +365,8 @@ def block(layer, x, cos, sin, mask, past, columns=None):
     q = rotate(q, cos, sin)  # (B, H, L or n, d)
     if past is None:
         keys, values = for_heads(k, q), for_heads(v, q)
-        a = F.scaled_dot_product_attention(q, keys, values, mask, is_causal=mask is None, enable_gqa=True)
+        a = F.scaled_dot_product_attention(
+            q, keys, values, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
         k, v = k.contiguous(), v.contiguous()  # once, so that no later product has to copy them
     else:
         k_prefix, v_prefix, k_slots, v_slots, hide = past

@@ -11,6 +11,7 @@ its cost: checkpoints and the start are not in it.  The lowest hit@1 is that of 
 
 import engine.threads  # before torch
 
+import inspect
 import json
 import os
 import subprocess
@@ -32,7 +33,7 @@ HERE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 @dataclass
 class Config(train.Config):
     # leaderboard
-    reference: str = HERE  # folder of the code, with out/log.jsonl of its `python train.py`
+    reference: str = ""  # folder of code, with out/log.jsonl of its `python train.py`; default: this code
     turns: int = 5  # measurements of every stage, after one that does not count
 
 
@@ -43,7 +44,8 @@ def main(argv):
                         "where the reference may be: leave out --data, --init, --resume; give --out")
     flags = [f"--{name}={value}" for name, value in asdict(cfg).items()
              if name in given - {"reference", "turns", "out"}]
-    theirs = steps_of(os.path.join(cfg.reference, "out"))
+    reference = cfg.reference or HERE
+    theirs = steps_of(os.path.join(reference, "out"))
     scores = os.path.join(cfg.out, "scores.json")
     for script in (["train.py", *flags, "--out", cfg.out],
                    ["eval.py", "--ckpt", f"{cfg.out}/checkpoint", "--json", scores]):
@@ -52,14 +54,14 @@ def main(argv):
     with open(scores) as f:
         lowest = min(task["hit@1"] for task in json.load(f)["tasks"].values())
     mine = steps_of(cfg.out)
-    costs = seconds_by_turns([(HERE, flags), (cfg.reference, [])], cfg.turns)
-    ours, reference = (cost(*run) for run in zip((mine, theirs), costs))
+    costs = seconds_by_turns([(HERE, flags), (reference, [])], cfg.turns)
+    cost_here, cost_there = (cost(*run) for run in zip((mine, theirs), costs))
     for name, seconds in zip(("this run", "reference"), costs):
         steps = ", ".join(f"{1e3 * value:.0f} ms in stage {stage}" for stage, value in seconds.items())
         print(f"{name}: a step takes {steps}")
-    print(f"{ours:.0f} core seconds; of the reference, {reference:.0f}")
+    print(f"{cost_here:.0f} core seconds; of the reference, {cost_there:.0f}")
     print("| steps | core seconds | lowest hit@1 | command |\n| --- | --- | --- | --- |\n"
-          f"| {sum(mine.values()):,} | {ours / reference:.2f} | {lowest:.1%} | `{' '.join(flags)}` |")
+          f"| {sum(mine.values()):,} | {cost_here / cost_there:.2f} | {lowest:.1%} | `{' '.join(flags)}` |")
     return 0
 
 
@@ -92,10 +94,10 @@ def seconds_by_turns(runs, turns):
 
 
 def start(folder, flags):
-    command = [sys.executable, speedrun_steps.__file__, folder, *flags]
-    one_thread = dict(os.environ, OMP_NUM_THREADS="1")
-    pipe = subprocess.PIPE
-    return subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, env=one_thread)
+    """tools.speedrun_steps of this folder, with everything else of the given one."""
+    command = [sys.executable, "-c", inspect.getsource(speedrun_steps), *flags]
+    one_thread, pipe = dict(os.environ, OMP_NUM_THREADS="1"), subprocess.PIPE
+    return subprocess.Popen(command, cwd=folder, stdin=pipe, stdout=pipe, text=True, env=one_thread)
 
 
 def ask(process, stage):
@@ -105,7 +107,7 @@ def ask(process, stage):
     for line in process.stdout:
         if line.startswith("core seconds"):
             return float(line.split()[-1])
-    raise DataError(f"{' '.join(process.args)} ended before it had measured a step")
+    raise DataError("tools.speedrun_steps ended before it had measured a step")
 
 
 def cost(steps, seconds):

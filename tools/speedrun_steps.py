@@ -1,25 +1,25 @@
-"""Core seconds of training steps, for tools.speedrun: by its path, so that FOLDER may hold other code.
+"""Core seconds of training steps, for tools.speedrun, which has it run by the code of another folder, too.
 
-    python tools/speedrun_steps.py FOLDER [--FLAG VALUE ...]
+    python -m tools.speedrun_steps [--FLAG VALUE ...]        flags of train.py
 
 Reads numbers of stages from stdin; for each it trains STEPS steps and prints the core seconds of one.
 """
+
+import engine.threads  # before torch
 
 import sys
 import time
 from contextlib import nullcontext
 
+import torch
+
+import train
+from data import Batches
+
 STEPS = 14  # the first ones of the run, about two of each family
 
 
-def main(folder, argv):
-    sys.path[0] = folder
-    import engine.threads  # before torch
-    import torch
-
-    import train
-    from data import Batches
-
+def main(argv):
     cfg, given = train.parse_flags(train.Config, argv, __doc__)
     curriculum, pairs = train.check_flags(cfg, 1), train.read_pairs(cfg)
     schedule, _ = train.make_schedule(cfg, pairs)
@@ -39,4 +39,4 @@ def main(folder, argv):
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2:])
+    main(sys.argv[1:])

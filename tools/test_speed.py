@@ -49,9 +49,12 @@ def test_work_is_counted(tmp_path):
     assert rows.keys() == METHODS | {"a latent step", "training"}
     # the tiny shape by hand: two operations for each weight and column, for each pair of columns and width
     D, I, layers, G = 128, 384, 3, 64
-    column = layers * 2 * (2 * D * D + 2 * D * G + 3 * D * I)
-    pairs = layers * 4 * D
-    assert rows["single"]["gflop"] * 1e9 == pytest.approx(40 * column + 40 * 40 * pairs, rel=1e-3)
+    layer, keys = 2 * (2 * D * D + 2 * D * G + 3 * D * I), 2 * 2 * D * G
+    column, pairs = layers * layer, layers * 4 * D
+    # the last layer of a prefix: keys and values of all columns, the rest of two
+    prefix = 40 * ((layers - 1) * layer + keys) + 2 * (layer - keys)
+    prefix += 40 * 40 * (layers - 1) * 4 * D + 40 * 2 * 4 * D
+    assert rows["single"]["gflop"] * 1e9 == pytest.approx(prefix, rel=1e-3)
     # four steps more, each with the adapter
     extra = (rows["latent, K = 8"]["gflop"] - rows["latent, K = 4"]["gflop"]) * 1e9
     adapter = 2 * 5 * 4 * D * D + 2 * 2 * D * 4

@@ -10,7 +10,6 @@ from types import SimpleNamespace
 import pytest
 
 import train
-from test_plume import HERE
 from tests.processes import call
 from tools import speedrun, speedrun_steps
 
@@ -23,12 +22,12 @@ class Measuring:
     In the reference twice that; what is measured first, 99 s, shall not count.
     """
 
-    def __init__(self, command, stdin, stdout, text, env):
-        _, script, folder, *flags = command
-        assert script == speedrun_steps.__file__ and env["OMP_NUM_THREADS"] == "1"
-        assert flags == ([] if "first" in folder else FLAGS)
+    def __init__(self, command, cwd, stdin, stdout, text, env):
+        _, _, script, *flags = command
+        assert "speedrun_steps" in script and env["OMP_NUM_THREADS"] == "1"
+        assert flags == ([] if "first" in cwd else FLAGS)
         self.stdin, self.stdout, self.seen = self, self.answers(), []
-        self.factor = 2 if "first" in folder else 1
+        self.factor = 2 if "first" in cwd else 1
 
     def write(self, line):
         self.stage = int(line)
@@ -86,9 +85,8 @@ def test_steps_of_the_stage_that_is_asked_for_are_measured(monkeypatch, capsys):
         return backward(model, batch, *given)
 
     monkeypatch.setattr(train, "backward", spied)
-    monkeypatch.setattr(sys, "path", list(sys.path))
     monkeypatch.setattr(sys, "stdin", io.StringIO("0\n2\n"))
-    speedrun_steps.main(str(HERE), [*FLAGS, "--global_batch=4"])
+    speedrun_steps.main([*FLAGS, "--global_batch=4"])
     printed = re.findall(r"^core seconds ([\d.e-]+)$", capsys.readouterr().out, re.M)
     assert len(printed) == 2 and all(float(seconds) > 0 for seconds in printed)
     rounds = range(speedrun_steps.STEPS)
