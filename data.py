@@ -107,6 +107,11 @@ def visual_tokens(id, times, h, w):
     return VisualTokens(id, np.stack([np.array(times)[time], row, column]))
 
 
+@functools.cache
+def one_of(tokens):
+    return re.compile(f"({'|'.join(map(re.escape, tokens))})")
+
+
 class Processor:
     """Tokenizer, prompt, limits and chat template: everything between an item and the model's ids."""
 
@@ -181,7 +186,7 @@ class Processor:
 
     def pieces(self, text, tokens=SPECIAL):
         """A text of ours -> its special tokens as ids, and what is between them as strings."""
-        found = re.split(f"({'|'.join(map(re.escape, tokens))})", text)
+        found = one_of(tokens).split(text)
         return [self.id[piece] if piece in tokens else piece for piece in found]
 
     def prefix(self, sequence):

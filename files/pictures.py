@@ -103,6 +103,8 @@ def to_rgb(image):
         raise DataError(f"{image.width}x{image.height} pixels: an empty picture")
     if image.width * image.height > MAX_PIXELS:  # before anything is decoded
         raise DataError(f"{image.width}x{image.height} pixels, the limit is {MAX_PIXELS:,}")
+    if type(image) is Image.Image and image.mode == "RGB" and not image.info:  # nothing to decode or to turn
+        return image
     check_tiff(tiff_tags(image), image.mode)
     clear, deep = clear_colour(image), grey_range(image)
     try:
