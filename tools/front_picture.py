@@ -231,9 +231,9 @@ def draw_plot(d, measured):
 
 def note(d, x, y, colour, anchor, *lines):
     """Lines in a colour, which the grid does not cross."""
-    around = dict(stroke=d.colour["card"], stroke_width=5, paint_order="stroke")
-    for i, line in enumerate(lines):
-        d.text(x, y + 17 * i, line, 13, colour, anchor, font_weight=600, **around)
+    for around in (dict(stroke=d.colour["card"], stroke_width=5), {}):  # not every viewer knows paint-order
+        for i, line in enumerate(lines):
+            d.text(x, y + 17 * i, line, 13, colour, anchor, font_weight=600, **around)
 
 
 def picture(measured, theme):
