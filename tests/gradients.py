@@ -29,7 +29,7 @@ elif way == "shards":
     fully_shard(model, mesh=init_device_mesh("cpu", (ranks,)))
 
 kept = {}
-for size in (0, 400, 1):  # 0: all at once; 1: row by row
+for size in (0, 160, 1):  # 0: all at once; 1: row by row
     batches, job = eight_pairs(records, model.processor, rank, ranks, size)
     batch = batches[job]
     config = train.Config(micro_tokens=size, w_cross=0.3)
