@@ -60,7 +60,7 @@ class Cache:
     """
 
     def __init__(self, lm, lengths, P):
-        self.n, self.joined = P, [(None, None)] * len(lm.layers)  # columns; see `joined_weights`
+        self.n, self.joined = P, [(None, None)] * len(lm.layers)  # prefix columns; see `joined_weights`
         padding = torch.arange(P, device=lengths.device) >= lengths[:, None]  # (B, P)
         hide = torch.zeros(padding.shape, device=lengths.device).masked_fill_(padding, float("-inf"))
         self.hide = hide[:, None, None]  # (B, 1, 1, P)
@@ -69,7 +69,8 @@ class Cache:
     def keep(self, i, k, v):
         """Layer i's prefix, or all of its slots."""
         if i == len(self.prefix):
-            self.prefix.append((k.contiguous(), v.contiguous()))  # once: no later product has to copy them
+            k, v = k.clone(memory_format=torch.contiguous_format), v.contiguous()
+            self.prefix.append((k, v))  # copied once, and by no later product; a view would keep the queries
             self.slots.append((k[:, :, :0], v[:, :, :0]))
         else:
             self.slots[i] = k, v
@@ -85,7 +86,10 @@ class Cache:
                 for kv, slots in zip(self.prefix, self.slots)]
 
     def of(self, rows):
-        """The cache of some rows (n,), sorted, each once: a copy, or for all rows over the same tensors."""
+        """The cache of some rows (n,), sorted, each once: a copy, or for all rows over the same tensors.
+
+        Two Buffers over the same tensors write their later columns to the same places.
+        """
         some = copy.copy(self)
         some.prefix, some.slots = list(self.prefix), list(self.slots)
         if len(rows) < len(self.hide):
@@ -111,7 +115,10 @@ class Buffer(Cache):
 
     def __init__(self, lm, lengths, P):
         super().__init__(lm, lengths, P)
-        self.joined = [joined_weights(layer) for layer in lm.layers]
+        device = lengths.device.type
+        if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
+            # there each product would cast them anew, while weights by themselves are cast once
+            self.joined = [joined_weights(layer) for layer in lm.layers]
 
     def keep(self, i, k, v):
         if i == len(self.prefix):  # what comes later is in its place already, see `attend_in_place`
@@ -123,7 +130,8 @@ class Buffer(Cache):
     def reserve(self, columns):
         size = self.hide.shape[-1]
         if columns > size:
-            more = columns * 5 // 4 // 8 * 8 + 32 - size  # eights: CUDA's kernels want that of a mask's rows
+            ample = columns * 5 // 4 if self.prefix else columns  # 26 and more: for steps and suffix
+            more = ample // 8 * 8 + 32 - size  # eights: CUDA's kernels want that of a mask's rows
             self.hide = F.pad(self.hide, (0, more))
             for i, kv in enumerate(self.prefix):
                 self.prefix[i] = [F.pad(t, (0, 0, 0, more)) for t in kv]
@@ -191,7 +199,7 @@ def rollout_of_groups(lm, adapter, groups, steps, rule="mrope", checkpointing=Fa
 
 def prefill(lm, prefix, rule="mrope", checkpointing=False, kind=None):
     """-> Cache, anchor h(<disc_emb>) (B, D), z_0 = h(<bot>) (B, D), position behind the prefix (B,)"""
-    kind = kind or (Cache if torch.is_grad_enabled() else Buffer)
+    kind = kind or (Cache if torch.is_grad_enabled() else Buffer)  # of cache
     cache, rope = kind(lm, prefix.lengths, prefix.x.shape[1]), rotary(lm, prefix.positions, prefix.x)
     columns = torch.stack([prefix.disc, prefix.lengths - 1], 1)  # (B, 2)
     h = decoder(lm, prefix.x, rope, cache, checkpointing, prefix.deepstack, columns)
@@ -268,7 +276,7 @@ def naive_rollout(inner, adapter, inputs, positions, disc, steps, suffix, rule="
 # ---- other ways to think
 def single_pass(lm, prefix):
     """h(<disc_emb>) (B, D) of the prefix alone: the anchor, normalised it is the single-pass embedding."""
-    return prefill(lm, prefix)[1]
+    return prefill(lm, prefix, kind=Cache)[1]  # without room for more columns
 
 
 @torch.no_grad()
@@ -406,10 +414,11 @@ def block(layer, x, rope, attend, columns, qkv, gate_up):
     x = x + linear(att.o_proj, a)
     h = rms_norm(x, layer.post_attention_layernorm)
     if gate_up is None:
-        gate, up = linear(mlp.gate_proj, h), linear(mlp.up_proj, h)
+        h = F.silu(linear(mlp.gate_proj, h)) * linear(mlp.up_proj, h)
     else:
         gate, up = product(*gate_up, h).chunk(2, -1)
-    return x + linear(mlp.down_proj, F.silu(gate) * up), k, v
+        h = F.silu(gate, inplace=True).mul_(up)
+    return x + linear(mlp.down_proj, h), k, v
 
 
 def attend_causally(q, k, v):
@@ -523,8 +532,9 @@ def linear(layer, x):
     return product(layer.weight, layer.bias, x) if is_plain(layer) else layer(x)
 
 
-def is_plain(layer):
-    return type(layer) is torch.nn.Linear and type(layer.weight) is torch.nn.Parameter  # not rounded
+def is_plain(layer):  # neither wrapped, rounded nor hooked
+    hooked = layer._forward_hooks or layer._forward_pre_hooks or "forward" in vars(layer)
+    return type(layer) is torch.nn.Linear and type(layer.weight) is torch.nn.Parameter and not hooked
 
 
 def joined_weights(layer):

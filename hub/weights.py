@@ -140,7 +140,11 @@ def align_weights(model):
 
 @torch.no_grad()
 def side_by_side(model):
-    """Moves q, k, v and gate, up of each layer to one piece of memory, for one product of all of them."""
+    """Moves q, k, v and gate, up of each layer to one piece of memory, for one product of all of them.
+
+    `.to` another device or type takes them apart again, and so does a deep copy: results stay, kernels are
+    more.
+    """
     for layer in model.lm.layers:
         att, mlp = layer.self_attn, layer.mlp
         for layers in ((att.q_proj, att.k_proj, att.v_proj), (mlp.gate_proj, mlp.up_proj)):

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
-from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils._python_dispatch import _disable_current_modes, TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
 import engine.graphs
@@ -28,6 +28,7 @@ from test_plume import (
     assert_close, eight_pairs, FAMILIES, FINAL, gradients, make_model, mixed_items, our_rollout, rendered,
     tiny_model, whole)
 from tests.processes import run
+from tools.counts import LiveBytes
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 
@@ -229,6 +230,61 @@ def test_inference_in_one_block_and_with_weights_side_by_side_is_training_withou
     weights[1].data = weights[1].data.clone()
     assert latent.as_one(weights) is None
     look("one that has moved")
+
+
+class Casts(TorchDispatchMode):
+    """Counts numbers that get another type."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        out = operator(*args, **(kwargs or {}))
+        self.count += out.numel() if operator is torch.ops.aten._to_copy.default else 0
+        return out
+
+
+def test_autocast_casts_no_weight_twice_where_they_lie_side_by_side():
+    m, counts = side_by_side(make_model().float()), []
+    batch = collate(rendered(m, ["a"]), m.processor)
+    for K in (4, 8):
+        with torch.no_grad(), Casts() as casts, torch.autocast("cpu", torch.bfloat16):
+            m.embed(batch, "latent", K)
+        counts.append(casts.count)
+    assert counts[1] - counts[0] < m.lm.layers[0].self_attn.q_proj.weight.numel()
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+def test_recomputation_keeps_what_goes_into_each_layer_its_keys_and_its_values(rows):
+    """Neither the queries beside the keys nor the tensors that the cache has copied."""
+    m = tiny_model("qwen3_vl").float()
+    batch = collate(rendered(m, ["what colour? " * 50] * rows), m.processor)
+    prefix = m.prefix(batch)
+    with LiveBytes() as live:
+        out = prefill(m.lm, prefix, checkpointing=True)
+    layers, width, heads = len(m.lm.layers), prefix.x.shape[2], out[0].prefix[0][0][0, :, 0].numel()
+    assert live.now < 1.15 * 4 * batch["ids"].numel() * layers * (width + 2 * heads)
+
+
+def test_what_hangs_on_a_projection_is_called():
+    m, called = side_by_side(make_model()), []
+    batch = collate(rendered(m, ["a"]), m.processor)
+    plain, _ = m.embed(batch, "latent", 2)
+
+    def doubled(module, args, out):
+        called.append(module)
+        return 2 * out
+
+    att, mlp = m.lm.layers[1].self_attn, m.lm.layers[1].mlp
+    with att.k_proj.register_forward_hook(doubled), mlp.up_proj.register_forward_hook(doubled):
+        changed, _ = m.embed(batch, "latent", 2)
+        assert len(called) == 2 * 3  # prefix, a step, the last one with the suffix
+        with torch.no_grad():
+            assert_close(m.embed(batch, "latent", 2)[0], changed, "without gradients", 1e-6)
+    assert not torch.allclose(changed, plain)
+    att.o_proj.forward = functools.partial(torch.mul, 0)  # as accelerate does
+    assert (m.embed(batch, "latent", 2)[0] - plain).abs().max() > 0.01
 
 
 # ---- numbers and devices

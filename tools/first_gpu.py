@@ -29,6 +29,7 @@ from engine.flags import command, parse_flags, whole_numbers
 from engine.ranks import pick_device
 from files.errors import DataError, nearest
 from files.writing import writable, write_json
+from hub.weights import side_by_side
 from tools.first_gpu_parts import (
     cuda_tests, equality, graphs_equal, latency, random_or_loaded, ranks_agree, ROOT, training)
 
@@ -105,11 +106,11 @@ def main(argv):
     no_cuda = "" if cuda else NO_CUDA
     no_tests = "" if (ROOT / "tests").is_dir() else NO_TESTS
     one_gpu = "" if torch.cuda.device_count() > 1 else ONE_GPU
+    model = random_or_loaded(cfg.ckpt, cfg.shape)  # first: --ckpt may be wrong
     report.part("tests", cuda_tests, unless=no_cuda or no_tests)
     report.part("ranks", ranks_agree, "cuda", torch.cuda.device_count(), unless=no_cuda or one_gpu)
-    model = random_or_loaded(cfg.ckpt, cfg.shape)
     report.part("equality", equality, model, device)
-    model.to(device)
+    side_by_side(model.to(device))
     report.part("graphs", graphs_equal, model, unless=no_cuda)
     report.part("training", training, model, dtype, cfg.pairs)
     model.zero_grad()

@@ -22,7 +22,7 @@ import train
 from curriculum import Curriculum
 from data import Batches, to_device
 from engine.trained import choose_trained
-from hub.weights import count_parameters, without_weights
+from hub.weights import count_parameters, side_by_side, without_weights
 from model import Plume
 from tasks.turtle import World
 from tools import speed, speed_methods
@@ -35,7 +35,7 @@ STAGE = Curriculum().stages[-2]  # of the training step: 8 latent steps, and the
 MODES = ("single", "latent", "cot", "auto")
 DATA_SHEET = {  # FLOP a second of dense bfloat16 products, by NVIDIA; the first name that fits counts
     "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H200": 989e12, "A100": 312e12,
-    "L40S": 362e12, "L4": 121e12}
+    "L40S": 362e12, "L40": 181e12, "L4": 121e12}
 
 
 def random_or_loaded(ckpt, shape):
@@ -103,8 +103,8 @@ def embeddings(model):
 
 
 def equality(model, device):
-    on_cpu, there = embeddings(model), embeddings(model.to(device))
-    half = embeddings(copy.deepcopy(model).to(torch.bfloat16))
+    on_cpu, there = embeddings(model), embeddings(side_by_side(model.to(device)))
+    half = embeddings(side_by_side(copy.deepcopy(model).to(torch.bfloat16)))
     differs = {mode: float(np.abs(there[mode] - on_cpu[mode]).max()) for mode in MODES}
     cosine = {mode: float((half[mode] * on_cpu[mode]).sum(1).min()) for mode in MODES}
     told = ", ".join(f"{mode} {differs[mode]:.1e} and {cosine[mode]:.4f}" for mode in MODES)
@@ -191,7 +191,7 @@ def training(model, dtype, count):
 
 # ---- speed
 def latency(model, dtype, sizes, tokens):
-    model.to(dtype)
+    side_by_side(model.to(dtype))
     rates, rows, told = peak_rates(model.device, dtype), [], []
     shown = ("single", "latent, K = 8", speed_methods.GRAPH, f"cot, {tokens} tokens")
     for size in sizes:

@@ -5,11 +5,13 @@ import re
 import sys
 
 import pytest
+import torch
 
+from latent import joined_weights
 from test_plume import make_model
 from tests.processes import call
 from tests.test_latent import run_again
-from tools import first_gpu, speed_methods
+from tools import first_gpu, first_gpu_parts, speed_methods
 from tools.first_gpu_parts import graphs_equal
 
 TINY = ("--device=cpu", "--shape=tiny")
@@ -84,6 +86,19 @@ def test_the_part_about_graphs_sees_another_embedding(monkeypatch):
 
     monkeypatch.setattr(where, "record", stale)
     assert "another embedding" in graphs_equal(make_model().float())["error"]
+
+
+def test_latency_is_measured_with_weights_side_by_side(monkeypatch):
+    m = make_model()
+    monkeypatch.setattr(first_gpu_parts, "peak_rates", lambda *given: (1.0, 1.0))
+    first_gpu_parts.latency(m, torch.float32, [], 2)
+    assert all(None not in joined_weights(layer) for layer in m.lm.layers)
+
+
+def test_a_checkpoint_that_is_none_is_told_before_anything_runs(tmp_path):
+    out = tmp_path / "first.json"
+    done = call("tools.first_gpu", "--device=cpu", "--ckpt", tmp_path, "--out", out, check=False)
+    assert "no config.json" in done.stderr and not out.exists()
 
 
 @pytest.mark.parametrize("flags, why", [
