@@ -40,12 +40,19 @@ backend_registration._setup_privateuseone_for_python_backend("gpu", Backend())
 torch._C._set_only_lift_cpu_tensors(True)
 
 
+def all_rows(x):
+    return torch.empty(len(x), 1, dtype=torch.long, device="gpu")
+
+
+LOOKS = {torch.ops.aten._local_scalar_dense.default: lambda x: False, torch.ops.aten.nonzero.default: all_rows}
+
+
 class FakeGPU(TorchDispatchMode):
     """Computes what is on the CPU; of what is on "gpu" only shapes.  Asking for a value raises."""
 
     def __init__(self):
         super().__init__()
-        self.fake, self.waits = FakeTensorMode(), []
+        self.fake, self.waits, self.looks = FakeTensorMode(), [], None  # looks: a list where they are allowed
 
     def __torch_dispatch__(self, op, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -60,6 +67,10 @@ class FakeGPU(TorchDispatchMode):
             waits = any(x.dim() and not isinstance(x, FakeTensor) for x in tensors)
         if waits:
             self.waits.append(str(op))
+        if self.looks is not None and op in LOOKS:  # says that no row has stopped, then that all have
+            self.looks.append(str(op))
+            with self.fake:
+                return LOOKS[op](*args)
         args, kwargs = tree_map_only(torch.Tensor, self.as_fake, (args, kwargs))
         with self.fake:
             return op(*args, **kwargs)
@@ -85,6 +96,10 @@ def main(records, family):
         for mode, steps in (("single", None), ("latent", 2), ("cot", None)):
             vectors, _ = m.embed(to_device(batch, "gpu"), mode, steps, limit=2)
             assert vectors.shape == (len(batch["ids"]), 128) and vectors.dtype == torch.float32
+        m.settings["adaptive"], gpu.looks = True, []
+        m.embed(to_device(batch, "gpu"), "auto", 3, limit=2)  # a look a step, then which rows go which way
+        assert sorted(gpu.looks) == 3 * ["aten._local_scalar_dense.default"] + 2 * ["aten.nonzero.default"]
+        m.settings["adaptive"], gpu.looks = False, None
         trained = [p for p in m.parameters() if p.requires_grad]
         optimizer, m.checkpointing = torch.optim.AdamW(trained), lora
         train.backward(m, pairs, cfg, contextlib.nullcontext())

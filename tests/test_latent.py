@@ -288,7 +288,7 @@ def test_what_hangs_on_a_projection_is_called():
 
 
 # ---- numbers and devices
-@pytest.mark.parametrize("family", ["qwen3_vl", "lora"])
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl", "lora"])  # lora: on a Qwen2-VL
 def test_the_hot_path_never_waits_for_a_gpu(world, family):
     """Neither for a value, nor for a copy, nor for an index that was left on the CPU."""
     if family == "lora":
