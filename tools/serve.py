@@ -20,8 +20,9 @@ from engine.flags import command, parse_words
 from engine.stream import encoding
 from files.errors import DataError, quote
 from tasks.find import load_model
-from tools.serve_http import HTTPException, json_answer, make_app, open_socket, Places, read_body, run
+from tools.serve_http import json_answer, make_app, open_socket, Places, read_body, run
 from tools.serve_input import answer_of, check_reasons, MOST, parse_request
+from starlette.exceptions import HTTPException  # behind tools.serve_http, which says what is missing
 
 
 @dataclass
