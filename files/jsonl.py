@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections import Counter
 
 from files.errors import DataError, LFS_HINT, LFS_POINTER, nearest, quote
 
@@ -9,11 +10,11 @@ from files.errors import DataError, LFS_HINT, LFS_POINTER, nearest, quote
 def parse_json(text, where):
     """JSON as bytes -> its value; where: for errors."""
     def no_key_twice(pairs):
-        keys = [key for key, _ in pairs]
-        if len(set(keys)) < len(keys):
-            twice = max(keys, key=keys.count)
+        value = dict(pairs)
+        if len(value) < len(pairs):
+            (twice, _), = Counter(key for key, _ in pairs).most_common(1)
             raise DataError(f"{where}: the key {quote(twice)} stands twice in one object")
-        return dict(pairs)
+        return value
 
     try:
         return json.loads(text, object_pairs_hook=no_key_twice)

@@ -21,7 +21,7 @@ from engine.stream import encoding
 from files.errors import DataError, quote
 from tasks.find import load_model
 from tools.serve_http import json_answer, make_app, open_socket, Places, read_body, run
-from tools.serve_input import answer_of, parse_request
+from tools.serve_input import answer_of, check_reasons, MOST, parse_request
 from starlette.exceptions import HTTPException  # behind tools.serve_http, which says what is missing
 
 
@@ -43,7 +43,7 @@ class Service:
 
     def __init__(self, model, batch_size):
         self.model, self.batch_size = model, batch_size
-        self.waiting = {}  # How -> the items that have come, and the task that embeds them
+        self.waiting = {}  # How -> the items of a batch that has not begun, and the task that embeds them
         self.turn, self.thread = asyncio.Lock(), ThreadPoolExecutor(1)
 
     async def embed(self, sides, how):
@@ -52,22 +52,22 @@ class Service:
         DataError where an item cannot be embedded; others of the same batch are.
         """
         if how not in self.waiting:
-            self.waiting[how] = [], asyncio.create_task(self.run(how))
+            batch = []
+            self.waiting[how] = batch, asyncio.create_task(self.run(batch, how))
         batch, embedded = self.waiting[how]
         begin, end = len(batch), len(batch) + len(sides)
         batch += sides
+        if end >= MOST:
+            del self.waiting[how]  # it is full; what comes next waits in another one, behind all others
         vectors, bad, lost = await asyncio.shield(embedded)
-        why = [bad[i] for i in range(begin, end) if i in bad]
-        if len(why) > 3:
-            why[3:] = [f"and {len(why) - 3} more"]
-        if why:
-            raise DataError("; ".join(why))
+        check_reasons([bad[i] for i in range(begin, end) if i in bad])
         return vectors[begin:end], {i - begin: lost[i] for i in range(begin, end) if i in lost}
 
-    async def run(self, how):
+    async def run(self, batch, how):
         await asyncio.sleep(0.005)
         async with self.turn:  # until then more may come
-            batch, _ = self.waiting.pop(how)
+            if len(batch) < MOST:
+                del self.waiting[how]
             return await asyncio.get_running_loop().run_in_executor(self.thread, self.encode, batch, how)
 
     def encode(self, sides, how):
@@ -91,7 +91,7 @@ def endpoint(service, cfg, name):
             if wanted.model not in ("", name):
                 raise HTTPException(404, f"model {quote(wanted.model)}: this server has {name!r}")
             vectors, lost = await service.embed(wanted.sides, wanted.how)
-        return json_answer(answer_of(wanted, vectors, lost, model) | dict(model=name))
+        return json_answer(await asyncio.to_thread(answer_of, wanted, vectors, lost, model, name))
 
     async def health(request):
         return json_answer(dict(status="ok", model=name, dimensions=width, waiting=places.taken))

@@ -18,7 +18,7 @@ try:
 except ModuleNotFoundError as e:
     raise SystemExit(f'error: {e.name} is missing: pip install starlette "uvicorn[standard]" orjson') from e
 
-SLOW = 60  # seconds within which a body must have come
+SLOW = 60  # seconds within which a body must have come, and a client must take some of its answer
 LOCAL = ["127.0.0.1", "localhost", "::1", "[::1]"]  # names of this machine for itself
 
 
@@ -82,10 +82,14 @@ def refuse(request, error):
 
 
 def open_socket(host, port):
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
-        return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+        listening = socket.create_server((host, port), family=family)
     except (OSError, OverflowError) as e:
         raise DataError(f"--host {host} --port {port}: cannot be listened on: {reason(e)}") from e
+    if hasattr(socket, "TCP_USER_TIMEOUT"):  # of Linux; else a client that stops reading keeps us from ending
+        listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, SLOW * 1000)
+    return listening
 
 
 def run(app, listening, what):

@@ -22,7 +22,8 @@ FIELDS = ("input", "messages", "model", "dimensions", "encoding_format", "mode",
           "user")
 CHOICES = dict(encoding_format=("float", "base64"), mode=MODES, truncate=(False, True))  # first: the default
 PARTS = {"text": "text", "image_url": "image", "video_url": "video"}  # type of a part -> key of an item
-MOST = 2048  # items of a request, as OpenAI has it
+MOST = 2048  # items of a request, as OpenAI has it; parts of an item
+LONGEST = 1 << 18  # characters of a text: to count the tokens of 16 MiB takes a minute, in which others wait
 # What a request asks for; how: as `Plume.encode` has it
 Wanted = namedtuple("Wanted", "sides how model base64")
 How = namedtuple("How", "mode dim prompt truncate", defaults=("latent", None, None, False))
@@ -46,11 +47,30 @@ def parse_request(body, width, media, prompts):
     template_of(prompts, prompt)  # refuses what is none
     how = How(request["mode"], dim, prompt, request["truncate"])
     is_base64 = request["encoding_format"] == "base64"
-    return Wanted(sides_of(request, media), how, request.get("model", ""), is_base64)
+    sides = sides_of(request, media)
+    for side in sides:
+        check_size(side)
+    return Wanted(sides, how, request.get("model", ""), is_base64)
 
 
-def answer_of(wanted, vectors, lost, model):
-    """-> the body of the answer, but for the model's name.  lost: tokens by an item's number"""
+def check_size(side):
+    if len(side.parts) > MOST:
+        raise DataError(f"{side.where}: {len(side.parts):,} parts; this server takes {MOST:,} an item")
+    longest = max(len(text) for kind, text in [("text", ""), *side.parts] if kind == "text")
+    if longest > LONGEST:
+        raise DataError(f"{side.where}: a text of {longest:,} characters; this server takes {LONGEST:,}")
+
+
+def check_reasons(why):
+    """DataError with the first reasons why items of a request have no embedding; none if there are none."""
+    if len(why) > 3:
+        why = [*why[:3], f"and {len(why) - 3} more"]
+    if why:
+        raise DataError("; ".join(why))
+
+
+def answer_of(wanted, vectors, lost, model, name):
+    """-> the body of the answer.  lost: tokens by an item's number; name: the model's"""
     template = template_of(model.settings["prompts"], wanted.how.prompt)
     parts = [part for side in wanted.sides for part in with_prompt(side, template).parts]
     tokens = sum(len(model.processor.encode(text)) for kind, text in parts if kind == "text")
@@ -58,7 +78,7 @@ def answer_of(wanted, vectors, lost, model):
     if wanted.base64:
         vectors = [base64.b64encode(row).decode() for row in vectors.astype("<f4")]
     data = [dict(object="embedding", index=i, embedding=row) for i, row in enumerate(vectors)]
-    answer = dict(object="list", data=data, usage=dict(prompt_tokens=tokens, total_tokens=tokens))
+    answer = dict(object="list", data=data, model=name, usage=dict(prompt_tokens=tokens, total_tokens=tokens))
     if wanted.how.truncate:
         answer["truncated"] = {str(i): number for i, number in lost.items()}
     return answer
@@ -76,7 +96,7 @@ def sides_of(request, media):
     if not 1 <= len(given) <= MOST:
         raise DataError(f"input: needs 1 to {MOST} items, got {len(given)}")
     if any(isinstance(item, (int, list)) for item in given):
-        raise DataError("input: token ids are not taken: which token has which id is this checkpoint's own; "
+        raise DataError(f"{key}: token ids are not taken: which token has which id is this checkpoint's own; "
                         "send the text (LangChain: check_embedding_ctx_length=False)")
     return [side_of(item, media, f"{key}[{i}]") for i, item in enumerate(given)]
 

@@ -11,6 +11,7 @@ import re
 import signal
 import socket
 import sys
+import threading
 import time
 
 import numpy as np
@@ -19,6 +20,7 @@ import pytest
 for package in ("starlette", "uvicorn", "orjson"):
     pytest.importorskip(package)
 httpx, openai = pytest.importorskip("httpx"), pytest.importorskip("openai")
+import uvicorn
 
 from files.errors import DataError
 from files.items import parse_item
@@ -27,6 +29,7 @@ from model import Plume
 from test_plume import assert_close
 from tests.processes import call, Started
 from tests.samples import picture, png, with_prompts, write_clip
+from tools import serve_http
 from tools.serve import Service
 from tools.serve_input import How, parse_request
 
@@ -175,6 +178,19 @@ def test_what_is_wrong_is_named(body):
     assert REFUSED[body] in str(refused.value)
 
 
+@pytest.mark.parametrize("body, why", [
+    ("{" + "".join(f'"{n}": 1, ' for n in range(50_000)) + '"0": 1}', "the key '0' stands twice"),
+    (json.dumps(dict(input=["a", "red " * 100_000])), "input.1.: a text of 400,000 characters"),
+    (json.dumps(dict(input=dict(content=[dict(type="text", text="a")] * 3_000))), "input: 3,000 parts"),
+], ids=["keys", "text", "parts"])
+def test_a_large_body_is_refused_soon(body, why):
+    """Others wait while it is read."""
+    begun = time.process_time()
+    with pytest.raises(DataError, match=why):
+        parse_request(body.encode(), 128, "", PROMPTS)
+    assert time.process_time() - begun < 2
+
+
 @pytest.mark.parametrize("item", [
     {"image": "../secret.png"}, {"image": "link.png"}, {"image": "out/secret.png"}, {"image": "/etc/passwd"},
     {"image": "file:///etc/passwd"}, {"image": "file://../secret.png"}, {"image": "deep/../../secret.png"},
@@ -306,6 +322,45 @@ def test_what_is_in_a_batch_does_not_touch_its_neighbours(plume, monkeypatch):
     assert isinstance(second, DataError) and "not finite" in str(second)
     assert isinstance(third, asyncio.CancelledError)
     assert_close(fourth[0], plume.encode(["green"]), "behind it")
+
+
+def test_a_batch_is_full_at_some_size_and_the_next_one_waits_behind_all_others(monkeypatch):
+    batches = []
+
+    def encode(self, sides, how):
+        batches.append((how.mode, len(sides)))
+        return np.array(sides), {}, {}
+
+    async def ask():
+        service = Service(None, 16)
+        asked = [([n] * size, How(mode)) for n, (size, mode) in enumerate(
+            [(1500, "latent"), (1500, "latent"), (3, "latent"), (2, "single"), (4, "latent"), (1, "single")])]
+        return await asyncio.gather(*(service.embed(*given) for given in asked))
+
+    monkeypatch.setattr(Service, "encode", encode)
+    answers = asyncio.run(ask())
+    assert sorted(batches[1:]) == [("latent", 7), ("single", 3)] and batches[0] == ("latent", 3000)
+    assert [set(vectors) for vectors, _ in answers] == [{n} for n in range(6)]
+
+
+@pytest.mark.skipif(not hasattr(socket, "TCP_USER_TIMEOUT"), reason="of Linux")
+def test_a_client_that_stops_reading_does_not_keep_the_server_from_ending(monkeypatch):
+    monkeypatch.setattr(serve_http, "SLOW", 1)
+    app, listening = serve_http.make_app("127.0.0.1"), serve_http.open_socket("127.0.0.1", 0)
+
+    async def answer(request):
+        return serve_http.Response(bytes(1 << 26))  # more than the system buffers
+
+    app.add_route("/", answer, ["GET"])
+    server = uvicorn.Server(uvicorn.Config(app, log_level="warning", ws="none", lifespan="off"))
+    running = threading.Thread(target=server.run, args=([listening],), daemon=True)
+    running.start()
+    with socket.create_connection(listening.getsockname()) as stalled:
+        stalled.sendall(b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        assert stalled.recv(100).startswith(b"HTTP/1.1 200")
+        server.should_exit = True
+        running.join(30)
+        assert not running.is_alive()
 
 
 def test_a_text_that_is_too_long_is_cut_where_asked_for_and_the_answer_says_so(address, plume):
