@@ -44,7 +44,8 @@ def all_rows(x):
     return torch.empty(len(x), 1, dtype=torch.long, device="gpu")
 
 
-LOOKS = {torch.ops.aten._local_scalar_dense.default: lambda x: False, torch.ops.aten.nonzero.default: all_rows}
+LOOKS = {torch.ops.aten._local_scalar_dense.default: lambda x: False,
+         torch.ops.aten.nonzero.default: all_rows}
 
 
 class FakeGPU(TorchDispatchMode):
