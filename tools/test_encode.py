@@ -230,7 +230,7 @@ def test_input_that_cannot_be_meant_is_refused_before_anything_is_encoded(small,
 
 def test_twenty_kills_lose_nothing_and_double_nothing(small, tmp_path):
     path, out, dice, killed = tmp_path / "texts.jsonl", tmp_path / "out", random.Random(0), 0
-    write_lines(path, TEXTS * 4)
+    write_lines(path, TEXTS * 12)
     command = ["tools.encode", path, out, "--ckpt", small, "--part_size=1", "--batch_size=2", "--mode=single"]
 
     def names():
@@ -248,11 +248,11 @@ def test_twenty_kills_lose_nothing_and_double_nothing(small, tmp_path):
             os.killpg(process.pid, signal.SIGKILL)
         process.process.kill()
         killed += process.wait(60) == -signal.SIGKILL
-    assert killed == 20 and 0 < len(whole_parts(out)) < 240
+    assert killed == 20 and 0 < len(whole_parts(out)) < 720
     left, printed = [name for name in names() if name.endswith(".writing")], run(*command).stdout
     ids, vectors = load_vectors(out)
-    assert ids == [str(n) for n in range(1, 241)] and len(whole_parts(out)) == 240
-    assert_close(vectors, Plume.from_pretrained(small, "cpu").encode(TEXTS * 4, "single"), "vectors")
+    assert ids == [str(n) for n in range(1, 721)] and len(whole_parts(out)) == 720
+    assert_close(vectors, Plume.from_pretrained(small, "cpu").encode(TEXTS * 12, "single"), "vectors")
     assert not left or f"{len(left)} that killed runs left behind" in printed
 
 
