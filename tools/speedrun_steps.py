@@ -20,11 +20,11 @@ STEPS = 14  # the first ones of the run, about two of each family
 
 
 class Config(train.Config):
-    """train.py's flags."""
+    """train.py's flags: --help, and what is wrong, are told by engine.early, which reads this."""
 
 
 def main(argv):
-    cfg, given = train.parse_flags(Config, argv, __doc__)
+    cfg, given = train.parse_flags(train.Config, argv, __doc__)
     curriculum, pairs = train.check_flags(cfg, 1), train.read_pairs(cfg)
     schedule, _ = train.make_schedule(cfg, pairs)
     model = train.build_model(cfg, given, pairs, torch.device("cpu"))
