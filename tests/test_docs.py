@@ -3,6 +3,8 @@
 import ast
 import json
 import re
+import shutil
+import subprocess
 
 import pytest
 
@@ -129,3 +131,12 @@ def test_the_front_door_is_short_and_names_the_test_command():
     assert all(len(line) <= 110 for line in readme if line not in commands)
     assert len((HERE / "docs" / "reading.md").read_text("utf-8").splitlines()) <= 190
     assert commands[1] + "'\n" in (HERE / ".ci" / "run").read_text()
+
+
+@pytest.mark.skipif(not shutil.which("git"), reason="needs git")
+@pytest.mark.parametrize("diff", sorted(HERE.glob("docs/solutions/*.diff")), ids=lambda path: path.stem)
+def test_solutions_of_the_exercises_apply(diff):
+    """Or have been applied."""
+    ways = ["git", "apply", "--check", str(diff)], ["git", "apply", "--check", "--reverse", str(diff)]
+    tried = [subprocess.run(way, cwd=HERE, capture_output=True, text=True) for way in ways]
+    assert any(done.returncode == 0 for done in tried), tried[0].stderr
