@@ -62,9 +62,6 @@ class TransitionAdapter(nn.Module):
         B = z.shape[0]
         if self.kind == "none":
             return z, z.new_zeros(B, 0)
-        probs, weights = z.new_zeros(B, 0), []
-        if self.shared_expert:
-            weights.append(z.new_ones(B, 1))
         if self.experts:
             x = z + anchor if self.anchor else z
             if self.step_embed is not None:
@@ -72,8 +69,11 @@ class TransitionAdapter(nn.Module):
             probs = self.router(x)
             probs = probs.to(torch.promote_types(probs.dtype, torch.float32)).softmax(-1)
             top, chosen = probs.topk(self.top_k)
-            weights.append(torch.zeros_like(probs).scatter(-1, chosen, top))
-        w = torch.cat(weights, -1)  # (B, n): 1 for the shared expert, r_e or 0 for the others
+            w = torch.zeros_like(probs).scatter(-1, chosen, top)  # (B, E): r_e or 0
+        else:
+            w = probs = z.new_zeros(B, 0)
+        if self.shared_expert:
+            w = F.pad(w, (1, 0), value=1.0)  # (B, n): in front 1 for the shared expert
         h = self.ln(z).expand(len(self.w1), B, -1)
         h = F.gelu(torch.baddbmm(self.b1, h, self.w1))  # (n, B, 2D)
         h = torch.baddbmm(self.b2, h, self.w2)  # (n, B, D)

@@ -415,10 +415,11 @@ def block(layer, x, rope, attend, columns, qkv, gate_up):
     h = rms_norm(x, layer.post_attention_layernorm)
     if gate_up is None:
         h = F.silu(linear(mlp.gate_proj, h)) * linear(mlp.up_proj, h)
-    else:
-        gate, up = product(*gate_up, h).chunk(2, -1)
-        h = F.silu(gate, inplace=True).mul_(up)
-    return x + linear(mlp.down_proj, h), k, v
+        return x + linear(mlp.down_proj, h), k, v
+    gate, up = product(*gate_up, h).chunk(2, -1)
+    h = F.silu(gate, inplace=True).mul_(up)
+    x.view(-1, x.shape[-1]).addmm_(h.flatten(0, 1), mlp.down_proj.weight.T)  # x + down(h), in x's place
+    return x, k, v
 
 
 def attend_causally(q, k, v):
@@ -543,7 +544,8 @@ def joined_weights(layer):
     `hub.weights.side_by_side` puts them there.  Not to train with: the last bits may differ.
     """
     att, mlp = layer.self_attn, layer.mlp
-    return joined((att.q_proj, att.k_proj, att.v_proj)), joined((mlp.gate_proj, mlp.up_proj))
+    gate_up = joined((mlp.gate_proj, mlp.up_proj)) if is_plain(mlp.down_proj) else None
+    return joined((att.q_proj, att.k_proj, att.v_proj)), gate_up
 
 
 def joined(layers):

@@ -7,9 +7,11 @@ for what a GPU would have to be waited for: names of operations.  FAMILY: one of
 """
 
 import contextlib
+import copy
 import os
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -19,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 import train
+from adapter import TransitionAdapter
 from curriculum import Stage
 from data import collate, to_device
 from engine.trained import add_lora
@@ -39,13 +42,38 @@ class Backend(backend_registration._DummyBackendModule):
 backend_registration._setup_privateuseone_for_python_backend("gpu", Backend())
 torch._C._set_only_lift_cpu_tensors(True)
 
+# autocast, which a device has none of, of CUDA's operators that are used here
+aten, AUTOCAST = torch.ops.aten, torch._C.DispatchKey.AutocastPrivateUse1
+IN_BFLOAT16 = [aten.linear.default, aten.matmul.default, aten.mm.default, aten.bmm.default,
+               aten.addmm.default, aten.baddbmm.default, aten.conv3d.default,
+               aten.scaled_dot_product_attention.default]
+IN_FLOAT32 = [aten.layer_norm.default, aten.rms_norm.default, aten.softmax.int, aten.log_softmax.int,
+              aten.cross_entropy_loss.default, aten.pow.Tensor_Scalar, aten.sum.default, aten.sum.dim_IntList]
+
+
+def casting(op, dtype):
+    def cast(*args, **kwargs):
+        with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(AUTOCAST)):
+            given = tree_map_only(torch.Tensor, lambda x: x.to(dtype) if x.is_floating_point() else x,
+                                  (args, kwargs))
+            return op(*given[0], **given[1])
+    return cast
+
+
+rules, others = torch.library.Library("aten", "IMPL"), torch.library.Library("_", "IMPL")
+others.fallback(torch.library.fallthrough_kernel, "AutocastPrivateUse1")
+for operators, to in ((IN_BFLOAT16, torch.bfloat16), (IN_FLOAT32, torch.float32)):
+    for operator in operators:
+        rules.impl(operator, casting(operator, to), "AutocastPrivateUse1")
+
 
 def all_rows(x):
     return torch.empty(len(x), 1, dtype=torch.long, device="gpu")
 
 
-LOOKS = {torch.ops.aten._local_scalar_dense.default: lambda x: False,
-         torch.ops.aten.nonzero.default: all_rows}
+PRODUCTS = (aten.mm.default, aten.addmm.default, aten.addmm_.default, aten.bmm.default)
+LOOKS = {aten._local_scalar_dense.default: lambda x: False,
+         aten.nonzero.default: all_rows}
 
 
 class FakeGPU(TorchDispatchMode):
@@ -53,7 +81,8 @@ class FakeGPU(TorchDispatchMode):
 
     def __init__(self):
         super().__init__()
-        self.fake, self.waits, self.looks = FakeTensorMode(), [], None  # looks: a list where they are allowed
+        self.fake, self.waits, self.products = FakeTensorMode(), [], set()  # products: their types
+        self.looks = None  # a list where they are allowed
 
     def __torch_dispatch__(self, op, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -61,7 +90,7 @@ class FakeGPU(TorchDispatchMode):
         on_gpu = [x for x in tensors if isinstance(x, FakeTensor)]
         if not on_gpu and torch.device(kwargs.get("device") or "cpu").type == "cpu":
             return op(*args, **kwargs)
-        if op is torch.ops.aten._to_copy.default:  # between devices: waits, unless it is told not to
+        if op is aten._to_copy.default:  # between devices: waits, unless it is told not to
             moves = torch.device(kwargs.get("device") or tensors[0].device).type != tensors[0].device.type
             waits = moves and not kwargs.get("non_blocking")
         else:  # an index or a mask that was left on the CPU
@@ -73,6 +102,8 @@ class FakeGPU(TorchDispatchMode):
             with self.fake:
                 return LOOKS[op](*args)
         args, kwargs = tree_map_only(torch.Tensor, self.as_fake, (args, kwargs))
+        if op in PRODUCTS:
+            self.products.add(args[-1].dtype)
         with self.fake:
             return op(*args, **kwargs)
 
@@ -91,8 +122,25 @@ def main(records, family):
     if lora:
         add_lora(train.Config(lora=4), m)
         assert len(pairs["micro"]) > 1
+    m.checkpointing = lora
+    for dtype in (torch.float32, torch.bfloat16):
+        embeds(gpu, on_gpu(gpu, copy.deepcopy(m).to(dtype)), batch)  # bfloat16: as `from_pretrained` loads it
+        assert (torch.bfloat16 in gpu.products) == (dtype == torch.bfloat16)
+        gpu.products.clear()
+        trains(gpu, on_gpu(gpu, copy.deepcopy(m)), pairs, cfg, dtype)
+        assert (torch.bfloat16 in gpu.products) == (dtype == torch.bfloat16)
+    found, gpu.waits = gpu.waits, []
+    finds(gpu, on_gpu(gpu, m), batch, pairs, cfg)
+    print(*sorted(set(found)), sep="\n", flush=True)
+    os._exit(bool(found))  # at a usual exit the device's thread aborts
+
+
+def on_gpu(gpu, m):
     with gpu.fake:
-        m._apply(lambda x: torch.empty(x.shape, dtype=x.dtype, device="gpu"))
+        return m._apply(lambda x: torch.empty(x.shape, dtype=x.dtype, device="gpu"))
+
+
+def embeds(gpu, m, batch):
     with gpu:
         for mode, steps in (("single", None), ("latent", 2), ("cot", None)):
             vectors, _ = m.embed(to_device(batch, "gpu"), mode, steps, limit=2)
@@ -100,23 +148,34 @@ def main(records, family):
         m.settings["adaptive"], gpu.looks = True, []
         m.embed(to_device(batch, "gpu"), "auto", 3, limit=2)  # a look a step, then which rows go which way
         assert sorted(gpu.looks) == 3 * ["aten._local_scalar_dense.default"] + 2 * ["aten.nonzero.default"]
-        m.settings["adaptive"], gpu.looks = False, None
-        trained = [p for p in m.parameters() if p.requires_grad]
-        optimizer, m.checkpointing = torch.optim.AdamW(trained), lora
-        train.backward(m, pairs, cfg, contextlib.nullcontext())
-        assert all(p.grad.device.type == "gpu" for p in trained)
+        gpu.looks = None
+
+
+def trains(gpu, m, pairs, cfg, dtype):
+    """A step; bfloat16: of float32 weights under autocast."""
+    trained = [p for p in m.parameters() if p.requires_grad]
+    with gpu:
+        optimizer = torch.optim.AdamW(trained)
+        train.backward(m, pairs, cfg, torch.autocast("gpu", dtype, enabled=dtype == torch.bfloat16))
+        assert all(p.grad.device.type == "gpu" and p.grad.dtype == torch.float32 for p in trained)
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
 
-    # what would be found
-    found, gpu.waits = gpu.waits, []
-    with gpu:
+
+def finds(gpu, m, batch, pairs, cfg):
+    """An index that was left on the CPU, and an .item() in the adapter."""
+    forward = TransitionAdapter.forward
+
+    def asks(self, z, step, anchor):
+        return forward(self, z * z.max().item(), step, anchor)
+
+    with gpu, mock.patch.object(TransitionAdapter, "forward", asks):
         m.lm.embed_tokens.weight[torch.arange(3)]
+        assert gpu.waits == ["aten.index.Tensor"]
         with pytest.raises(DataDependentOutputException):
-            m.adapter.w2.max().item()
-    assert gpu.waits == ["aten.index.Tensor"]
-    print(*sorted(set(found)), sep="\n", flush=True)
-    os._exit(bool(found))  # at a usual exit the device's thread aborts
+            m.embed(to_device(batch, "gpu"), "latent", 2)
+        with pytest.raises(DataDependentOutputException):
+            train.backward(m, pairs, cfg, contextlib.nullcontext())
 
 
 main(*sys.argv[1:])

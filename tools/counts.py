@@ -97,8 +97,14 @@ def attention_flops(q, k, *others, **more):
     return 4 * math.prod(q) * k[-2]
 
 
-# the attention kernel that torch's counter does not know
-UNKNOWN_TO_TORCH = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attention_flops}
+def product_flops(x, a, b, **more):
+    """x + a b: shapes (n, m), (n, k), (k, m)."""
+    return 2 * math.prod(a) * b[-1]
+
+
+# kernels that torch's counter does not know
+UNKNOWN_TO_TORCH = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attention_flops,
+                    torch.ops.aten.addmm_: product_flops}
 
 
 def count_work(function, device):
