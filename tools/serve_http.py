@@ -1,6 +1,7 @@
 """What tools/serve.py and tools/search_page.py share of HTTP: requests' bodies, errors, the server itself."""
 
 import asyncio
+import ipaddress
 import signal
 import socket
 import sys
@@ -30,9 +31,17 @@ def make_app(host):
     """
     errors = dict.fromkeys((DataError, ClientDisconnect, HTTPException, Exception), refuse)
     app = Starlette(exception_handlers=errors)
-    if host in LOCAL:
-        app.add_middleware(TrustedHostMiddleware, allowed_hosts=LOCAL)
+    if is_local(host):
+        app.add_middleware(TrustedHostMiddleware, allowed_hosts=[*LOCAL, host])
     return app
+
+
+def is_local(host):
+    try:
+        found = {address[0] for *_, address in socket.getaddrinfo(host, None)}
+    except OSError:
+        return False  # `open_socket` says so
+    return all(ipaddress.ip_address(address.split("%")[0]).is_loopback for address in found)
 
 
 class Places:

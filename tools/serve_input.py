@@ -39,7 +39,7 @@ def parse_request(body, width, media, prompts):
     request = {key: value for key, value in request.items() if value is not None}
     for key, choices in CHOICES.items():
         value = request.setdefault(key, choices[0])
-        if value not in choices:
+        if value not in choices or type(value) is not type(choices[0]):  # 1 == True
             raise DataError(f"{key} {quote(value)}.{nearest(value, choices)}")
     dim, prompt = request.get("dimensions"), request.get("prompt_name")
     if dim is not None and (type(dim) is not int or not 1 <= dim <= width):

@@ -21,6 +21,7 @@ for package in ("starlette", "uvicorn", "orjson"):
     pytest.importorskip(package)
 httpx, openai = pytest.importorskip("httpx"), pytest.importorskip("openai")
 import uvicorn
+from starlette.testclient import TestClient
 
 from files.errors import DataError
 from files.items import parse_item
@@ -158,6 +159,7 @@ REFUSED = {
     '{"input": "a", "prompt_name": []}': "no such prompt. Known: query, document.",
     '{"input": "a", "encoding_format": "int8"}': "Known: float, base64",
     '{"input": "a", "truncate": "yes"}': "Known: False, True",
+    '{"input": "a", "truncate": 1}': "Known: False, True",
     '{"messages": [{"role": "system", "content": "a"}, {"role": "user", "content": "b"}]}': "system texts",
     '{"messages": [{"role": "assistant", "content": "a"}]}': "needs 'role' 'user'",
     '{"messages": [{"role": "user", "content": [{"type": "audio"}]}]}': "'type' is one of text, image_url",
@@ -341,6 +343,15 @@ def test_a_batch_is_full_at_some_size_and_the_next_one_waits_behind_all_others(m
     answers = asyncio.run(ask())
     assert sorted(batches[1:]) == [("latent", 7), ("single", 3)] and batches[0] == ("latent", 3000)
     assert [set(vectors) for vectors, _ in answers] == [{n} for n in range(6)]
+
+
+@pytest.mark.parametrize("host, refused", [
+    ("127.0.0.1", True), ("127.0.0.2", True), ("localhost", True), ("0.0.0.0", False)])
+def test_what_only_this_machine_reaches_answers_under_its_own_names(host, refused):
+    app = serve_http.make_app(host)
+    app.add_route("/", lambda request: serve_http.Response(b""), ["GET"])
+    for name, status in (("evil.example", 400 if refused else 200), ("localhost", 200), (host, 200)):
+        assert TestClient(app, base_url=f"http://{name}").get("/").status_code == status
 
 
 @pytest.mark.skipif(not hasattr(socket, "TCP_USER_TIMEOUT"), reason="of Linux")
