@@ -110,7 +110,7 @@ def test_eval_ranks_queries_in_one_mode_against_corpora_in_the_other(claiming, w
     cosines = m.encode(task.queries, mode) @ m.encode(task.corpus, index).T
     assert result["hit@1"] == np.mean(cosines.argmax(1) == np.arange(12))
     for n, found in enumerate(result["found"].values()):
-        assert_close([*found.values()], np.sort(cosines[n])[::-1][:10].copy(), f"query {n}", 2e-6)
+        assert_close([*found.values()], np.sort(cosines[n])[::-1][:10].copy(), f"query {n}", 1e-5)
 
 
 def test_two_ranks_embed_queries_and_corpora_each_in_its_mode(claiming, world, tmp_path):
@@ -122,7 +122,7 @@ def test_two_ranks_embed_queries_and_corpora_each_in_its_mode(claiming, world, t
     one, two = (scores["tasks"]["image_ret/t2i"]["found"] for scores in (one, two))
     assert one.keys() == two.keys()
     for query, found in one.items():
-        assert two[query] == pytest.approx(found, abs=2e-6)
+        assert two[query] == pytest.approx(found, abs=1e-5)
 
 
 def test_kept_embeddings_of_a_mode_are_used_for_that_mode_alone(claiming, world, tmp_path):
@@ -140,7 +140,7 @@ def test_kept_embeddings_of_a_mode_are_used_for_that_mode_alone(claiming, world,
         assert said in call(*command, "--mode", mode, "--index", index).stdout
         result = json.loads((tmp_path / "scores.json").read_text())["tasks"]["image_ret/t2i"]
         best = (queries[mode] @ corpus[index].T).max(1)
-        assert_close([max(found.values()) for found in result["found"].values()], best, mode + index, 2e-6)
+        assert_close([max(found.values()) for found in result["found"].values()], best, mode + index, 1e-5)
         assert len(list((tmp_path / "kept").rglob("*_score.json"))) == number
     assert len(list((tmp_path / "kept" / "embeddings").iterdir())) == 2
 

@@ -90,10 +90,10 @@ def test_in_one_space_documents_take_one_pass_and_queries_think(small, tmp_path)
     for encoder, documents in ((default, single), (both_latent, latent), (two_spaces, latent)):
         for kind, expected in ((PromptType.document, documents), (PromptType.query, latent), (None, latent)):
             vectors = encoder.encode(loader, task_metadata=metadata, prompt_type=kind, batch_size=2)
-            assert np.abs(vectors - expected).max() < 1e-6, kind
+            assert np.abs(vectors - expected).max() < 1e-5, kind
     fewer = PlumeEncoder(ours, steps=2, device="cpu")  # of queries
     vectors = fewer.encode(loader, task_metadata=metadata, prompt_type=PromptType.document)
-    assert np.abs(vectors - single).max() < 1e-6
+    assert np.abs(vectors - single).max() < 1e-5
     names = {encoder.mteb_model_meta.experiment_name for encoder in (default, both_latent, fewer)}
     assert len(names) == 3  # no result of one is read for another
 
@@ -118,7 +118,7 @@ def test_the_checkpoints_prompts_are_used_until_a_task_has_its_own(small, world,
             (PromptType.query, dict(query="Look: "), "Look: {}"), (PromptType.query, dict(query=""), "{}"),
             (PromptType.document, dict(Retrieval="Seek {}!"), "Seek {}!"), (None, {}, "{}")):
         vectors, _ = encoded(kind, **given)
-        assert np.abs(vectors - by_hand(template)).max() < 1e-6, template
+        assert np.abs(vectors - by_hand(template)).max() < 1e-5, template
     without = PlumeEncoder(small, device="cpu")
     assert own.mteb_model_meta.revision != without.mteb_model_meta.revision
     assert not own.mteb_model_meta.experiment_kwargs  # its own prompts are as usual: load_results finds them
