@@ -49,8 +49,9 @@ class Stage:
 class Curriculum:
     """S segments, c latent steps for each; the last stage takes `last_stage` of the run, the others the rest.
 
-    With a gate that is only the latest time to enter a stage, and stage 0, where the rationale itself is
-    learnt, may take half of the time before the last stage.  ValueError: values that make no schedule.
+    With a gate that is only the latest time to enter a stage: stage 0, where the rationale itself is learnt,
+    may take half of the time before the last stage, and each one after it less than the one before.
+    ValueError: values that make no schedule.
     """
 
     segments: int = 4  # S
@@ -92,8 +93,8 @@ class Curriculum:
             shares = [s / S for s in range(S + 1)]
         elif S == 1:
             shares = [0, 1]
-        else:  # stages 1 .. S share the second half
-            shares = [0] + [(1 + s / (S - 1)) / 2 for s in range(S)]
+        else:  # stages 1 .. S - 1 share the second half
+            shares = [0] + [1 - (1 - s / (S - 1)) ** 2 / 2 for s in range(S)]
         before = (1 - self.last_stage) * steps  # steps before stage S
         entries = [share * before for share in shares] + [(1 - self.last_stage / 2) * steps]
         return [math.ceil(entry - 1e-6) for entry in entries]

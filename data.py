@@ -431,7 +431,7 @@ class Batches(torch.utils.data.Dataset):
     too (a row that has more is alone);
     order (2B + n,): the places of all queries, then targets, then hard negatives among the rows of `micro`,
     where equal ones are one row;
-    blank: a micro-batch of one row of no text, for a rank that has fewer of them than others;
+    blank: with micro_tokens a micro-batch of one row of no text, for a rank that has fewer than others;
     columns: how many are computed; real: how many of them are no padding;
     query (B,): hashes of the queries; target (B, 1+M): of target and hard negatives, M: the most that a
     record of the file has; valid (B, 1+M): which of them there are; negative_at (n,): flat places in (B, M)
@@ -474,7 +474,7 @@ class Batches(torch.utils.data.Dataset):
 
         return dict(
             micro=[[batch_of(group) for group in part] for part in micro],
-            blank=[collate([blank], self.processor)],
+            blank=[collate([blank], self.processor)] if self.micro_tokens else None,
             order=torch.from_numpy(np.concatenate(groups).argsort()[places]),
             columns=sum(columns_of(lengths[group]) for group in groups), real=int(lengths.sum()),
             step=step, stage=stage, bad=bad, dataset=self.pairs.names[self.pairs.dataset[indices[0]]],

@@ -496,6 +496,8 @@ def test_the_gate_enters_a_stage_when_the_loss_is_low_and_at_the_latest_by_the_s
     # a running mean of 20 steps under 0.1: after 19 low ones
     assert entered(60, only=0) == [0, 60 + 18 + delay, 500, 750]
     assert entered(245)[1] == 250  # too late to bring it forward
+    # the latest times of more stages: 250 steps for stage 0, then 139, 84, 27
+    assert Curriculum(gate=0.1).schedule(1000) == [0, 250, 389, 473, 500, 750]
 
 
 def test_gate_and_replay_are_the_same_for_every_prefetch_and_after_a_resume():
@@ -834,7 +836,7 @@ def test_saved_and_loaded_again_embeds_bit_equally_and_needs_no_flags(world, tmp
     again, items = Plume.from_pretrained(tmp_path / "ck", "cpu"), mixed_items(world)
     assert again.settings == m.settings
     assert again.settings["latent_steps"] == 5 and again.settings["limits"]["num_frames"] == 4
-    assert_close(again.encode(items), m.encode(items), "loaded", 1e-6)  # in joined products
+    assert_close(again.encode(items), m.encode(items), "loaded")  # in joined products
     text = "Hello wörld\n\nit's 123 <|im_end|> fine"
     assert again.processor.encode(text) == m.processor.encode(text)
     again.save_pretrained(tmp_path / "ck")  # in place of the old one
@@ -856,7 +858,7 @@ def test_a_checkpoint_carries_its_chat_template(world, tmp_path):
     assert p.tokenizer.decode(sample["ids"]).replace(" ", "") == expected.replace(" ", "")
     assert p.tokenizer.decode(sample["suffix"]) == "One. Two.<eot> done so: it.<gen_emb>"
     assert p.tokenizer.decode(p.render(parse_item("x"))["suffix"]) == "<eot> done<gen_emb>"
-    assert_close(again.encode(mixed_items(world)), m.encode(mixed_items(world)), "loaded", 1e-6)
+    assert_close(again.encode(mixed_items(world)), m.encode(mixed_items(world)), "loaded")
     again.save_pretrained(tmp_path / "again")
     block = json.loads((tmp_path / "again" / "config.json").read_text())["plume"]
     assert block["template"] == template and block["format"] == FORMAT == 2

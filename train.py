@@ -43,6 +43,7 @@ from engine.stop import bind_to_parent, check_finite, end_workers, ending_worker
 from engine.train_flags import check_flags, claim_one_space, settings_of, weights_of
 from engine.trained import choose_trained, hash_of_frozen
 from files.errors import DataError, nearest
+from files.packing import pack, unpack
 from files.records import hold_out, Pairs
 from hub.card import about_run
 from hub.folders import checkpoints_in, newest_checkpoint
@@ -60,7 +61,8 @@ class Config:  # --help prints the comments
     rules: bool = False  # turtle world's moves mean what a rule book says, a word or picture at the start
     codes: bool = False  # turtle world is pages with a code word that belongs to the answer
     media: str = ""  # folder that media paths are relative to; default: the folder of --data
-    weights: str = ""  # of data sets, as a=2,b=0.5: a gets twice the steps that its size gives it; default: 1
+    weights: str = ""  # of data sets, as a=2,b=0.5: a gets twice the steps that its size gives it; default: 1,
+    #     and 0.5 for turtle world's families whose moves are words
     skip_bad: bool = False  # leave out records that cannot be read and name them; default: stop at the first
     workers: int = 1  # processes that decode and tokenize ahead; raise while the log's `wait` is not near 0;
     #     with a gate up to 15
@@ -97,7 +99,7 @@ class Config:  # --help prints the comments
     segments: int = 8  # S, parts a rationale is cut into; 1 stage each
     steps_per_segment: int = 1  # c, latent steps a part turns into; K = S * c
     rest_of_rationale: str = "inside"  # the text that is left: inside the thought, or after it as released
-    last_stage: float = 0.3  # share of the run in the last stage (paper: 0.5), half of it without the answer
+    last_stage: float = 0.2  # share of the run in the last stage (paper: 0.5), half of it without the answer
     gate: float = 0.6  # enter a stage when the mean of `gate_loss` is under this, at the latest by the
     #     schedule; 0: by the schedule alone, as the paper
     replay: float = 0.15  # share of the steps that go back: half to stage 0, half to a random earlier one
@@ -108,7 +110,7 @@ class Config:  # --help prints the comments
     global_batch: int = 32  # pairs in one contrastive batch, over all ranks; part of the recipe
     micro_tokens: int = 0  # columns that a rank runs through the model at a time, a visual token counts
     #     twice: memory, not recipe; 0: its whole share of the global batch
-    epochs: float = 1.5  # passes over the data; ignored when --steps is given
+    epochs: float = 1.0  # passes over the data; ignored when --steps is given
     steps: int = 0  # optimizer steps; 0: from --epochs
     lr: float = 2e-3  # peak; for the tiny preset in turtle world, 1e-3 on real pictures, 1e-5 if pretrained
     warmup: float = 0.03  # share of the run with a rising learning rate
@@ -240,7 +242,7 @@ def train(cfg, given, curriculum, device, dtype):
     ahead = iter(data_loader(batches, sampler, cfg.workers, device))  # held until `end_workers`
     log, stop = Log(cfg, config, start, steps), StopOnSignal()
     saved, scored, clock = start, "", time.perf_counter()
-    for batch in ahead:
+    for batch in map(unpack, ahead):
         step, stage, wait = batch["step"], batch["stage"], time.perf_counter() - clock
         entered = step > 0 and progress.place(step) != progress.place(step - 1)
         if entered and cfg.reset_moments:
@@ -448,12 +450,12 @@ def make_schedule(cfg, pairs):
 
 
 def data_loader(batches, sampler, workers, device):
-    """Batches from data workers, none of which runs ahead of the step whose stage is known."""
+    """Packed batches from data workers, none of which runs ahead of the step whose stage is known."""
     ahead = min(4, max(1, (Progress.DELAY - 1) // workers)) if workers else None
     gc.collect()  # whatever waits for its threads when it is freed: a worker does not have them
     return torch.utils.data.DataLoader(
         batches, batch_size=None, sampler=sampler, num_workers=workers, prefetch_factor=ahead,
-        pin_memory=device.type == "cuda", worker_init_fn=bind_to_parent)
+        collate_fn=pack, pin_memory=device.type == "cuda", worker_init_fn=bind_to_parent)
 
 
 # ---- model and optimizer

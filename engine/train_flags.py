@@ -105,7 +105,7 @@ def settings_of(cfg, given):
 
 
 def weights_of(cfg, pairs):
-    """--weights "a=2,b=0.5" -> a number for each data set of the pairs, 1.0 where none is given"""
+    """--weights "a=2,b=0.5" -> a number for each data set of the pairs; where none is given, their own or 1"""
     given, names = {}, pairs.names
     for part in cfg.weights.split(",") if cfg.weights else ():
         name, _, text = part.rpartition("=")
@@ -120,7 +120,8 @@ def weights_of(cfg, pairs):
     for name in given:
         if name not in names:
             raise DataError(f"--weights {name}: no such data set.{nearest(name, names)}")
-    return [given.get(name, 1.0) for name in names]
+    weights = pairs.weights | given
+    return [weights.get(name, 1.0) for name in names]
 
 
 def claim_one_space(cfg, settings):

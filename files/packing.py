@@ -1,6 +1,15 @@
-"""Which rows of a batch are equal, which are padded together, and which go through the model at a time."""
+"""Which rows of a batch are equal, which are padded together, and which go through the model at a time.
+
+A data worker is asked for each tensor that it hands over, which takes 0.3 ms: `pack` makes one of a batch.
+"""
+
+import math
+from typing import NamedTuple
 
 import numpy as np
+import torch
+import torch.nn.functional as F
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 
 def distinct(samples):
@@ -72,3 +81,37 @@ def fill_micro_batches(groups, lengths, visual, most):
             micro[-1].append(part)
             left -= len(part) * each
     return micro
+
+
+class Place(NamedTuple):  # of a tensor among the bytes
+    dtype: torch.dtype
+    shape: tuple
+    start: int
+
+
+class Packed(NamedTuple):
+    data: torch.Tensor  # (bytes,) uint8
+    leaves: list  # of the batch: for each tensor a Place
+    tree: object  # what holds them: lists, dicts
+
+
+def pack(batch):
+    """Lists and dicts with tensors in them -> Packed: one tensor of all their bytes."""
+    leaves, tree = tree_flatten(batch)
+    parts, start = [], 0
+    for i, x in enumerate(leaves):
+        if torch.is_tensor(x):
+            leaves[i] = Place(x.dtype, x.shape, start)
+            parts.append(F.pad(x.reshape(-1).view(torch.uint8), (0, -x.nbytes % 8)))  # the next begins at 8 n
+            start += len(parts[-1])
+    return Packed(torch.cat(parts), leaves, tree)
+
+
+def unpack(packed):
+    """The batch again, its tensors over the same bytes."""
+    def tensor(place):
+        end = place.start + place.dtype.itemsize * math.prod(place.shape)
+        return packed.data[place.start : end].view(place.dtype).view(place.shape)
+
+    leaves = [tensor(x) if isinstance(x, Place) else x for x in packed.leaves]
+    return tree_unflatten(leaves, packed.tree)

@@ -54,6 +54,8 @@ class Pairs:
     (a hash, too).  negatives: the most that a record has.
     """
 
+    weights = {}  # of data sets, without --weights
+
     def __init__(self, path, media=None, skip_bad=False, progress=True):
         if os.path.isdir(path):
             raise DataError(f"{path}: a folder; training pairs are one file{files_of_pairs(path)}. A folder "

@@ -32,6 +32,8 @@ FAMILIES = {
     "video_qa": ("frames", "board", "text"),
     "video_ret": ("words", "words", "clip"),
     "visdoc_ret": ("page", "words", "board")}
+# these are learnt first: half as many batches leave more to those whose moves have to be read off pictures
+WEIGHTS = {"image_ret": 0.5, "video_ret": 0.5}
 CODED = {"visdoc_ret": ("page", "words", "text")}  # families of a world with code words
 LETTERS = 4  # of a code word
 
@@ -56,7 +58,7 @@ class World:
                  codes=False):
         self.families = CODED if codes else FAMILIES
         self.names = families.split(",") if families else list(self.families)
-        self.bad = []
+        self.weights, self.bad = WEIGHTS, []
         for name in self.names:
             if name not in self.families:
                 known = nearest(name, self.families)

@@ -115,7 +115,8 @@ def main(records, family):
     records, gpu = Path(records), FakeGPU()
     lora = family == "lora"
     m = tiny_model("qwen2_vl" if lora else family).float()
-    batch = collate(rendered(m, mixed_items(records.parent)), m.processor)
+    items = mixed_items(records.parent)[::2]  # text, picture, clip
+    batch = collate(rendered(m, items), m.processor)
     cfg = train.Config(matryoshka="32", w_cross=0.3, micro_tokens=150 if lora else 0)
     batches, (step, _, rows) = eight_pairs(records, m.processor, micro_tokens=cfg.micro_tokens)
     pairs = batches[step, Stage(2, 2, True), rows[:2]]

@@ -1,6 +1,7 @@
 """Batches: which records make which step; losses, gradients in pieces; learning rate; what is trained."""
 
 import contextlib
+import pickle
 from types import SimpleNamespace
 from unittest import mock
 
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_flatten, tree_leaves
 
 import model as plume_model
 import train
@@ -18,7 +19,8 @@ from data import Batches, Schedule, StepSampler
 from engine import ranks
 from engine.train_flags import weights_of
 from files.errors import DataError
-from files.packing import best_cut, columns_of, distinct, fill_micro_batches, group_by_length
+from files.packing import (
+    best_cut, columns_of, distinct, fill_micro_batches, group_by_length, pack, unpack)
 from files.records import Pairs
 from test_plume import assert_close, by_hand, FINAL, GATED, gradients, log, make_model, weights, whole
 from tests.processes import run_ranks
@@ -51,7 +53,7 @@ def test_weights_multiply_the_share_of_a_data_set_and_1_changes_nothing():
     plain, names = Schedule(dataset, list("abc"), 8, 600, seed=1), list("abc")
     ones = Schedule(dataset, names, 8, 600, 1, [1.0] * 3)
     assert all(np.array_equal(plain[step], ones[step]) for step in range(600))
-    pairs = SimpleNamespace(names=names)
+    pairs = SimpleNamespace(names=names, weights={})
     schedule = Schedule(dataset, names, 8, 600, 1, weights_of(SimpleNamespace(weights="b=2,a=0.2"), pairs))
     assert schedule.counts.tolist() == [207, 372, 21]  # of 600 as 100 : 180 : 10
     for text in ("a", "a=0", "a=1,a=2", "a=x", "=2", "a=inf", "a=nan", "a=1,"):
@@ -59,7 +61,8 @@ def test_weights_multiply_the_share_of_a_data_set_and_1_changes_nothing():
             weights_of(SimpleNamespace(weights=text), pairs)
     with pytest.raises(DataError, match="--weights d: no such data set. Known: a, b, c"):
         weights_of(SimpleNamespace(weights="d=2"), pairs)
-    assert weights_of(SimpleNamespace(weights="x=y=2"), SimpleNamespace(names=["x=y"])) == [2.0]
+    pairs = SimpleNamespace(names=["x=y", "a", "b"], weights=dict(a=0.5, b=3.0))  # their own, if not told
+    assert weights_of(SimpleNamespace(weights="x=y=2,b=4"), pairs) == [2.0, 0.5, 4.0]
 
 
 def test_a_data_set_smaller_than_the_batch_is_repeated_in_a_new_order():
@@ -143,6 +146,23 @@ def test_workers_write_the_text_of_the_step_they_prefetch_for(model, world):
         row = sampler.schedule[a["step"]][0]
         assert a["dataset"] == pairs.names[pairs.dataset[row]]
         assert len(a["target"]) == 4 and len(a["order"]) == 8
+
+
+def test_a_worker_hands_over_one_tensor_of_a_batch(model, world):
+    batches = Batches(Pairs(str(world / "train.jsonl")), model.processor, Curriculum())
+    odd = dict(bool=torch.tensor([True, False, True]), number=torch.tensor(3.0), none=torch.zeros(0, 2),
+               turned=torch.arange(6, dtype=torch.int16).view(2, 3).T, words=["a", None, (1, 2)], empty=[])
+    for given in (batches[0, FINAL, np.array([1, 3, 5])], odd):
+        packed = pack(given)
+        assert sum(map(torch.is_tensor, tree_leaves(packed))) == 1
+        leaves, tree = tree_flatten(unpack(pickle.loads(pickle.dumps(packed))))
+        expected, expected_tree = tree_flatten(given)
+        assert tree == expected_tree and len(leaves) == len(expected)
+        for x, y in zip(leaves, expected):
+            if torch.is_tensor(y):
+                assert x.dtype == y.dtype and torch.equal(x, y) and x.data_ptr() % x.element_size() == 0
+            else:
+                assert x == y
 
 
 def test_a_medium_that_breaks_while_training_is_named_and_in_no_loss(model, world, tmp_path):
