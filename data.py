@@ -431,7 +431,7 @@ class Batches(torch.utils.data.Dataset):
     too (a row that has more is alone);
     order (2B + n,): the places of all queries, then targets, then hard negatives among the rows of `micro`,
     where equal ones are one row;
-    blank: with micro_tokens a micro-batch of one row of no text, for a rank that has fewer than others;
+    blank: a micro-batch of one row of no text, for a rank that has fewer of them; without micro_tokens None;
     columns: how many are computed; real: how many of them are no padding;
     query (B,): hashes of the queries; target (B, 1+M): of target and hard negatives, M: the most that a
     record of the file has; valid (B, 1+M): which of them there are; negative_at (n,): flat places in (B, M)

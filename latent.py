@@ -38,7 +38,7 @@ from adapter import TransitionAdapter
 
 
 class Prefix(NamedTuple):
-    x: torch.Tensor  # (B, P, D) input embeddings, padded on the right
+    x: torch.Tensor  # (B, P, D) input embeddings, padded on the right; contiguous
     positions: torch.Tensor  # (3, B, P) M-RoPE positions (temporal, height, width)
     lengths: torch.Tensor  # (B,) tokens without padding
     disc: torch.Tensor  # (B,) column of <disc_emb>
@@ -544,7 +544,8 @@ def joined_weights(layer):
     `hub.weights.side_by_side` puts them there.  Not to train with: the last bits may differ.
     """
     att, mlp = layer.self_attn, layer.mlp
-    gate_up = joined((mlp.gate_proj, mlp.up_proj)) if is_plain(mlp.down_proj) else None
+    plain = is_plain(mlp.down_proj) and mlp.down_proj.bias is None
+    gate_up = joined((mlp.gate_proj, mlp.up_proj)) if plain else None
     return joined((att.q_proj, att.k_proj, att.v_proj)), gate_up
 
 

@@ -9,6 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from engine.ranks import rank_and_world, say
+from engine.train_flags import weights_of
 from files.writing import write_errors, write_text, writing
 from hub.folders import LOG, WANDB_ID
 from hub.weights import count_parameters
@@ -22,8 +23,9 @@ def announce(cfg, pairs, schedule, model, curriculum):
         say(f"  {name} = {value!r}")
     sets = list(zip(pairs.names, schedule.rows, schedule.counts))
     told = ", ".join(f"{name} {len(rows)} ({count} steps)" for name, rows, count in sets)
-    if cfg.weights:
-        told += f"; weights {cfg.weights}, 1 for others"
+    weights = [f"{name}={w:g}" for name, w in zip(pairs.names, weights_of(cfg, pairs)) if w != 1]
+    if weights:
+        told += f"; weights {','.join(weights)}, 1 for others"
     say(f"{len(pairs)} pairs in {len(sets)} data sets: {told}")
     if pairs.negatives:
         say(f"hard negatives: up to {pairs.negatives} a pair")

@@ -1,15 +1,16 @@
 """Which rows of a batch are equal, which are padded together, and which go through the model at a time.
 
-A data worker is asked for each tensor that it hands over, which takes 0.3 ms: `pack` makes one of a batch.
+Each tensor that a data worker hands over takes 0.3 ms: `pack` makes one of a batch.
 """
 
 import math
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._pytree import tree_map_only
 
 
 def distinct(samples):
@@ -83,7 +84,8 @@ def fill_micro_batches(groups, lengths, visual, most):
     return micro
 
 
-class Place(NamedTuple):  # of a tensor among the bytes
+@dataclass
+class Place:  # of a tensor among the bytes
     dtype: torch.dtype
     shape: tuple
     start: int
@@ -91,20 +93,20 @@ class Place(NamedTuple):  # of a tensor among the bytes
 
 class Packed(NamedTuple):
     data: torch.Tensor  # (bytes,) uint8
-    leaves: list  # of the batch: for each tensor a Place
-    tree: object  # what holds them: lists, dicts
+    batch: object  # its lists and dicts, with a Place for each tensor
 
 
 def pack(batch):
     """Lists and dicts with tensors in them -> Packed: one tensor of all their bytes."""
-    leaves, tree = tree_flatten(batch)
-    parts, start = [], 0
-    for i, x in enumerate(leaves):
-        if torch.is_tensor(x):
-            leaves[i] = Place(x.dtype, x.shape, start)
-            parts.append(F.pad(x.reshape(-1).view(torch.uint8), (0, -x.nbytes % 8)))  # the next begins at 8 n
-            start += len(parts[-1])
-    return Packed(torch.cat(parts), leaves, tree)
+    parts = []
+
+    def place(x):
+        data, start = x.contiguous().view(-1).view(torch.uint8), sum(map(len, parts))
+        parts.append(F.pad(data, (0, -len(data) % 8)))  # the next one starts at a multiple of 8, for `view`
+        return Place(x.dtype, x.shape, start)
+
+    places = tree_map_only(torch.Tensor, place, batch)
+    return Packed(torch.cat(parts), places)
 
 
 def unpack(packed):
@@ -113,5 +115,4 @@ def unpack(packed):
         end = place.start + place.dtype.itemsize * math.prod(place.shape)
         return packed.data[place.start : end].view(place.dtype).view(place.shape)
 
-    leaves = [tensor(x) if isinstance(x, Place) else x for x in packed.leaves]
-    return tree_unflatten(leaves, packed.tree)
+    return tree_map_only(Place, tensor, packed.batch)

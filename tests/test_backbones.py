@@ -168,7 +168,7 @@ def test_pixels_equal_the_family_s_own_processor():
             image_std=facts.std)(image, return_tensors="pt")
         ours, grid = patchify([image], data.target_size(*image.size, low, high, facts), facts)
         assert grid == tuple(theirs["image_grid_thw"][0].tolist())
-        assert_close(normalised(torch.from_numpy(ours), facts), theirs["pixel_values"], name, 1e-6)
+        assert_close(normalised(torch.from_numpy(ours), facts), theirs["pixel_values"], name)
 
 
 def read_by_transformers(folder):
@@ -233,7 +233,7 @@ def test_frozen_vision_still_trains_all_its_mergers():
 
 def test_training_goes_through_the_command_line_and_shards_on_two_ranks_train_as_one_process(tmp_path):
     flags = ["--shape", "tiny3", "--steps", 4, "--segments", 2, "--global_batch", 8, "--workers", 0,
-             "--gate", 0, "--checkpointing", "true"]
+             "--gate", 0, "--last_stage", 0.5, "--checkpointing", "true"]
     run("train.py", *flags, "--out", tmp_path / "one", "--micro_tokens", 600)
     run_ranks(2, "train.py", *flags, "--fsdp", "--micro_tokens", 300, "--out", tmp_path / "two")
     one, two = (log(tmp_path / name) for name in ("one", "two"))

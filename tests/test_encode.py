@@ -328,6 +328,14 @@ def length_of_text(processor, item):
     return sum(len(processor.encode(text)) for kind, text in parts if kind == "text")
 
 
+def test_the_adapter_may_get_parameters_and_layers():
+    m = make_model()
+    m.adapter.gate = torch.nn.Parameter(torch.ones(1))
+    m.adapter.norm = torch.nn.LayerNorm(128)
+    m.adapter.layers = torch.nn.Sequential(torch.nn.Linear(128, 8), torch.nn.Linear(8, 128))
+    m.encode(["a"])
+
+
 @pytest.mark.parametrize("mode, name", [("latent", "gen"), ("single", "disc")])
 def test_gradients_of_embed_are_those_of_a_training_pass(mode, name, world):
     m, found = make_model(), []

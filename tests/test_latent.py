@@ -275,12 +275,15 @@ def test_what_hangs_on_a_projection_is_called():
         return 2 * out
 
     att, mlp = m.lm.layers[1].self_attn, m.lm.layers[1].mlp
-    with att.k_proj.register_forward_hook(doubled), mlp.up_proj.register_forward_hook(doubled):
-        changed, _ = m.embed(batch, "latent", 2)
-        assert len(called) == 2 * 3  # prefix, a step, the last one with the suffix
-        with torch.no_grad():
-            assert_close(m.embed(batch, "latent", 2)[0], changed, "without gradients", 1e-6)
-    assert not torch.allclose(changed, plain)
+    for one, other in ((att.k_proj, mlp.up_proj), (att.o_proj, mlp.down_proj)):
+        called.clear()
+        with one.register_forward_hook(doubled), other.register_forward_hook(doubled):
+            changed, _ = m.embed(batch, "latent", 2)
+            assert len(called) == 2 * 3  # prefix, a step, the last one with the suffix
+            with torch.no_grad():
+                assert_close(m.embed(batch, "latent", 2)[0], changed, "without gradients", 1e-6)
+            assert len(called) == 4 * 3
+        assert not torch.allclose(changed, plain)
     att.o_proj.forward = functools.partial(torch.mul, 0)  # as accelerate does
     assert (m.embed(batch, "latent", 2)[0] - plain).abs().max() > 0.01
 
@@ -288,7 +291,7 @@ def test_what_hangs_on_a_projection_is_called():
 # ---- numbers and devices
 @pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl", "lora"])  # lora: on a Qwen2-VL
 def test_the_hot_path_never_waits_for_a_gpu(world, family):
-    """Neither for a value, nor for a copy, nor for an index that was left on the CPU; both types."""
+    """Neither for a value, nor for a copy, nor for an index that was left on the CPU."""
     if family == "lora":
         pytest.importorskip("peft", reason="needs peft: pip install peft")
     records = world / "train.jsonl"

@@ -150,8 +150,9 @@ def test_workers_write_the_text_of_the_step_they_prefetch_for(model, world):
 
 def test_a_worker_hands_over_one_tensor_of_a_batch(model, world):
     batches = Batches(Pairs(str(world / "train.jsonl")), model.processor, Curriculum())
+    six = torch.arange(6, dtype=torch.int16)
     odd = dict(bool=torch.tensor([True, False, True]), number=torch.tensor(3.0), none=torch.zeros(0, 2),
-               turned=torch.arange(6, dtype=torch.int16).view(2, 3).T, words=["a", None, (1, 2)], empty=[])
+               turned=six.view(2, 3).T, every_other=six[::2], words=["a", None, (1, 2)], empty=[])
     for given in (batches[0, FINAL, np.array([1, 3, 5])], odd):
         packed = pack(given)
         assert sum(map(torch.is_tensor, tree_leaves(packed))) == 1

@@ -24,6 +24,7 @@ from data import Batches, Processor, SPECIAL
 from engine.flags import command, parse_flags
 from files.clips import load_frames
 from files.errors import DataError
+from files.packing import pack
 from files.pictures import load_image
 from files.records import Pairs
 from files.writing import writing
@@ -148,7 +149,8 @@ def bench(pairs, processor, workers, count):
     curriculum, size = Curriculum(), 4
     jobs = [(0, curriculum.stages[0], drawn[i : i + size]) for i in range(0, len(drawn) - size + 1, size)]
     batches = Batches(pairs, processor, curriculum)
-    measure("pairs", size, DataLoader(batches, batch_size=None, num_workers=workers, sampler=jobs))
+    given = dict(num_workers=workers, sampler=jobs, collate_fn=pack)
+    measure("pairs", size, DataLoader(batches, batch_size=None, **given))
 
 
 def measure(name, size, loader):

@@ -31,17 +31,14 @@ def make_app(host):
     """
     errors = dict.fromkeys((DataError, ClientDisconnect, HTTPException, Exception), refuse)
     app = Starlette(exception_handlers=errors)
-    if is_local(host):
-        app.add_middleware(TrustedHostMiddleware, allowed_hosts=[*LOCAL, host])
+    address = socket.getaddrinfo(host, None, family_of(host))[0][4][0]
+    if ipaddress.ip_address(address).is_loopback:
+        app.add_middleware(TrustedHostMiddleware, allowed_hosts=[*LOCAL, host, address])
     return app
 
 
-def is_local(host):
-    try:
-        found = {address[0] for *_, address in socket.getaddrinfo(host, None)}
-    except OSError:
-        return False  # `open_socket` says so
-    return all(ipaddress.ip_address(address.split("%")[0]).is_loopback for address in found)
+def family_of(host):
+    return socket.AF_INET6 if ":" in host else socket.AF_INET
 
 
 class Places:
@@ -91,9 +88,8 @@ def refuse(request, error):
 
 
 def open_socket(host, port):
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
-        listening = socket.create_server((host, port), family=family)
+        listening = socket.create_server((host, port), family=family_of(host))
     except (OSError, OverflowError) as e:
         raise DataError(f"--host {host} --port {port}: cannot be listened on: {reason(e)}") from e
     if hasattr(socket, "TCP_USER_TIMEOUT"):  # of Linux; else a client that stops reading keeps us from ending
