@@ -62,7 +62,7 @@ class Config:  # --help prints the comments
     codes: bool = False  # turtle world is pages with a code word that belongs to the answer
     media: str = ""  # folder that media paths are relative to; default: the folder of --data
     weights: str = ""  # of data sets, as a=2,b=0.5: a gets twice the steps that its size gives it; default:
-    #     1, and 0.5 for the two of turtle world whose moves are words
+    #     1, and 0.5 for the two of turtle world whose queries are words alone
     skip_bad: bool = False  # leave out records that cannot be read and name them; default: stop at the first
     workers: int = 1  # processes that decode and tokenize ahead; raise while the log's `wait` is not near 0;
     #     with a gate up to 15

@@ -29,7 +29,8 @@ def check_called(model):
     if model.backbone.config.model_type == "qwen2_vl":
         read, called = READ_2, CALLED_2
     own = r"(?:weight|bias|new_rows|parametrizations\..*)"
-    adapter = rf"adapter\.\w+|adapter\.\w+(?:\.\d+)*\.{own}"  # may get new parameters, and layers
+    # whoever changes the adapter may add parameters and layers
+    adapter = r"adapter\.(?!step_embed\.|tokens\.|modules_to_save|original_module).*"
     known = re.compile(rf"(?:{'|'.join(read)})\.{own}|(?:{'|'.join(called)})\..*|{adapter}")
     for name, _ in model.named_parameters(remove_duplicate=False):
         if name.startswith(("backbone.", "adapter.")) and not known.fullmatch(name):

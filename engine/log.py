@@ -25,7 +25,7 @@ def announce(cfg, pairs, schedule, model, curriculum):
     told = ", ".join(f"{name} {len(rows)} ({count} steps)" for name, rows, count in sets)
     weights = [f"{name}={w:g}" for name, w in zip(pairs.names, weights_of(cfg, pairs)) if w != 1]
     if weights:
-        told += f"; weights {','.join(weights)}, 1 for others"
+        told += f"; weights {', '.join(weights)}" + ", others 1" * (len(weights) < len(sets))
     say(f"{len(pairs)} pairs in {len(sets)} data sets: {told}")
     if pairs.negatives:
         say(f"hard negatives: up to {pairs.negatives} a pair")

@@ -105,7 +105,7 @@ def settings_of(cfg, given):
 
 
 def weights_of(cfg, pairs):
-    """--weights "a=2,b=0.5" -> a number for each data set; where none is given, the pairs' own, or 1"""
+    """--weights "a=2,b=0.5" -> a number for each data set: the flag's, else the pairs' own, else 1"""
     given, names = {}, pairs.names
     for part in cfg.weights.split(",") if cfg.weights else ():
         name, _, text = part.rpartition("=")

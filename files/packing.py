@@ -1,6 +1,6 @@
 """Which rows of a batch are equal, which are padded together, and which go through the model at a time.
 
-Each tensor that a data worker hands over takes 0.3 ms: `pack` makes one of a batch.
+A worker's hand-over costs 0.3 ms a tensor: `pack` makes one of a whole batch.
 """
 
 import math

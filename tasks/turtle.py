@@ -32,7 +32,7 @@ FAMILIES = {
     "video_qa": ("frames", "board", "text"),
     "video_ret": ("words", "words", "clip"),
     "visdoc_ret": ("page", "words", "board")}
-# these are learnt first: half as many batches leave more to those whose moves have to be read off pictures
+# queries of words alone are learnt first: half as many batches leave more to those with a picture or clip
 WEIGHTS = {"image_ret": 0.5, "video_ret": 0.5}
 CODED = {"visdoc_ret": ("page", "words", "text")}  # families of a world with code words
 LETTERS = 4  # of a code word

@@ -73,7 +73,7 @@ def all_rows(x):
     return torch.empty(len(x), 1, dtype=torch.long, device="gpu")
 
 
-PRODUCTS = (aten.mm.default, aten.addmm.default, aten.addmm_.default, aten.bmm.default)
+PRODUCTS = (aten.mm.default, aten.addmm.default, aten.addmm_.default, aten.bmm.default, aten.baddbmm.default)
 LOOKS = {aten._local_scalar_dense.default: lambda x: False,
          aten.nonzero.default: all_rows}
 

@@ -332,7 +332,7 @@ def test_the_adapter_may_get_parameters_and_layers():
     m = make_model()
     m.adapter.gate = torch.nn.Parameter(torch.ones(1))
     m.adapter.norm = torch.nn.LayerNorm(128)
-    m.adapter.layers = torch.nn.Sequential(torch.nn.Linear(128, 8), torch.nn.Linear(8, 128))
+    m.adapter.layers = torch.nn.Sequential(torch.nn.Linear(128, 8), torch.nn.MultiheadAttention(8, 2))
     m.encode(["a"])
 
 

@@ -1,7 +1,7 @@
 """A row of the leaderboard in docs/turtle.md: trains turtle world, evaluates it, tells what the run cost.
 
     python train.py                                 here, or in --reference FOLDER: the run that costs 1.00
-    python -m tools.speedrun --steps 1600           flags of train.py
+    python -m tools.speedrun --steps 1200 --out out/run     flags of train.py
 
 Seconds of a whole run say more about the machine, and about what else it does, than about the run.  So steps
 of both runs are measured by turns, on one thread, in core seconds with their batches, at K = 0, half of the

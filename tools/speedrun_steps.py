@@ -16,7 +16,7 @@ import torch
 import train
 from data import Batches
 
-STEPS = 42  # the first ones of the run, of each family about the share that it has of them all
+STEPS = 42  # the first ones of the run: of each family about its share
 
 
 class Config(train.Config):
