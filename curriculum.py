@@ -50,8 +50,7 @@ class Curriculum:
     """S segments, c latent steps for each; the last stage takes `last_stage` of the run, the others the rest.
 
     With a gate that is only the latest time to enter a stage: stage 0, where the rationale itself is learnt,
-    may take half of the time before the last stage, and each one after it less than the one before (the last
-    of them less than the gate looks at).
+    may take half of the time before the last stage, and each one after it less than the one before.
     ValueError: values that make no schedule.
     """
 

@@ -829,7 +829,7 @@ def test_every_latent_state_reads_the_token_it_replaced(model, world):
 
 
 # ---- checkpoints
-def test_saved_and_loaded_again_embeds_bit_equally_and_needs_no_flags(world, tmp_path):
+def test_saved_and_loaded_again_embeds_the_same_and_needs_no_flags(world, tmp_path):
     limits, adapter = dict(num_frames=4, max_pixels=50176), dict(top_k=1, anchor=False)
     m = make_model(latent_steps=5, latent_positions="cache", limits=limits, adapter=adapter).float()
     m.save_pretrained(tmp_path / "ck")

@@ -54,7 +54,7 @@ class Pairs:
     (a hash, too).  negatives: the most that a record has.
     """
 
-    weights = {}  # of data sets, where --weights gives none and it is not 1
+    weights = {}  # of data sets: those that are not 1 without --weights
 
     def __init__(self, path, media=None, skip_bad=False, progress=True):
         if os.path.isdir(path):
